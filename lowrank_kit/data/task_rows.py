@@ -1,0 +1,98 @@
+"""The rows of one task, encoded: what is trained on, judged on, and calibrated with, and where it came from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_kit.config import ClassificationTask, RunConfig
+from lowrank_kit.data.encode import encode_classification
+from lowrank_kit.data.sources import DatasetRef, Rows, Source
+from lowrank_kit.errors import ConfigError
+
+# Fixed, so that every seed and every method is judged on the same held-out rows.
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Encoded rows to judge on; ``name`` is the task's, with the split's where the task has several."""
+
+    name: str
+    rows: datasets.Dataset
+    source: str
+
+
+class TaskRows:
+    """Loads every split once; raises what the source raises, before any model is needed."""
+
+    def __init__(self, config: RunConfig, task: ClassificationTask, source: Source) -> None:
+        self._config, self._task = config, task
+        ref = DatasetRef(task.name, task.hub_path, task.hub_name)
+        splits = [task.train_split] if config.eval.held_out else [task.train_split, *task.eval_splits]
+        self._splits: dict[str, Rows] = {split: source.load(ref, split) for split in splits}
+        train = self._splits[task.train_split].dataset
+        self._held_out = None
+        if held_out := config.eval.held_out:
+            if held_out >= len(train):
+                raise ConfigError(
+                    f"eval.held_out={held_out} leaves nothing to train on: {task.name} has {len(train)} training rows"
+                )
+            shuffled = train.shuffle(seed=HELD_OUT_SEED)
+            self._held_out = shuffled.select(range(held_out))
+            train = shuffled.select(range(held_out, len(train)))
+        self._train = train.shuffle(seed=config.seed)
+        if config.train.train_samples:
+            self._train = self._train.select(range(min(config.train.train_samples, len(train))))
+
+    def facts(self) -> dict[str, Any]:
+        """Source, note, content hash and size of every split, for the manifest."""
+        return {
+            name: {"source": rows.source, "note": rows.note, "sha256": rows.sha256, "rows": len(rows.dataset)}
+            for name, rows in self._splits.items()
+        }
+
+    def train(self, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+        """Encoded training rows, in an order drawn by the seed."""
+        return encode_classification(self._train, self._task, tokenizer, self._max_length(tokenizer))
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+        """The first training rows, encoded as in training but cut to ``calibration.seq_len``."""
+        settings = self._config.calibration
+        rows = self._train.select(range(min(settings.samples, len(self._train))))
+        length = min(settings.seq_len, self._max_length(tokenizer))
+        return encode_classification(rows, self._task, tokenizer, length)
+
+    def evaluation(self, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationRows]:
+        """Encoded rows of every evaluation split, or of the held-out part of the training split."""
+        task, limit = self._task, self._config.eval.limit
+        if self._held_out is not None:
+            parts = [(task.name, self._held_out, task.train_split, "held out of training; ")]
+        else:
+            several = len(task.eval_splits) > 1
+            parts = [
+                (f"{task.name}:{split}" if several else task.name, self._splits[split].dataset, split, "")
+                for split in task.eval_splits
+            ]
+        return [
+            EvaluationRows(
+                name,
+                encode_classification(
+                    rows.select(range(min(limit or len(rows), len(rows)))),
+                    task,
+                    tokenizer,
+                    self._max_length(tokenizer),
+                ),
+                remark + _described(self._splits[split], split),
+            )
+            for name, rows, split, remark in parts
+        ]
+
+    def _max_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        # Tokenizers without a limit give a huge number here; a row is never longer than the model's own maximum.
+        return min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length, 2**16)
+
+
+def _described(rows: Rows, split: str) -> str:
+    return f"{rows.source}, {split}" + (f", {rows.note}" if rows.note else "")

@@ -1,0 +1,1 @@
+"""Judging a model: metrics with their standard errors, as records."""

@@ -1,0 +1,83 @@
+"""Metrics of labelled-text tasks, as GLUE defines them (Wang et al., arXiv 1804.07461, table 1)."""
+
+from collections.abc import Callable, Sequence
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from lowrank_kit.config import Metric
+from lowrank_kit.errors import LowRankKitError
+
+BOOTSTRAP_SAMPLES = 200
+
+METRICS: dict[Metric, Callable[[NDArray, NDArray], float]] = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "matthews": matthews_corrcoef,
+    "pearson": lambda labels, values: pearsonr(labels, values).statistic,
+    "spearman": lambda labels, values: spearmanr(labels, values).statistic,
+}
+
+
+def predictions_of(logits: NDArray) -> NDArray:
+    """Classes of ``[rows, classes]`` logits; the values themselves of ``[rows, 1]`` (regression)."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def score(metric: Metric, labels: NDArray, predictions: NDArray) -> float:
+    """One metric as a fraction; a correlation with constant predictions is 0."""
+    if metric in ("pearson", "spearman") and np.ptp(predictions) == 0:
+        return 0.0
+    return float(METRICS[metric](labels, predictions))
+
+
+def standard_error(metric: Metric, labels: NDArray, predictions: NDArray, seed: int = 0) -> float:
+    """Bootstrap standard error over rows; exactly ``sqrt(p (1 - p) / n)`` for accuracy."""
+    n = len(labels)
+    if metric == "accuracy":
+        p = score(metric, labels, predictions)
+        return float(np.sqrt(p * (1 - p) / n))
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(n, size=n) for _ in range(BOOTSTRAP_SAMPLES))
+    return float(np.std([score(metric, labels[rows], predictions[rows]) for rows in draws], ddof=1))
+
+
+def majority(labels: Sequence[float], is_regression: bool) -> float:
+    """The constant prediction that fits training labels best: their mode, or mean for regression."""
+    if is_regression:
+        return float(np.mean(labels))
+    values, counts = np.unique(labels, return_counts=True)
+    return values[counts.argmax()]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: str
+) -> NDArray[np.float32]:
+    """Logits ``[rows, classes]`` of encoded rows, in their order.
+
+    Raises `LowRankKitError` for non-finite logits: they would be scored as if they meant something.
+    """
+    model.eval()
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    order = np.argsort(-lengths, kind="stable")
+    loader = DataLoader(
+        rows.remove_columns("labels").select(order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    logits = torch.cat([model(**batch.to(device)).logits.float().cpu() for batch in loader])
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite()).any(1).sum())
+        raise LowRankKitError(
+            f"{bad} of {len(logits)} rows have logits that are not finite; use dtype=float32 or bfloat16, "
+            "or lower train.learning_rate"
+        )
+    restored = np.empty_like(logits.numpy())
+    restored[order] = logits.numpy()
+    return restored

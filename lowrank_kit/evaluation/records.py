@@ -1,0 +1,28 @@
+"""The one form in which every figure leaves the toolkit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Checkpoint = Literal["early", "best", "final", "majority_class"]
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """A metric of one task. Fractions, never percent; ``stderr`` in the metric's unit.
+
+    ``checkpoint`` says which state was measured: the first evaluation while training, the best one (the highest
+    of several looks at the evaluation split, so an optimistic figure), the end of training (the figure to quote),
+    or the training set's majority class without any model.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    fewshot: int
+    source: str
+    versions: Mapping[str, str]
+    checkpoint: Checkpoint = "final"
+    step: int | None = None

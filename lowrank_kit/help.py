@@ -1,0 +1,112 @@
+"""The text of `--help`, generated from the schema and the YAMLs that it describes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from lowrank_kit.config import ClassificationTask, RunConfig, TaskGroup
+
+INTRODUCTION = """\
+Adapt a language model with a low-rank method, evaluate it, and leave a run directory behind.
+
+Usage: python -m lowrank_kit.run [GROUP=OPTION | KEY=VALUE ...]
+       python -m lowrank_kit.run -m KEY=VALUE,VALUE,...    one run for each combination
+
+A run calibrates, plans, applies the method, trains and evaluates. It prints `run: DIR` as its last line; DIR
+holds config.yaml, manifest.json, status.json, results.json and the adapter. The same command again resumes
+where the last one stopped. Exit status: 0 all done, 1 the work failed, 2 the command is wrong.
+
+Examples
+  python -m lowrank_kit.run method=astra task=glue/rte
+  python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
+  python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
+  python -m lowrank_kit.run method=none data=local data.root=my_rows task=glue/cola
+  python -m lowrank_kit.run debug=fast tracker=wandb tracker.mode=offline
+  python -m lowrank_kit.run method=astra method.subspace=top --cfg job --resolve    show, do not run
+"""
+
+FOOTER = """\
+Flags
+  -m, --multirun      sweep over comma-separated values; every combination is checked before the first runs
+  --cfg job --resolve print the configuration and stop
+  --config-dir DIR    a folder with more YAMLs: DIR/method/mine.yaml makes method=mine an option
+  --hydra-help        everything Hydra itself can do"""
+
+
+def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Mapping[str, list[str]]) -> str:
+    """Return the help page for a configuration: `schema` types it, `defaults` are its present values."""
+    groups = [f"  {group:<12} {', '.join(names)}" for group, names in options.items()]
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        value = defaults.get(name)
+        if isinstance(value, Mapping):
+            keys += [
+                f"\n{name}: {_flat(field.description)}",
+                *_section(name, _section_type(field, value), value),
+            ]
+        else:
+            keys += ["", *_key(name, field, value)]
+    heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
+    return "\n".join([INTRODUCTION, "Groups (GROUP=OPTION)", *groups, "", heading, *keys, "", FOOTER])
+
+
+def _section_type(field: FieldInfo, value: Mapping[str, Any]) -> type[BaseModel]:
+    if "kind" in value and value["kind"] in ("group", "classification"):
+        return TaskGroup if value["kind"] == "group" else ClassificationTask
+    assert isinstance(field.annotation, type)
+    return field.annotation
+
+
+def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield from _key(f"{prefix}.{name}", field, values.get(name, field.default))
+
+
+def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:
+    shown = ", ".join(value) if isinstance(value, Mapping) and value else _yaml(value)
+    yield f"  {key} ({type_name(field)}) = {shown}"
+    yield f"      {_flat(field.description)}"
+
+
+def _yaml(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _flat(text: str | None) -> str:
+    return re.sub(r"\s+", " ", text or "").strip()
+
+
+def type_name(field: FieldInfo) -> str:
+    """Return a field's type in words, with its bounds: `integer >= 1 or null`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    first, *rest = _type_words(field.annotation).split(" or ")
+    return " or ".join([" ".join([first, " and ".join(bounds)]).strip(), *rest])
+
+
+def _type_words(annotation: Any) -> str:
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin is Annotated:
+        return _type_words(args[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_type_words(arg) for arg in args)
+    if origin in (list, tuple):
+        return f"list of {_type_words(args[0])}"
+    if origin is dict:
+        return f"{_type_words(args[0])} -> {_type_words(args[1])}"
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,0 +1,7 @@
+"""LoRA (Hu et al., arXiv 2106.09685): A random, B zero, as PEFT initialises it."""
+
+from lowrank_kit.methods.base import Adapter
+
+
+class Lora(Adapter):
+    """Plain LoRA. The mathematics is PEFT's; this class only gives it a place on the common path."""

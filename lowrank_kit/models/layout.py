@@ -1,0 +1,144 @@
+"""`ModelLayout`: the blocks and linears of one model, by name, whatever its family and head."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.models.families import FAMILIES, Family
+from lowrank_kit.models.linear import check_linear, weight_of
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear layer of a model.
+
+    ``name`` is its module path; ``block`` counts over all blocks of the model in execution order. Linears of
+    one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
+    """
+
+    name: str
+    block: int
+    role: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    input_group: str
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Where everything is: module paths in the model that the layout was made from.
+
+    ``blocks`` and ``linears`` are in execution order; ``stacks`` are the blocks by stack (T5: two stacks).
+    ``on_top`` are the modules above the blocks that a checkpoint may lack: head and pooler.
+    """
+
+    model_type: str
+    stacks: tuple[tuple[str, ...], ...]
+    blocks: tuple[str, ...]
+    linears: tuple[LinearRef, ...]
+    embedding: str
+    final_norm: str | None
+    head: str | None
+    on_top: tuple[str, ...]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that exist in this model, in order of first appearance."""
+        return tuple(dict.fromkeys(ref.role for ref in self.linears))
+
+    def select(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
+        """Return the linears with these roles (None: all), in execution order.
+
+        Raises `ConfigError` for a role that no linear of the model has.
+        """
+        if roles is None:
+            return self.linears
+        for role in roles:
+            if role not in self.roles:
+                hint = did_you_mean(role, self.roles)
+                raise ConfigError(
+                    f"no linear of this {self.model_type} has the role '{role}'{hint} (it has {', '.join(self.roles)})"
+                )
+        return tuple(ref for ref in self.linears if ref.role in roles)
+
+
+def layout_of(model: PreTrainedModel) -> ModelLayout:
+    """Describe a transformers model; its parameters may be on the meta device.
+
+    Raises `LowRankKitError` for a model type without an entry in the table of families, for a module that the
+    table promises and the model lacks, and for a linear of a class other than Linear and Conv1D.
+    """
+    model_type: str = model.config.model_type
+    modules = dict(model.named_modules())
+    base = f"{model.base_model_prefix}." if model.base_model_prefix in modules else ""
+    family = _family(model_type, modules, base)
+    stacks = tuple(tuple(_blocks(base + stack.blocks, modules)) for stack in family.stacks)
+    head = next((name for name in family.heads if name in modules), None)
+    pooler = None if family.pooler is None else base + family.pooler
+    final_norm = None if family.final_norm is None else base + family.final_norm
+    return ModelLayout(
+        model_type=model_type,
+        stacks=stacks,
+        blocks=tuple(path for stack in stacks for path in stack),
+        linears=tuple(_linears(family, stacks, modules)),
+        embedding=base + family.embedding,
+        # OPT models with post-normalised blocks have none.
+        final_norm=final_norm if final_norm in modules else None,
+        head=head,
+        on_top=tuple(name for name in (pooler, head) if name is not None and name in modules),
+    )
+
+
+def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family:
+    if model_type not in FAMILIES:
+        raise LowRankKitError(
+            f"model type '{model_type}' is not known{did_you_mean(model_type, FAMILIES)}\n"
+            f"Supported: {', '.join(sorted(FAMILIES))}.\n"
+            f"To add it, give FAMILIES in lowrank_kit/models/families.py an entry '{model_type}': the paths "
+            "of its block list, of the linears in a block by role, of its embedding and of its final norm."
+        )
+    variants = FAMILIES[model_type]
+    missing = [list(_missing(family, modules, base)) for family in variants]
+    if all(missing):
+        raise LowRankKitError(
+            f"this '{model_type}' model is not built as lowrank_kit/models/families.py says: "
+            f"it has no module '{min(missing, key=len)[0]}'"
+        )
+    return next(family for family, lacks in zip(variants, missing, strict=True) if not lacks)
+
+
+def _missing(family: Family, modules: dict[str, nn.Module], base: str) -> Iterator[str]:
+    expected = [family.embedding]
+    for stack in family.stacks:
+        expected.append(stack.blocks)
+        expected += [f"{stack.blocks}.0.{path}" for group in stack.groups for path in group.values()]
+    return (base + path for path in expected if base + path not in modules)
+
+
+def _blocks(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
+    return (f"{path}.{name}" for name, _ in modules[path].named_children())
+
+
+def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: dict[str, nn.Module]) -> Iterator[LinearRef]:
+    block = 0
+    for spec, paths in zip(family.stacks, stacks, strict=True):
+        for block_path in paths:
+            for group in spec.groups:
+                for role, path in group.items():
+                    name = f"{block_path}.{path}"
+                    module = check_linear(modules[name], name)
+                    out_features, in_features = weight_of(module).shape
+                    yield LinearRef(
+                        name=name,
+                        block=block,
+                        role=role,
+                        in_features=in_features,
+                        out_features=out_features,
+                        has_bias=module.bias is not None,
+                        input_group=f"{block_path}:{'+'.join(group)}",
+                    )
+            block += 1

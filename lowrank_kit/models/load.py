@@ -1,0 +1,230 @@
+"""Models, tokenizers and configurations from the hub, a folder, a GGUF file or the packaged assets."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lowrank_kit.assets import CATALOGUE, require
+from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.models.layout import ModelLayout
+
+Head = Literal["causal", "classification", "seq2seq", "base"]
+
+PACKAGED = "packaged://"
+_AUTO_CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "base": AutoModel,
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, as the user wrote it.
+
+    ``path``: a hub id, a checkpoint folder, a ``.gguf`` file, or ``packaged://NAME``. ``gguf_file``: the file
+    to take from a folder or hub repository that holds GGUF files.
+    """
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and the module paths whose weights the checkpoint lacks, so that they start at random."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+
+
+def packaged_models() -> tuple[str, ...]:
+    """Return the names that may follow ``packaged://``."""
+    return tuple(name for name, asset in CATALOGUE.items() if asset.kind == "model")
+
+
+def local_path(source: ModelSource) -> str:
+    """Return the folder or hub id that ``from_pretrained`` takes; errors as for `load_model`."""
+    return _locate(source).path
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Load the configuration only; errors as for `load_model`."""
+    return _from_pretrained(AutoConfig, source)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with its end-of-sequence token."""
+    tokenizer = _from_pretrained(AutoTokenizer, source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    head: Head,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    num_labels: int | None = None,
+    problem_type: str | None = None,
+) -> LoadedModel:
+    """Load a model with the head asked for; a GGUF file is dequantised to ``dtype``.
+
+    ``num_labels`` and ``problem_type`` (as in transformers) are for ``head="classification"``. Modules that
+    the checkpoint lacks are drawn from torch's global generator.
+    Raises `ConfigError` for a path that cannot be right, `LowRankKitError` where the hub does not deliver,
+    the architecture has no such head, or the checkpoint lacks weights inside its blocks.
+    """
+    config = _headed(load_config(source), head, num_labels, problem_type)
+    if head == "classification" and config.get_text_config().pad_token_id is None:
+        # Decoders classify at the last token that is not padding, so they must know which token pads.
+        config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if _locate(source).gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model, info = _from_pretrained(_AUTO_CLASSES[head], source, **options)
+    missing = set(info["missing_keys"])
+    if inside := sorted(key for key in missing if any(part.isdigit() for part in key.split("."))):
+        raise LowRankKitError(
+            f"'{source.path}' is not a whole {type(model).__name__}: it lacks {len(inside)} weights inside "
+            f"its blocks, first '{inside[0]}'"
+        )
+    return LoadedModel(model.to(device), _new_modules(model, missing))
+
+
+def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None) -> PreTrainedModel:
+    """Build the model on the meta device: every name and shape, no memory for weights."""
+    with torch.device("meta"):
+        return _AUTO_CLASSES[head].from_config(_headed(config, head, num_labels, None))
+
+
+def fingerprint(model: PreTrainedModel, layout: ModelLayout) -> str:
+    """Return a hash (32 hex digits) of the weights on which activations of the blocks depend.
+
+    Head and pooler are left out and names are those of the base model, so that models of one checkpoint with
+    different or differently initialised heads agree.
+    """
+    below = {
+        name.removeprefix(f"{model.base_model_prefix}."): parameter
+        for name, parameter in model.named_parameters()
+        if not any(name.startswith(f"{top}.") for top in layout.on_top)
+    }
+    # hashlib releases the interpreter lock, so threads hash parameters side by side.
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_digest, below.values()))
+    whole = hashlib.blake2b(digest_size=16)
+    for (name, parameter), digest in sorted(zip(below.items(), digests, strict=True), key=lambda item: item[0][0]):
+        whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest(parameter: Tensor) -> str:
+    values = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+
+
+def _headed(config: PretrainedConfig, head: Head, num_labels: int | None, problem_type: str | None) -> PretrainedConfig:
+    if type(config) not in _AUTO_CLASSES[head]._model_mapping:
+        raise LowRankKitError(f"model type '{config.model_type}' has no {head} head in transformers")
+    config = deepcopy(config)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    if problem_type is not None:
+        config.problem_type = problem_type
+    return config
+
+
+def _new_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    present = set(model.state_dict()) - missing
+    tops = set()
+    for key in missing:
+        top = key.rpartition(".")[0]
+        while "." in top:
+            parent = top.rpartition(".")[0]
+            if any(other.startswith(f"{parent}.") for other in present):
+                break
+            top = parent
+        tops.add(top)
+    return tuple(sorted(tops))
+
+
+def _locate(source: ModelSource) -> ModelSource:
+    """Resolve to what from_pretrained takes: a folder or hub id, and the GGUF file in it."""
+    if source.path.startswith(PACKAGED):
+        name = source.path.removeprefix(PACKAGED)
+        if name not in packaged_models():
+            raise ConfigError(f"there is no packaged model '{name}'{did_you_mean(name, packaged_models())}")
+        return ModelSource(str(require(name)))
+    path = Path(source.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        wanted = source.gguf_file or "config.json"
+        if not (path / wanted).is_file():
+            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            raise ConfigError(
+                f"'{source.path}' has no {wanted} (it holds {found}): give a transformers checkpoint folder, "
+                f"a .gguf file, a hub id or {_packaged_hint()}"
+            )
+        return ModelSource(str(path), gguf_file=source.gguf_file)
+    if source.path.startswith(("/", ".", "~")) or path.suffix == ".gguf" or source.path.count("/") > 1:
+        raise ConfigError(
+            f"'{source.path}' does not exist: give a folder, a .gguf file, a hub id or {_packaged_hint()}"
+        )
+    return source
+
+
+def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
+    located = _locate(source)
+    if located.gguf_file is not None:
+        options["gguf_file"] = located.gguf_file
+    try:
+        return auto_class.from_pretrained(located.path, revision=located.revision or "main", **options)
+    except (OSError, ValueError) as error:
+        if located is source:
+            raise LowRankKitError(_hub_failure(source, error)) from error
+        raise LowRankKitError(f"cannot read the model '{source.path}': {error}") from error
+
+
+def _hub_failure(source: ModelSource, error: BaseException) -> str:
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    what_to_do = {
+        "GatedRepoError": "It is gated: accept its terms on its hub page, then `hf auth login`.",
+        "RevisionNotFoundError": "The repository has no such revision.",
+        "RepositoryNotFoundError": "No such repository, or a private one: check the id, `hf auth login`.",
+        "LocalEntryNotFoundError": "The hub cannot be reached and it is not in the local hub cache.",
+    }
+    kinds = [type(cause).__name__ for cause in causes]
+    reason = next((text for kind, text in what_to_do.items() if kind in kinds), str(error).splitlines()[0])
+    at = f" at revision '{source.revision}'" if source.revision else ""
+    return (
+        f"cannot load '{source.path}'{at} from the Hugging Face hub. {reason} "
+        f"Without the hub: model.path = a checkpoint folder, a .gguf file or {_packaged_hint()}"
+    )
+
+
+def _packaged_hint() -> str:
+    return " or ".join(PACKAGED + name for name in packaged_models())

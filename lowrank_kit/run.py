@@ -1,0 +1,92 @@
+"""`python -m lowrank_kit.run`: compose a configuration, check it, run the pipeline."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.config import load, schema_for
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.help import help_text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: the process's own).
+
+    Exits with status 2 if the command is wrong and 1 if the work failed, after one message and no traceback.
+    An unexpected exception keeps its traceback. The last line printed by a run is `run: DIR`.
+    """
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv))
+    except LowRankKitError as error:
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        sys.exit(error.exit_status)
+
+
+def _main(argv: list[str]) -> None:
+    args = get_args_parser().parse_intermixed_args(argv)
+    flags = [word for word in argv if word not in args.overrides]
+    overrides = force_dotted(args.overrides)
+    composer = _composer(args)
+    if args.help:
+        plain: Any = OmegaConf.to_container(composer.compose(overrides), resolve=True)
+        print(help_text(schema_for(plain), plain, composer.options))
+        return
+    if not (args.hydra_help or args.shell_completion):
+        composer.jobs(overrides, args.multirun)
+    _hydra([*flags, *overrides], composer)
+
+
+def _composer(args: argparse.Namespace) -> Composer:
+    folder = Path(args.config_path) if args.config_path else None
+    extra = Path(args.config_dir) if args.config_dir else None
+    return Composer(args.config_name or "config", folder, extra)
+
+
+def _hydra(argv: list[str], composer: Composer) -> None:
+    """Hand over to Hydra: it shows the configuration, or calls the job once or once for each combination."""
+    failed: list[LowRankKitError] = []
+
+    def job(cfg: DictConfig) -> None:
+        # A job of a sweep may run in another process: there, only an exception carries the news.
+        try:
+            _job(cfg)
+        except LowRankKitError as error:
+            if _is_sweep():
+                raise
+            failed.append(error)
+
+    # Hydra prints and exits by itself unless told to let exceptions through.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(composer.folder), config_name=composer.name)(job)()
+    finally:
+        sys.argv = saved
+    if failed:
+        raise failed[0]
+
+
+def _is_sweep() -> bool:
+    return hydra.core.hydra_config.HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN
+
+
+def _job(cfg: DictConfig) -> None:
+    config = load(cfg)
+    # Imported only now: a wrong command is answered before torch and transformers are loaded.
+    from lowrank_kit.pipeline import execute
+
+    print(f"run: {execute(config)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

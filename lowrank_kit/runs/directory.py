@@ -1,0 +1,226 @@
+"""The run directory: found again by the configuration's hash, written atomically, truthful after a crash."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import psutil
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from lowrank_kit.config import RunConfig
+from lowrank_kit.errors import ConfigError, LowRankKitError
+
+HEARTBEAT_SECONDS = 20.0
+# A process on another host cannot be looked up; it is dead after this many seconds of silence.
+SILENCE_SECONDS = 15 * HEARTBEAT_SECONDS
+
+State = Literal["running", "complete", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Content of `status.json`: what the run is doing, and which process does it. Times in Unix seconds."""
+
+    state: State
+    stage: str | None = None
+    stages_done: tuple[str, ...] = ()
+    error: str | None = None
+    pid: int = field(default_factory=os.getpid)
+    hostname: str = field(default_factory=socket.gethostname)
+    process_started: float = field(default_factory=lambda: psutil.Process().create_time())
+    started: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.time)
+
+    def process_alive(self) -> bool:
+        """Whether the recorded process still runs; from another host, whether it was heard of lately."""
+        if self.hostname != socket.gethostname():
+            return time.time() - self.updated < SILENCE_SECONDS
+        # A pid is reused; a pid together with its start time is not. The clock may be adjusted by a little.
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.process_started) < 2.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+def read_status(path: Path | str) -> Status | None:
+    """Read a run directory's status; None if there is none.
+
+    A run that says `running` but whose process is gone (SIGKILL, power failure) is reported as `interrupted`.
+    """
+    file = Path(path) / "status.json"
+    if not file.is_file():
+        return None
+    raw = json.loads(file.read_text())
+    status = Status(**{**raw, "stages_done": tuple(raw["stages_done"])})
+    alive = status.state != "running" or status.process_alive()
+    return status if alive else replace(status, state="interrupted")
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return the resolved configuration without what cannot change results: `run` and `tracker`."""
+    return {key: value for key, value in config.resolved().items() if key not in ("run", "tracker")}
+
+
+def run_name(config: RunConfig) -> str:
+    """Return METHOD-MODEL-TASK-HASH-sSEED; runs that differ in their seed alone share the hash."""
+    plain = identity(config)
+    seed = plain.pop("seed")
+    # A method's own seed follows the run's unless it was chosen apart.
+    if plain["method"].get("seed") == seed:
+        del plain["method"]["seed"]
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+    words = (str(plain[section]["name"]) for section in ("method", "model", "task"))
+    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_") for word in words)
+    return f"{slug[:80]}-{digest}-s{seed}"
+
+
+class RunDirectory:
+    """One run's folder, held by this process alone from `open` until the `with` block ends.
+
+    The block's end sets the state: complete, failed (with the error) or interrupted (Ctrl-C, exit).
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Hold `path`; raises `LowRankKitError` if a living process already does."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        # Locked by the kernel: the lock of a killed process is free again, with nothing to clean up.
+        self._lock = FileLock(path / ".lock", blocking=False, is_singleton=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            holder = read_status(path)
+            who = f"process {holder.pid} on {holder.hostname}" if holder else "another process"
+            raise LowRankKitError(
+                f"{path} is in use by {who}; wait for it, end it, or choose another run.dir"
+            ) from None
+        earlier = read_status(path)
+        self._write_lock = threading.Lock()
+        self._closing = threading.Event()
+        self._status = Status("running", stages_done=earlier.stages_done if earlier else ())
+
+    @classmethod
+    def open(cls, config: RunConfig) -> "RunDirectory":
+        """Open the directory of this configuration, `run.dir` or ROOT/NAME; find earlier work in it.
+
+        With `run.resume=false` no stage counts as done. Raises `ConfigError` if `run.dir` holds a run of
+        another configuration, naming the keys that differ, and `LowRankKitError` if a process works there.
+        """
+        settings = config.run
+        path = Path(settings.dir) if settings.dir else Path(settings.root) / run_name(config)
+        run = cls(path)
+        try:
+            run._check_configuration(config)
+        except BaseException:
+            run._lock.release()
+            raise
+        if not settings.resume:
+            run._status = replace(run._status, stages_done=())
+        run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
+        run._update()
+        return run
+
+    def _check_configuration(self, config: RunConfig) -> None:
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return
+        earlier = _flatten(OmegaConf.to_container(OmegaConf.load(file)))
+        now = _flatten(identity(config))
+        keys = [k for k in {**now, **earlier} if not re.match(r"(run|tracker)\.", k)]
+        if changed := [k for k in keys if earlier.get(k) != now.get(k)]:
+            lines = [f"{k}: {earlier.get(k)!r} there, {now.get(k)!r} now" for k in changed]
+            heading = f"{self.path} holds a run of another configuration; choose another run.dir. Different:"
+            raise ConfigError("\n  ".join([heading, *lines]))
+
+    def __enter__(self) -> "RunDirectory":
+        """Start the heartbeat."""
+        self._update()
+        threading.Thread(target=self._beat, name="run-heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Record how the run ended and give the directory back."""
+        self._closing.set()
+        if error is None:
+            self._update(state="complete", stage=None)
+        else:
+            state: State = "failed" if isinstance(error, Exception) else "interrupted"
+            self._update(state=state, error=f"{type(error).__name__}: {error}")
+        self._lock.release()
+
+    def done(self, stage: str) -> bool:
+        """Whether this stage was finished, now or by an earlier process."""
+        return stage in self._status.stages_done
+
+    def begin(self, stage: str) -> None:
+        """Record which stage is being worked on."""
+        self._update(stage=stage)
+
+    def mark(self, stage: str) -> None:
+        """Record that a stage is finished; call it after the stage's files are in place."""
+        self._update(stages_done=tuple(dict.fromkeys([*self._status.stages_done, stage])))
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file whole or not at all; returns its path."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        return target
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write JSON whole or not at all; returns its path. NaN and infinity are refused (`ValueError`)."""
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    @contextmanager
+    def write_folder(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder; if the block succeeds it becomes `name`, replacing an earlier one."""
+        target = self.path / name
+        temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("tmp", "old"))
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _update(self, **changes: Any) -> None:
+        with self._write_lock:
+            self._status = replace(self._status, updated=time.time(), **changes)
+            self.write_json("status.json", asdict(self._status))
+
+    def _beat(self) -> None:
+        while not self._closing.wait(HEARTBEAT_SECONDS):
+            self._update()
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    items = (_flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    return {key: leaf for part in items for key, leaf in part.items()}

@@ -1,0 +1,257 @@
+"""Eigen- and singular decompositions in float64, with declared policies for order, signs and rank.
+
+Order: descending. Signs: `fix_signs`. Rank: `numerical_rank`. Equal inputs give equal outputs on one machine.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import scipy.linalg
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from lowrank_kit.spectral.moments import Moments
+
+FLOAT32_TOLERANCE = 2 * torch.finfo(torch.float32).eps
+"""Rank tolerance for a Gram summed from float32 products, as `Moments.update` makes it.
+
+Its noise was measured at up to 0.7 eps of the largest eigenvalue (widths 96 to 1536, 1 to 32768 tokens).
+True eigenvalues may lie below: layers with a few very large channels have them.
+"""
+
+Which = Literal["largest", "middle", "smallest"]
+"""Where in the descending spectrum a run of eigenpairs is taken."""
+
+SUBSET_SHARE = 0.2
+"""Up to this share of the pairs, computing a subset beats the full decomposition (at n = 576 and 1536)."""
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues in descending order, none negative, and their orthonormal vectors as columns."""
+
+    values: Float64[Tensor, " k"]
+    vectors: Float64[Tensor, "n k"]
+
+    def __getitem__(self, pairs: slice) -> "Eigenpairs":
+        return Eigenpairs(self.values[pairs], self.vectors[:, pairs])
+
+
+def fix_signs(vectors: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Flip columns so that the entry of largest absolute value is positive.
+
+    Entries within 1e-6 of the largest count as equal and the first of them decides: round-off cannot flip it.
+    """
+    return vectors * _signs(vectors)
+
+
+def eigh(gram: Float[Tensor, "n n"]) -> Eigenpairs:
+    """All eigenpairs of a positive semi-definite matrix; its symmetric part is used, values clipped at 0.
+
+    Raises:
+        ValueError: non-finite entries.
+    """
+    return _solve(_symmetric(gram), None)
+
+
+def eigenvalues(gram: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
+    """The values of `eigh(gram)` alone, in a third of the time."""
+    symmetric = _symmetric(gram)
+    if symmetric.device.type == "cpu":
+        found = scipy.linalg.eigh(symmetric.numpy(), eigvals_only=True, check_finite=False)
+        ascending = torch.from_numpy(found)
+    else:
+        ascending = torch.linalg.eigvalsh(symmetric)
+    return ascending.flip(0).clamp(min=0)
+
+
+def partial_eigh(gram: Float[Tensor, "n n"], start: int, stop: int) -> Eigenpairs:
+    """Eigenpairs number `start` to `stop - 1` in descending order; only those are computed when they are few.
+
+    Raises:
+        ValueError: non-finite entries, or not `0 <= start <= stop <= n`.
+    """
+    n = gram.shape[0]
+    if not 0 <= start <= stop <= n:
+        raise ValueError(f"pairs {start}:{stop} asked of a spectrum of {n}; use 0 <= start <= stop <= {n}")
+    symmetric = _symmetric(gram)
+    if start == stop:
+        return Eigenpairs(symmetric.new_zeros(0), symmetric.new_zeros(n, 0))
+    if symmetric.device.type != "cpu" or stop - start > SUBSET_SHARE * n:
+        return _solve(symmetric, None)[start:stop]
+    return _solve(symmetric, (n - stop, n - start - 1))
+
+
+def numerical_rank(values: Float[Tensor, " k"], size: int, tolerance: float | None = None) -> int:
+    """Number of eigenvalues above `tolerance` times the largest; 0 when all are zero.
+
+    `tolerance` defaults to `size` float64 eps, the error of an eigendecomposition of side `size` in float64:
+    right for a Gram summed in float64, or for `W C W^T` whose null space comes from the weight.
+    A null space of the activations themselves shows only above the noise of their Gram: `FLOAT32_TOLERANCE`.
+    """
+    if not values.any():
+        return 0
+    return int((values > _relative(size, tolerance) * values.max()).sum())
+
+
+def range_eigenpairs(
+    gram: Float[Tensor, "n n"],
+    count: int | None = None,
+    which: Which = "largest",
+    *,
+    tolerance: float | None = None,
+    rank_bound: int | None = None,
+) -> Eigenpairs:
+    """`count` consecutive eigenpairs inside the numerical range, at an end or in the middle; None for all.
+
+    `rank_bound` is a bound on the rank known from elsewhere, such as the number of tokens. Fewer pairs than
+    `count` come back when the range is smaller.
+    """
+    n = gram.shape[0]
+    bound = n if rank_bound is None else min(n, rank_bound)
+    if count is None or count > SUBSET_SHARE * n:
+        pairs = eigh(gram)
+        rank = min(bound, numerical_rank(pairs.values, n, tolerance))
+        return pairs[_window(rank, count, which)]
+    if which == "largest":
+        pairs = partial_eigh(gram, 0, min(count, bound))
+        return pairs[: numerical_rank(pairs.values, n, tolerance)]
+    if which == "smallest" and bound == n:
+        pairs = partial_eigh(gram, n - count, n)
+        # The trace bounds the largest eigenvalue, so this proves full rank without the rest of the spectrum.
+        if pairs.values[-1] > _relative(n, tolerance) * gram.trace():
+            return pairs
+    rank = min(bound, numerical_rank(eigenvalues(gram), n, tolerance))
+    window = _window(rank, count, which)
+    return partial_eigh(gram, window.start, window.stop)
+
+
+def output_eigenvalues(
+    weight: Float[Tensor, "out in"], inputs: Moments, bias: Float[Tensor, " out"] | None = None
+) -> Float64[Tensor, " p"]:
+    """Descending eigenvalues of `sum y y^T` for `y = W x + b`: the p = min(out, in) that can be non-zero.
+
+    With a bias p = min(out, in + 1). The numerical rank is `numerical_rank(values, p)`.
+    """
+    return eigenvalues(_OutputGram(weight, inputs, bias).gram)
+
+
+def output_eigenpairs(
+    weight: Float[Tensor, "out in"],
+    inputs: Moments,
+    bias: Float[Tensor, " out"] | None = None,
+    *,
+    count: int | None = None,
+    which: Which = "largest",
+    tolerance: float | None = None,
+) -> Eigenpairs:
+    """Eigenpairs of `sum y y^T` for `y = W x + b` from the moments of x, vectors of length `out`.
+
+    Selection as in `range_eigenpairs`, the rank bounded by the number of tokens. The work is done on the
+    smaller side: for `out > in` and `W = Q R` the outputs lie in the span of Q, so the vectors of `R C R^T`
+    are lifted by Q: orthonormal to round-off however ill-conditioned C is, with no root or inverse of C.
+    """
+    output = _OutputGram(weight, inputs, bias)
+    pairs = range_eigenpairs(output.gram, count, which, tolerance=tolerance, rank_bound=inputs.count)
+    return Eigenpairs(pairs.values, fix_signs(output.lift(pairs.vectors)))
+
+
+def svd(
+    weight: Float[Tensor, "out in"],
+) -> tuple[Float64[Tensor, "out p"], Float64[Tensor, " p"], Float64[Tensor, "p in"]]:
+    """Thin SVD `U, S, Vh` in float64, signs fixed on U. Raises ValueError for non-finite entries."""
+    _check_finite(weight)
+    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    signs = _signs(u)
+    return u * signs, s, vh * signs[:, None]
+
+
+def complete_basis(vectors: Float[Tensor, "n k"], count: int) -> Float64[Tensor, "n count"]:
+    """`count` orthonormal columns orthogonal to the k given ones (linearly independent), deterministic.
+
+    Raises:
+        ValueError: fewer than `count` dimensions are left.
+    """
+    n, k = vectors.shape
+    if k + count > n:
+        raise ValueError(f"{count} further columns asked, but {k} of {n} dimensions are taken; {n - k} are left")
+    units = torch.zeros(n, count, dtype=torch.float64, device=vectors.device)
+    units[range(k, k + count), range(count)] = 1
+    if k == 0:
+        return units
+    reflectors, tau = torch.geqrf(vectors.detach().double())
+    return fix_signs(torch.ormqr(reflectors, tau, units))
+
+
+def random_orthonormal(n: int, k: int, seed: int) -> Float64[Tensor, "n k"]:
+    """Haar-distributed orthonormal columns, up to the sign policy, drawn on CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return fix_signs(torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator)).Q)
+
+
+class _OutputGram:
+    """`sum y y^T` of a linear layer on its smaller side, and the way back to the outputs."""
+
+    def __init__(self, weight: Tensor, inputs: Moments, bias: Tensor | None) -> None:
+        weight, second_moment = weight.detach().double(), inputs.gram
+        if bias is not None:
+            weight = torch.cat([weight, bias.detach().double()[:, None]], 1)
+            second_moment = inputs.augmented()
+        _check_finite(weight)
+        self.out, self.reflectors = weight.shape[0], None
+        if weight.shape[0] > weight.shape[1]:
+            self.reflectors, self.tau = torch.geqrf(weight)
+            weight = self.reflectors[: weight.shape[1]].triu()
+        self.gram = weight @ second_moment @ weight.T
+
+    def lift(self, vectors: Tensor) -> Tensor:
+        if self.reflectors is None:
+            return vectors
+        padded = vectors.new_zeros(self.out, vectors.shape[1])
+        padded[: vectors.shape[0]] = vectors
+        return torch.ormqr(self.reflectors, self.tau, padded)
+
+
+def _solve(symmetric: Tensor, ascending: tuple[int, int] | None) -> Eigenpairs:
+    """Eigenpairs with inclusive `ascending` indices, all for None."""
+    if symmetric.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(symmetric)
+    else:
+        found = scipy.linalg.eigh(
+            symmetric.numpy(),
+            subset_by_index=ascending,
+            driver="evd" if ascending is None else "evr",
+            check_finite=False,
+        )
+        values, vectors = (torch.from_numpy(part) for part in found)
+    return Eigenpairs(values.flip(0).clamp(min=0), fix_signs(vectors.flip(1)))
+
+
+def _window(rank: int, count: int | None, which: Which) -> slice:
+    size = rank if count is None else min(count, rank)
+    start = {"largest": 0, "middle": (rank - size) // 2, "smallest": rank - size}[which]
+    return slice(start, start + size)
+
+
+def _relative(size: int, tolerance: float | None) -> float:
+    return size * torch.finfo(torch.float64).eps if tolerance is None else tolerance
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    magnitudes = vectors.abs()
+    leading = magnitudes >= (1 - 1e-6) * magnitudes.amax(0, keepdim=True)
+    first = leading.to(torch.int8).argmax(0, keepdim=True)
+    return torch.where(vectors.gather(0, first) < 0, -1.0, 1.0).to(vectors.dtype)[0]
+
+
+def _symmetric(gram: Tensor) -> Tensor:
+    _check_finite(gram)
+    gram = gram.detach().double()
+    return (gram + gram.T) / 2
+
+
+def _check_finite(matrix: Tensor) -> None:
+    bad = int((~matrix.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{bad} of {matrix.numel()} matrix entries are not finite (NaN or infinite)")

@@ -1,0 +1,96 @@
+"""First and second moments of activations, streamed: float32 products into float64 sums."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+ROWS_PER_PRODUCT = 1024
+"""Rows summed in one float32 product before the float64 sum takes over.
+
+Halves the error of 4096 rows at no loss of speed (measured at widths 96 and 576).
+"""
+
+
+@dataclass
+class Moments:
+    """Sums over tokens: `gram = sum x x^T`, `total = sum x` and the number of tokens `count`.
+
+    Sums, not means, so that two shards merge by addition (one all-reduce in data-parallel calibration).
+    """
+
+    gram: Float64[Tensor, "n n"]
+    total: Float64[Tensor, " n"]
+    count: int
+
+    @classmethod
+    def zeros(cls, n: int, device: torch.device | str = "cpu") -> "Moments":
+        """Moments of no tokens yet, of width `n`."""
+        gram = torch.zeros(n, n, dtype=torch.float64, device=device)
+        return cls(gram, torch.zeros(n, dtype=torch.float64, device=device), 0)
+
+    def update(
+        self,
+        activations: Float[Tensor, "*tokens n"],
+        mask: Bool[Tensor, "*tokens"] | Int[Tensor, "*tokens"] | None = None,
+    ) -> None:
+        """Add a batch of any shape in place; rows where `mask` is zero are dropped before the product.
+
+        Products are float32 (float64 for float64 activations), also inside autocast; on a GPU keep TF32 off.
+
+        Raises:
+            ValueError: a width other than that of the sums, or non-finite values in a row that counts. The
+                sums are then unchanged.
+        """
+        width = self.total.shape[0]
+        if activations.shape[-1] != width:
+            raise ValueError(f"activations of width {activations.shape[-1]} for moments of width {width}")
+        dtype = torch.promote_types(activations.dtype, torch.float32)
+        device_type = activations.device.type
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            rows = activations.reshape(-1, width) if mask is None else activations[mask.bool()]
+            total = rows.sum(0, dtype=torch.float64)
+            if not total.isfinite().all():
+                bad = int((~rows.isfinite()).sum())
+                raise ValueError(f"{bad} of {rows.numel()} activations are not finite (NaN or infinite)")
+            for chunk in rows.split(ROWS_PER_PRODUCT):
+                chunk = chunk.to(dtype)
+                self.gram += chunk.T @ chunk
+            self.total += total
+            self.count += rows.shape[0]
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both token sets together, as new tensors."""
+        return Moments(self.gram + other.gram, self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> Float64[Tensor, " n"]:
+        """Mean activation. Raises ValueError when no token was seen."""
+        return self.total / self._positive_count()
+
+    def covariance(self, centred: bool = False) -> Float64[Tensor, "n n"]:
+        """`gram / count`, minus `mean mean^T` when `centred`. Raises ValueError when no token was seen."""
+        second_moment = self.gram / self._positive_count()
+        return second_moment - torch.outer(self.mean, self.mean) if centred else second_moment
+
+    def augmented(self) -> Float64[Tensor, "m m"]:
+        """Gram of `[x; 1]`, side n + 1: with it the outputs of a biased layer are `[W b] [x; 1]`."""
+        count = self.total.new_tensor([[self.count]])
+        column = self.total[:, None]
+        return torch.cat([torch.cat([self.gram, column], 1), torch.cat([column.T, count], 1)])
+
+    def without_bias(self, bias: Float[Tensor, " n"]) -> "Moments":
+        """Moments of `y - bias` from those of `y`.
+
+        Exact up to cancellation: where the bias dwarfs `y - bias`, collect inputs instead and leave it out.
+        """
+        bias = bias.detach().double()
+        cross = torch.outer(self.total, bias)
+        gram = self.gram - cross - cross.T + self.count * torch.outer(bias, bias)
+        return Moments(gram, self.total - self.count * bias, self.count)
+
+    def _positive_count(self) -> int:
+        if self.count == 0:
+            raise ValueError("no token was seen: every row was masked out, or update() was never called")
+        return self.count

@@ -1,0 +1,233 @@
+"""The stages of one task. What a stage needs of earlier ones is made, or read back, when first asked for."""
+
+import json
+import logging
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
+
+from lowrank_kit import __version__
+from lowrank_kit.assets import cache_dir
+from lowrank_kit.calibration.collect import Kept, calibrate
+from lowrank_kit.calibration.statistics import LayerStatistics
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.config import ClassificationTask, Metric, RunConfig
+from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
+from lowrank_kit.evaluation import glue
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.methods.base import Adapter, InitialisedAdapter, Method, Plan
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.load import (
+    LoadedModel,
+    ModelSource,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    local_path,
+)
+from lowrank_kit.runs.directory import RunDirectory
+from lowrank_kit.runs.manifest import Manifest
+from lowrank_kit.runs.tracking import Tracker
+from lowrank_kit.training.adapters import AdaptedModel, attach
+from lowrank_kit.training.fit import fit
+
+log = logging.getLogger(__name__)
+
+VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+class TaskStages:
+    """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: ClassificationTask,
+        rows: TaskRows,
+        device: str,
+        run: RunDirectory,
+        manifest: Manifest,
+        tracker: Tracker | None,
+    ) -> None:
+        assert isinstance(config.method, Method)
+        self.config, self.task, self.device = config, task, device
+        self.method = config.method
+        self._rows, self._run, self._manifest, self._tracker = rows, run, manifest, tracker
+        self._model_source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
+
+    def calibrate(self) -> None:
+        """Collect the statistics that the method needs, if any; they go to the content-keyed cache."""
+        _ = self._kept
+
+    def plan(self) -> None:
+        """Decide the rank of every matrix: ``plan.json``."""
+        if self._plan is not None:
+            self._run.write_json("plan.json", asdict(self._plan))
+
+    def apply(self) -> None:
+        """Put the adapter into the model."""
+        _ = self._adapted
+
+    def train(self) -> None:
+        """Fine-tune; ``adapter/`` is plain PEFT on the original base, ``history.json`` the Trainer's log."""
+        adapted = self._adapted
+        if adapted is None:
+            return
+        train = self._rows.train(self._tokenizer)
+        evaluation = self._rows.evaluation(self._tokenizer)[0].rows
+        log.info("training %d parameters on %d rows", adapted.trained_parameters, len(train))
+        self._manifest.record("trained_parameters", adapted.trained_parameters)
+        history = fit(
+            adapted.model,
+            train,
+            evaluation,
+            self.config.train,
+            tokenizer=self._tokenizer,
+            folder=self._run.path / "checkpoints",
+            device=self.device,
+            seed=self.config.seed,
+            eval_batch_size=self.config.eval.batch_size,
+            score=self._score,
+            log=self._tracker.log if self._tracker else lambda metrics, step: None,
+        )
+        self._run.write_json("history.json", history)
+        with self._run.write_folder("adapter") as folder:
+            adapted.export(folder, local_path(self._model_source))
+
+    def evaluate(self) -> None:
+        """Measure the final model on every evaluation split: ``results.json``."""
+        model, records = self._final_model, []
+        train_labels = self._rows.train(self._tokenizer)["labels"]
+        evaluation = self._rows.evaluation(self._tokenizer)
+        for rows in evaluation:
+            labels = np.array(rows.rows["labels"])
+            logits = glue.predict(model, rows.rows, self._tokenizer, self.config.eval.batch_size, self.device)
+            predictions = glue.predictions_of(logits)
+            constant = np.full(len(labels), glue.majority(train_labels, self.task.labels == 1))
+            for metric in self.task.metrics:
+                error = glue.standard_error(metric, labels, predictions)
+                reference = glue.score(metric, labels, constant)
+                value = glue.score(metric, labels, predictions)
+                records.append(self._record(rows, metric, reference, "majority_class"))
+                records.append(self._record(rows, metric, value, "final", stderr=error))
+        records += self._looks_while_training(evaluation[0])
+        self._run.write_json("results.json", [asdict(record) for record in records])
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        set_seed(self.config.seed)
+        return load_model(
+            self._model_source,
+            "classification",
+            getattr(torch, self.config.dtype),
+            self.device,
+            num_labels=self.task.labels,
+            problem_type="regression" if self.task.labels == 1 else "single_label_classification",
+        )
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._model_source)
+
+    @cached_property
+    def _kept(self) -> dict[str, Kept]:
+        method = self.method
+        if not isinstance(method, InitialisedAdapter):
+            return {}
+        model = self._loaded.model
+        layout = layout_of(model)
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout)}
+        self._manifest.record("model", facts)
+        samples = self._calibration_samples()
+        self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
+
+        def reduce(statistics: LayerStatistics) -> Kept:
+            module = model.get_submodule(statistics.ref.name)
+            return method.reduce(weight_of(module), module.bias, statistics)
+
+        with Progress(transient=True, console=Console(stderr=True)) as progress:
+            return calibrate(
+                model,
+                layout,
+                samples,
+                method.targets(layout),
+                method.needs(),
+                reduce,
+                batch_size=self.config.calibration.batch_size,
+                cache=cache_dir() / "calibration" if self.config.calibration.cache else None,
+                reduction_key=method.reduction_key(),
+                progress=progress,
+            )
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        if not isinstance(self.method, Adapter):
+            return None
+        return self.method.plan(layout_of(self._loaded.model), self._kept)
+
+    @cached_property
+    def _adapted(self) -> AdaptedModel | None:
+        method, plan = self.method, self._plan
+        if not isinstance(method, Adapter) or plan is None:
+            return None
+        model = self._loaded.model
+        factors = {}
+        if isinstance(method, InitialisedAdapter):
+            for name, kept in self._kept.items():
+                weight = weight_of(model.get_submodule(name))
+                factors[name] = method.initialise(weight, kept, plan.ranks[name])
+        set_seed(self.config.seed)
+        return attach(model, method, plan, factors, self._loaded.new_modules, task_type="SEQ_CLS")
+
+    @property
+    def _final_model(self) -> nn.Module:
+        """The model to judge: trained here, or what an earlier process left in ``adapter/``."""
+        if "_adapted" not in vars(self) and self._run.done("train") and isinstance(self.method, Adapter):
+            return PeftModel.from_pretrained(self._loaded.model, str(self._run.path / "adapter"))
+        return self._adapted.model if self._adapted else self._loaded.model
+
+    def _calibration_samples(self) -> CalibrationSamples:
+        rows = self._rows.calibration(self._tokenizer).remove_columns("labels")
+        return CalibrationSamples(tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows))
+
+    def _score(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions = glue.predictions_of(np.asarray(prediction.predictions))
+        labels = np.asarray(prediction.label_ids)
+        return {metric: glue.score(metric, labels, predictions) for metric in self.task.metrics}
+
+    def _record(
+        self,
+        rows: EvaluationRows,
+        metric: Metric,
+        value: float,
+        checkpoint: Checkpoint,
+        stderr: float | None = None,
+        step: int | None = None,
+    ) -> EvalRecord:
+        return EvalRecord(rows.name, metric, value, stderr, len(rows.rows), 0, rows.source, VERSIONS, checkpoint, step)
+
+    def _looks_while_training(self, rows: EvaluationRows) -> list[EvalRecord]:
+        """The first and the best of the evaluations that the training log holds."""
+        file = self._run.path / "history.json"
+        history = json.loads(file.read_text()) if file.is_file() else []
+        looks = [entry for entry in history if f"eval_{self.task.metrics[0]}" in entry]
+        if not looks:
+            return []
+        states: dict[Checkpoint, dict[str, float]] = {
+            "early": looks[0],
+            "best": max(looks, key=lambda entry: entry[f"eval_{self.task.metrics[0]}"]),
+        }
+        return [
+            self._record(rows, metric, look[f"eval_{metric}"], checkpoint, step=int(look["step"]))
+            for checkpoint, look in states.items()
+            for metric in self.task.metrics
+        ]

@@ -1,0 +1,1 @@
+"""Fine-tuning with PEFT adapters and transformers.Trainer."""

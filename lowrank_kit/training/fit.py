@@ -1,0 +1,156 @@
+"""One training run: transformers.Trainer, resumable, and loud when the loss is lost."""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from lowrank_kit.config import TrainConfig
+from lowrank_kit.errors import LowRankKitError
+
+LOGGING_STEPS = 10
+
+History = list[dict[str, float]]
+
+
+def fit(
+    model: nn.Module,
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset,
+    settings: TrainConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    device: str,
+    seed: int,
+    eval_batch_size: int,
+    score: Callable[[EvalPrediction], dict[str, float]],
+    log: Callable[[Mapping[str, float], int], None],
+) -> History:
+    """Train whatever of ``model`` requires gradients, in place; return the Trainer's log, a dict an entry.
+
+    Args:
+        model: on its device already.
+        train: encoded rows.
+        evaluation: encoded rows, scored every ``settings.eval_every`` steps.
+        settings: the schedule.
+        tokenizer: pads the batches.
+        folder: checkpoints; a whole one found there is continued from.
+        device: where to train.
+        seed: data order, dropout.
+        eval_batch_size: rows a forward pass in evaluation.
+        score: metrics of predictions.
+        log: called with every log entry and its step.
+
+    Raises:
+        LowRankKitError: the loss or the gradient is not finite.
+    """
+    set_seed(seed)
+    mixed = _mixed_precision(settings, device)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type=settings.scheduler,
+        max_grad_norm=settings.max_grad_norm,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 0,
+        save_total_limit=1,
+        logging_steps=LOGGING_STEPS,
+        logging_nan_inf_filter=False,
+        bf16=mixed == "bf16",
+        fp16=mixed == "fp16",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device.startswith("cuda"),
+        seed=seed,
+        report_to=[],
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=score,
+        optimizers=(_optimizer(model, settings), None),
+        callbacks=[_Watcher(settings, log)],
+    )
+    trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    return trainer.state.log_history
+
+
+def _optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; newly initialised modules may learn faster than the adapter."""
+    head_rate = settings.head_learning_rate or settings.learning_rate
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in learning.items() if "modules_to_save" not in name]},
+        {"params": [p for name, p in learning.items() if "modules_to_save" in name], "lr": head_rate},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _mixed_precision(settings: TrainConfig, device: str) -> str:
+    if settings.mixed_precision != "auto":
+        return settings.mixed_precision
+    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "none"
+
+
+def _whole_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint that was finished: the Trainer writes its state file last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    latest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return None if latest is None else str(latest)
+
+
+class _Watcher(TrainerCallback):
+    """Hands every log entry on, and ends a training whose loss is lost."""
+
+    def __init__(self, settings: TrainConfig, log: Callable[[Mapping[str, float], int], None]) -> None:
+        self._settings = settings
+        self._log = log
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                raise LowRankKitError(
+                    f"training lost its way: {name} is {value} at step {state.global_step}; lower "
+                    f"train.learning_rate (now {self._settings.learning_rate:g}), raise train.warmup_ratio, "
+                    "or train in float32 (dtype=float32 train.mixed_precision=none)"
+                )
+        self._log({k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}, state.global_step)

@@ -1,0 +1,111 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+    T5Config,
+)
+
+from lowrank_kit import assets
+
+TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+# Fewer key-value heads, and a head_dim that is not hidden_size / heads: shapes cannot agree by luck.
+DECODER = {**TOKENS, **SIZES, "num_key_value_heads": 2, "head_dim": 12}
+ENCODER = {**TOKENS, **SIZES, "max_position_embeddings": 40}
+NARROW_HEADS = {key: value for key, value in DECODER.items() if key != "head_dim"}
+T5_SIZES = {**TOKENS, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**DECODER),
+    "mistral": lambda: MistralConfig(**DECODER),
+    "qwen2": lambda: Qwen2Config(**NARROW_HEADS),
+    "qwen3": lambda: Qwen3Config(**DECODER),
+    "gemma2": lambda: Gemma2Config(**DECODER),
+    "gemma3": lambda: Gemma3Config(text_config=dict(DECODER), vision_config=dict(VISION)),
+    "gemma3_text": lambda: Gemma3TextConfig(**DECODER),
+    "phi3": lambda: Phi3Config(**NARROW_HEADS),
+    "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=40),
+    "opt": lambda: OPTConfig(
+        **TOKENS,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=40,
+    ),
+    "bert": lambda: BertConfig(**ENCODER),
+    "roberta": lambda: RobertaConfig(**ENCODER),
+    "t5": lambda: T5Config(**T5_SIZES, decoder_start_token_id=0),
+    "t5_gated": lambda: T5Config(**T5_SIZES, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
+}
+HEADS = {
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "base": AutoModel,
+}
+TinyModel = Callable[..., PreTrainedModel]
+
+
+def build_tiny_model(family: str, head: str = "causal", seed: int = 0, **config: object) -> PreTrainedModel:
+    """A random model of 2 to 3 blocks, hidden size 32, vocabulary 64, in evaluation mode."""
+    torch.manual_seed(seed)
+    settings = TINY_CONFIGS[family]()
+    settings.update(config)
+    return HEADS[head].from_config(settings).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyModel:
+    return build_tiny_model
+
+
+def _asset(name: str) -> Path:
+    if not assets.is_present(name):
+        pytest.skip(f"asset '{name}' is absent: run `python -m lowrank_kit.assets {name}`")
+    return assets.require(name)
+
+
+@pytest.fixture(scope="session")
+def asset() -> Callable[[str], Path]:
+    """The folder of a packaged asset; the test is skipped where it was not fetched."""
+    return _asset
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    return _asset("smollm2_135m")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    return _asset("minilm_l6")

@@ -1,0 +1,150 @@
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.families import FAMILIES
+from lowrank_kit.models.layout import ModelLayout, layout_of
+
+ENCODERS = ("bert", "roberta")
+DECODERS = sorted(set(FAMILIES) - {*ENCODERS, "t5"})
+CASES = [
+    *[(family, head) for family in DECODERS for head in ("causal", "classification", "base")],
+    *[(family, head) for family in ENCODERS for head in ("classification", "base")],
+    *[(family, head) for family in ("t5", "t5_gated") for head in ("seq2seq", "classification", "base")],
+]
+
+
+def forward(model: PreTrainedModel) -> None:
+    tokens = torch.randint(3, 60, (2, 9))
+    tokens[:, -1] = model.config.get_text_config().eos_token_id
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.model_type == "t5" and "Classification" not in type(model).__name__:
+        inputs["decoder_input_ids"] = tokens[:, :5]
+    with torch.no_grad():
+        model(**inputs)
+
+
+def inputs_seen(model: PreTrainedModel, layout: ModelLayout) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+    for ref in layout.linears:
+        module = model.get_submodule(ref.name)
+        module.register_forward_pre_hook(lambda _, args, name=ref.name: seen.__setitem__(name, args[0]))
+    forward(model)
+    return seen
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_refs_agree_with_the_real_modules(tiny_model, family, head):
+    model = tiny_model(family, head)
+    for ref in layout_of(model).linears:
+        module = model.get_submodule(ref.name)
+        kept_as = (ref.in_features, ref.out_features) if isinstance(module, Conv1D) else None
+        assert module.weight.shape == (kept_as or (ref.out_features, ref.in_features))
+        assert ref.has_bias == (module.bias is not None)
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_layout_has_every_linear_inside_the_blocks(tiny_model, family, head):
+    model = tiny_model(family, head)
+    layout = layout_of(model)
+    inside = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in layout.blocks)
+    }
+    assert {ref.name for ref in layout.linears} == inside
+    assert all(ref.name.startswith(f"{layout.blocks[ref.block]}.") for ref in layout.linears)
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_blocks_and_linears_are_in_execution_order(tiny_model, family, head):
+    model = tiny_model(family, head)
+    layout = layout_of(model)
+    executed: list[str] = []
+    for block in layout.blocks:
+        hook = lambda *_, name=block: executed.append(name)  # noqa: E731
+        model.get_submodule(block).register_forward_pre_hook(hook)
+    groups = [ref.input_group for ref in layout.linears]
+    seen = list(inputs_seen(model, layout))
+    group_of = {ref.name: ref.input_group for ref in layout.linears}
+    assert tuple(executed) == layout.blocks
+    assert list(dict.fromkeys(group_of[name] for name in seen)) == list(dict.fromkeys(groups))
+    assert len(layout.blocks) == sum(len(stack) for stack in layout.stacks)
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_linears_of_one_group_read_one_tensor_and_others_do_not(tiny_model, family, head):
+    model = tiny_model(family, head)
+    layout = layout_of(model)
+    seen = inputs_seen(model, layout)
+    tensors = defaultdict(set)
+    for ref in layout.linears:
+        tensors[(ref.block, ref.input_group)].add(seen[ref.name].data_ptr())
+    assert all(len(pointers) == 1 for pointers in tensors.values())
+    for block in range(len(layout.blocks)):
+        pointers = [next(iter(found)) for (where, _), found in tensors.items() if where == block]
+        assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize(("family", "head"), CASES)
+def test_embedding_and_final_norm_and_head_resolve(tiny_model, family, head):
+    model = tiny_model(family, head)
+    layout = layout_of(model)
+    assert model.get_submodule(layout.embedding) is model.get_input_embeddings()
+    if family not in ENCODERS:
+        last = layout.blocks[-1]
+        calls: list[str] = []
+        for name in (last, layout.final_norm):
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        forward(model)
+        assert calls == [last, layout.final_norm]
+    assert (layout.head is None) == (head == "base")
+    if layout.head:
+        assert sum(p.numel() for p in model.get_submodule(layout.head).parameters()) > 0
+
+
+def test_meta_model_has_the_same_layout_as_the_real_one(tiny_model):
+    real = layout_of(tiny_model("llama"))
+    with torch.device("meta"):
+        assert layout_of(tiny_model("llama")) == real
+
+
+def test_opt_with_post_normalised_blocks_has_no_final_norm(tiny_model):
+    assert layout_of(tiny_model("opt", do_layer_norm_before=False)).final_norm is None
+
+
+def test_unknown_type_names_the_supported_ones_and_the_entry_to_add(tiny_model):
+    model = tiny_model("llama")
+    model.config.model_type = "lama"
+    with pytest.raises(LowRankKitError, match=r"did you mean 'llama'\?(.|\n)*Supported: bert.*t5(.|\n)*entry 'lama'"):
+        layout_of(model)
+
+
+def test_missing_module_is_named(tiny_model):
+    model = tiny_model("llama")
+    del model.model.layers[0].mlp.up_proj
+    with pytest.raises(LowRankKitError, match=r"no module 'model\.layers\.0\.mlp\.up_proj'"):
+        layout_of(model)
+
+
+def test_linear_of_another_class_is_named(tiny_model):
+    class Linear4bit(nn.Linear):
+        pass
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = Linear4bit(32, 48)
+    with pytest.raises(LowRankKitError, match=r"layers\.1\.mlp\.up_proj.*Linear4bit"):
+        layout_of(model)
+
+
+def test_select_keeps_execution_order_and_rejects_unknown_roles(tiny_model):
+    layout = layout_of(tiny_model("llama"))
+    assert [ref.role for ref in layout.select(["v", "q"])] == ["q", "v"] * 3
+    assert layout.select() == layout.linears
+    with pytest.raises(ConfigError, match=r"'qkv'.*q, k, v, o, gate, up, down"):
+        layout.select(["q", "qkv"])

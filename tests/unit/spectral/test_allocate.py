@@ -1,0 +1,125 @@
+from itertools import product
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lowrank_kit.spectral.allocate import allocate, break_even_rank
+
+
+@st.composite
+def problems(draw):
+    items = draw(st.integers(1, 12))
+    multiple = draw(st.sampled_from([1, 2, 8]))
+    per_item = {"min_size": items, "max_size": items}
+    weights = draw(st.lists(st.floats(0, 1e6), **per_item))
+    cost = draw(st.lists(st.integers(1, 5000), **per_item))
+    floor = draw(st.lists(st.integers(0, 20), **per_item))
+    room = draw(st.lists(st.integers(0, 200), **per_item))
+    cap = [f + multiple + r for f, r in zip(floor, room, strict=True)]
+    least = sum(-(-f // multiple) * multiple * c for f, c in zip(floor, cost, strict=True))
+    budget = least + draw(st.integers(0, 1_500_000))
+    return weights, cost, budget, floor, cap, multiple
+
+
+@given(problems())
+def test_budget_bounds_and_multiples_are_kept_and_no_further_step_fits(problem):
+    _, cost, budget, floor, cap, multiple = problem
+    ranks = allocate(*problem)
+    spent = sum(r * c for r, c in zip(ranks, cost, strict=True))
+    assert spent <= budget
+    for rank, c, least, most in zip(ranks, cost, floor, cap, strict=True):
+        assert least <= rank <= most
+        assert rank % multiple == 0
+        assert rank + multiple > most or spent + multiple * c > budget
+    assert ranks == allocate(*problem)
+
+
+@given(
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=12),
+    st.integers(1, 1000),
+    st.integers(0, 100_000),
+    st.sampled_from([1, 8]),
+)
+def test_equal_costs_stay_within_one_step_of_proportional(weights, cost, budget, multiple):
+    n = len(weights)
+    ranks = allocate(weights, [cost] * n, budget, [0] * n, [10**6] * n, multiple)
+    for rank, weight in zip(ranks, weights, strict=True):
+        assert abs(rank - budget / cost * weight / sum(weights)) < multiple * (1 + 1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 5000)), min_size=1, max_size=12),
+    st.integers(0, 10**6),
+    st.sampled_from([1, 8]),
+)
+def test_unequal_costs_never_fall_a_step_below_proportional(items, budget, multiple):
+    weights, cost = zip(*items, strict=True)
+    n = len(items)
+    ranks = allocate(weights, cost, budget, [0] * n, [10**8] * n, multiple)
+    unit = budget / sum(w * c for w, c in items)
+    for rank, weight in zip(ranks, weights, strict=True):
+        assert rank > unit * weight - multiple * (1 + 1e-6)
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=6), st.integers(1, 300))
+def test_equal_costs_match_hamiltons_method(votes, seats):
+    assume(sum(votes) > 0)
+    quotas = [divmod(seats * v, sum(votes)) for v in votes]
+    order = sorted(range(len(votes)), key=lambda i: (-quotas[i][1], i))
+    left = seats - sum(whole for whole, _ in quotas)
+    expected = [whole + (i in order[:left]) for i, (whole, _) in enumerate(quotas)]
+    n = len(votes)
+    assert allocate(votes, [1] * n, seats, [0] * n, [10**6] * n) == expected
+
+
+def test_capped_items_pass_their_share_on_in_proportion():
+    assert allocate([8, 1, 1], [1] * 3, 100, [0] * 3, [40, 100, 100]) == [40, 30, 30]
+
+
+def test_floors_are_paid_by_the_others_in_proportion():
+    assert allocate([0, 1, 3], [1] * 3, 100, [20, 0, 0], [100] * 3) == [20, 20, 60]
+
+
+def test_a_rank_of_a_wide_matrix_costs_more_of_the_budget():
+    assert allocate([1, 1], [100, 300], 4000, [0, 0], [50, 50]) == [10, 10]
+
+
+def test_more_than_enough_gives_the_caps_rounded_down():
+    assert allocate([1, 0], [3, 5], 10**6, [0, 0], [30, 17], 8) == [24, 16]
+
+
+def test_no_weight_at_all_shares_evenly():
+    assert allocate([0, 0], [1, 1], 10, [0, 0], [9, 9]) == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 79}, "floors alone cost 80, above the budget 79; nearest feasible: 80"),
+        ({"cap": [50, 7]}, r"item 1: floor 5 \(up to 8\) exceeds cap 7 \(down to 0\) in multiples of 8"),
+        ({"weights": [1.0, float("nan")]}, "item 1: weight must be finite"),
+        ({"weights": [-1.0, 1.0]}, "item 0: weight must be"),
+        ({"weights": [1.0]}, r"one entry per item.*\[1, 2, 2, 2\]"),
+        ({"cost_per_rank": [5, 0]}, "item 1: cost_per_rank"),
+        ({"floor": [-1, 0]}, "item 0: floor must not be negative"),
+        ({"multiple": 0}, "multiple must be at least 1"),
+    ],
+)
+def test_impossible_requests_say_what_is_wrong(change, message):
+    request = {
+        "weights": [1.0, 2.0],
+        "cost_per_rank": [5, 5],
+        "budget": 1000,
+        "floor": [5, 5],
+        "cap": [50, 50],
+        "multiple": 8,
+    }
+    with pytest.raises(ValueError, match=message):
+        allocate(**(request | change))
+
+
+@pytest.mark.parametrize(("out", "width"), list(product([1, 7, 64, 1536], repeat=2)))
+def test_break_even_is_the_last_rank_that_does_not_grow_the_matrix(out, width):
+    rank = break_even_rank(out, width)
+    assert rank * (out + width) <= out * width < (rank + 1) * (out + width)
