@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Small matrices: more threads than cores only slow the tests down.
@@ -9,10 +9,10 @@ export TOKENIZERS_PARALLELISM = false
 
 demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, fine-tune, print the table
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
-	$(BIN)/python -m lowrank_kit.run method=astra task=glue
+	$(BIN)/python -m lowrank_kit.run method=astra task=glue/sst2
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows
+	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
 	$(BIN)/python -m pytest -m "not nightly"
 
 lint: $(VENV)/.installed

@@ -26,7 +26,7 @@ from lowrank_kit.errors import ConfigError, did_you_mean
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-DEVICES = ("auto", "cpu", "cuda", "cuda:0", "mps")
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 
 
 class Section(BaseModel):
@@ -95,7 +95,9 @@ class ClassificationTask(Section):
 
     @model_validator(mode="after")
     def _metrics_fit_the_labels(self) -> "ClassificationTask":
-        legal = {"pearson", "spearman"} if self.labels == 1 else {"accuracy", "f1", "matthews"}
+        legal = {"pearson", "spearman"} if self.labels == 1 else {"accuracy", "matthews"}
+        if self.labels == 2:
+            legal.add("f1")
         if wrong := sorted(set(self.metrics) - legal):
             raise ValueError(f"metrics {wrong} do not fit labels={self.labels}; legal: {sorted(legal)}")
         return self
@@ -152,9 +154,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this L2 norm."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations while training; null: only at the end."""
+    """Steps between evaluations while training, the last at its end; null: none."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between resumable checkpoints; null: only at the end."""
+    """Steps between checkpoints that an interrupted training goes on from; null: none."""
     mixed_precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast while training; auto: bf16 on CUDA devices that have it, otherwise none."""
     gradient_checkpointing: bool = False
@@ -206,7 +208,7 @@ class RunSettings(Section):
 
 
 def _check_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"is not a device{did_you_mean(device, DEVICES)}")
     return device
 
@@ -235,7 +237,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random choice."""
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
-    """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:N` or `mps`."""
+    """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`. Spectra need float64: no MPS."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model's weights and activations."""
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -69,7 +70,7 @@ def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -
 def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:
     shown = ", ".join(value) if isinstance(value, Mapping) and value else _yaml(value)
     yield f"  {key} ({type_name(field)}) = {shown}"
-    yield f"      {_flat(field.description)}"
+    yield fill(_flat(field.description), 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _yaml(value: Any) -> str:

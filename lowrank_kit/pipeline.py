@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lowrank_kit.config import ClassificationTask, RunConfig, TaskGroup
-from lowrank_kit.data.sources import DatasetRef, Source, available, open_source
-from lowrank_kit.data.task_rows import TaskRows
-from lowrank_kit.errors import ConfigError
+from lowrank_kit.data.sources import Source, has, open_source
+from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
+from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.methods.base import Method
 from lowrank_kit.models.layout import layout_of
@@ -21,7 +21,7 @@ from lowrank_kit.models.load import ModelSource, load_config, skeleton
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.table import print_results
-from lowrank_kit.runs.tracking import open_tracker
+from lowrank_kit.runs.tracking import NullTracker, open_tracker
 from lowrank_kit.stages import TaskStages
 
 log = logging.getLogger(__name__)
@@ -31,43 +31,62 @@ def execute(config: RunConfig) -> Path:
     """Do everything that ``config`` asks for; return the run directory.
 
     What an earlier process finished in the same run directory is not done again (unless ``run.resume=false``).
-    Raises `ConfigError` before any weight is loaded where configuration, shapes and data cannot go together.
+    Raises `ConfigError` before a run directory is made or any weight is loaded where configuration, shapes and
+    data cannot go together.
     """
     source = open_source(config.data.source, config.data.root, config.data.revision)
-    tasks = _tasks(config, source)
     device = _resolve_device(config.device)
+    tasks = _tasks(config, source)
     _check_method(config, tasks[0])
+    rows = [TaskRows(config, task, source) for task in tasks]
     with RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
+        log.info(
+            "%s on %s (%s), %s, %s", _method(config).name, config.model.name, config.model.path, config.dtype, device
+        )
         if isinstance(config.task, TaskGroup):
-            records = [r for task in tasks for r in _execute_member(config, task, source, device, run.path)]
+            records = []
+            for number, (task, its_rows) in enumerate(zip(tasks, rows, strict=True), start=1):
+                log.info("%s (%d of %d)", task.name, number, len(tasks))
+                records += _execute_member(config, task, its_rows, device, run.path)
             run.write_json("results.json", [asdict(record) for record in records])
         else:
-            records = _execute_task(config, tasks[0], source, device, run)
-        notes = sorted({f"{r.task}: {r.source}" for r in records})
-        print_results(records, f"{_method(config).name} on {config.model.name}", notes)
+            records = _execute_task(config, tasks[0], rows[0], device, run)
+        if records:
+            notes = sorted({f"{r.task}: {r.source}" for r in records})
+            print_results(records, f"{_method(config).name} on {config.model.name}", notes)
     return run.path
 
 
 def _tasks(config: RunConfig, source: Source) -> list[ClassificationTask]:
     """The tasks to run: of a group, those that the data source has."""
     task = config.task
-    wanted = list(task.members.values()) if isinstance(task, TaskGroup) else [task]
-    refs = {t.name: DatasetRef(t.name, t.hub_path, t.hub_name) for t in wanted}
-    there = {ref.name for ref in available(source, refs.values())}
-    if isinstance(task, TaskGroup) and there:
-        if absent := [name for name in refs if name not in there]:
-            log.warning(
-                "data=%s has %s of the group %s and not %s; name a task alone to insist on it",
-                config.data.source, ", ".join(sorted(there)), task.name, ", ".join(absent),
-            )  # fmt: skip
-        return [t for t in wanted if t.name in there]
-    return wanted
+    if not isinstance(task, TaskGroup):
+        return [task]
+    wanted = list(task.members.values())
+    there = [t for t in wanted if has(source, dataset_of(t), needed_splits(config, t))]
+    absent = [t.name for t in wanted if t not in there]
+    if there and absent:
+        log.warning(
+            "data=%s has %s of the group %s and not %s; name a task alone to insist on it",
+            config.data.source, ", ".join(t.name for t in there), task.name, ", ".join(absent),
+        )  # fmt: skip
+    return there or wanted
 
 
 def _check_method(config: RunConfig, task: ClassificationTask) -> None:
     """Let the method look at the model's shapes: no weight is read for this."""
     source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
-    layout = layout_of(skeleton(load_config(source), "classification", task.labels))
+    try:
+        model_config = load_config(source)
+    except LowRankKitError as error:
+        # Of a type that transformers does not know; a hub that cannot be reached is no fault of the configuration.
+        if isinstance(error.__cause__, ValueError):
+            raise ConfigError(str(error)) from error
+        raise
+    try:
+        layout = layout_of(skeleton(model_config, "classification", task.labels))
+    except LowRankKitError as error:
+        raise ConfigError(str(error)) from error
     _method(config).check(layout)
 
 
@@ -80,31 +99,31 @@ def _method(config: RunConfig) -> Method:
 
 
 def _execute_member(
-    config: RunConfig, task: ClassificationTask, source: Source, device: str, group: Path
+    config: RunConfig, task: ClassificationTask, rows: TaskRows, device: str, group: Path
 ) -> list[EvalRecord]:
     """Run one member of a group in a run directory of its own inside the group's."""
     tracker = config.tracker.model_copy(update={"group": config.tracker.group or group.name})
     settings = config.run.model_copy(update={"dir": str(group / task.name.rpartition("/")[2])})
     member = config.model_copy(update={"task": task, "tracker": tracker, "run": settings})
     with RunDirectory.open(member) as run, _logged_to(run.path / "log.txt"):
-        return _execute_task(member, task, source, device, run)
+        return _execute_task(member, task, rows, device, run)
 
 
 def _execute_task(
-    config: RunConfig, task: ClassificationTask, source: Source, device: str, run: RunDirectory
+    config: RunConfig, task: ClassificationTask, rows: TaskRows, device: str, run: RunDirectory
 ) -> list[EvalRecord]:
     todo = [stage for stage in config.run.stages if not run.done(stage)]
-    earlier = _read_json(run.path / "manifest.json") if config.run.resume else None
-    manifest = Manifest(config.seed, device, earlier)
+    manifest = Manifest(config.seed, device, _read_json(run.path / "manifest.json"))
+    manifest.record("data", rows.facts())
     with manifest.watching(), ExitStack() as stack:
-        tracker = open_tracker(config.tracker, run.path, config.resolved()) if todo else None
-        if tracker:
-            stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
-        rows = TaskRows(config, task, source)
-        manifest.record("data", rows.facts())
+        tracker = open_tracker(config.tracker, run.path, config.resolved()) if todo else NullTracker()
+        stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
         stages = TaskStages(config, task, rows, device, run, manifest, tracker)
+        if todo:
+            _log_rows(rows)
+        else:
+            log.info("%s is complete already; run.resume=false starts over", run.path)
         for stage in todo:
-            log.info("%s: %s", task.name, stage)
             run.begin(stage)
             try:
                 with manifest.stage(stage):
@@ -112,12 +131,18 @@ def _execute_task(
             finally:
                 run.write_json("manifest.json", manifest.as_dict())
             run.mark(stage)
-        if not todo:
-            log.info("%s is complete already; run.resume=false starts over", run.path)
+            log.info("%s: %s, %.1f s", task.name, stage, manifest.seconds(stage))
         records = [EvalRecord(**raw) for raw in _read_json(run.path / "results.json") or []]
-        if tracker:
-            tracker.summary({f"{r.task}/{r.metric}/{r.checkpoint}": r.value for r in records})
+        tracker.summary({f"{r.task}/{r.metric}/{r.checkpoint}": r.value for r in records})
     return records
+
+
+def _log_rows(rows: TaskRows) -> None:
+    facts = rows.facts()
+    for split, fact in facts.items():
+        log.info("%s: %d rows, %s", split, fact["rows"], fact["source"])
+    for note in sorted({fact["note"] for fact in facts.values()} - {""}):
+        log.info("%s", note)
 
 
 def _read_json(path: Path) -> Any:
@@ -125,10 +150,12 @@ def _read_json(path: Path) -> Any:
 
 
 def _resolve_device(device: str) -> str:
+    there = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device}: torch {torch.__version__} sees no CUDA device here; use device=cpu")
+        return "cuda" if there else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index or 0) >= there:
+        raise ConfigError(f"device={device}: torch {torch.__version__} sees {there} CUDA devices here; use device=auto")
     return device
 
 

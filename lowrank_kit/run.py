@@ -1,8 +1,11 @@
 """`python -m lowrank_kit.run`: compose a configuration, check it, run the pipeline."""
 
 import argparse
+import logging
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.text import Text
 
 from lowrank_kit.compose import Composer, force_dotted
@@ -23,13 +27,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own).
 
     Exits with status 2 if the command is wrong and 1 if the work failed, after one message and no traceback.
-    An unexpected exception keeps its traceback. The last line printed by a run is `run: DIR`.
+    An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the run and exit with 130 and 143.
+    The last line printed by a run is `run: DIR`.
     """
+    # What a scheduler sends before it kills: unwinding records the interruption.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _main(list(sys.argv[1:] if argv is None else argv))
     except LowRankKitError as error:
         Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _main(argv: list[str]) -> None:
@@ -85,7 +94,30 @@ def _job(cfg: DictConfig) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
     from lowrank_kit.pipeline import execute
 
+    _set_up_console()
     print(f"run: {execute(config)}", flush=True)
+
+
+def _set_up_console() -> None:
+    """Our own lines on stderr, and nothing of the libraries' that is no concern of the person who waits."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    logger, console = logging.getLogger("lowrank_kit"), Console(stderr=True)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s", "%H:%M:%S"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from lowrank_kit.models.load import (
     LoadedModel,
     ModelSource,
     fingerprint,
+    load_config,
     load_model,
     load_tokenizer,
     local_path,
@@ -56,7 +58,7 @@ class TaskStages:
         device: str,
         run: RunDirectory,
         manifest: Manifest,
-        tracker: Tracker | None,
+        tracker: Tracker,
     ) -> None:
         assert isinstance(config.method, Method)
         self.config, self.task, self.device = config, task, device
@@ -82,50 +84,51 @@ class TaskStages:
         adapted = self._adapted
         if adapted is None:
             return
-        train = self._rows.train(self._tokenizer)
-        evaluation = self._rows.evaluation(self._tokenizer)[0].rows
-        log.info("training %d parameters on %d rows", adapted.trained_parameters, len(train))
+        # Of an untrained model, should one have been judged before.
+        self._run.forget("evaluate", "results.json")
+        train, folder = self._rows.train(self._tokenizer), self._run.path / "checkpoints"
+        log.info("training %s parameters on %d rows", f"{adapted.trained_parameters:,}", len(train))
         self._manifest.record("trained_parameters", adapted.trained_parameters)
         history = fit(
             adapted.model,
             train,
-            evaluation,
+            self._evaluation[0].rows,
             self.config.train,
             tokenizer=self._tokenizer,
-            folder=self._run.path / "checkpoints",
+            folder=folder,
             device=self.device,
             seed=self.config.seed,
             eval_batch_size=self.config.eval.batch_size,
             score=self._score,
-            log=self._tracker.log if self._tracker else lambda metrics, step: None,
+            log=self._tracker.log,
         )
         self._run.write_json("history.json", history)
-        with self._run.write_folder("adapter") as folder:
-            adapted.export(folder, local_path(self._model_source))
+        with self._run.write_folder("adapter") as adapter:
+            adapted.export(adapter, local_path(self._model_source))
+        shutil.rmtree(folder, ignore_errors=True)
 
     def evaluate(self) -> None:
         """Measure the final model on every evaluation split: ``results.json``."""
         model, records = self._final_model, []
-        train_labels = self._rows.train(self._tokenizer)["labels"]
-        evaluation = self._rows.evaluation(self._tokenizer)
-        for rows in evaluation:
+        guess = glue.majority(self._rows.train_labels, self.task.labels == 1)
+        for rows in self._evaluation:
             labels = np.array(rows.rows["labels"])
             logits = glue.predict(model, rows.rows, self._tokenizer, self.config.eval.batch_size, self.device)
             predictions = glue.predictions_of(logits)
-            constant = np.full(len(labels), glue.majority(train_labels, self.task.labels == 1))
+            constant = np.full(len(labels), guess)
             for metric in self.task.metrics:
                 error = glue.standard_error(metric, labels, predictions)
                 reference = glue.score(metric, labels, constant)
                 value = glue.score(metric, labels, predictions)
                 records.append(self._record(rows, metric, reference, "majority_class"))
                 records.append(self._record(rows, metric, value, "final", stderr=error))
-        records += self._looks_while_training(evaluation[0])
+        records += self._looks_while_training(self._evaluation[0])
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     @cached_property
     def _loaded(self) -> LoadedModel:
         set_seed(self.config.seed)
-        return load_model(
+        loaded = load_model(
             self._model_source,
             "classification",
             getattr(torch, self.config.dtype),
@@ -133,20 +136,31 @@ class TaskStages:
             num_labels=self.task.labels,
             problem_type="regression" if self.task.labels == 1 else "single_label_classification",
         )
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(loaded.model, layout_of(loaded.model))}
+        self._manifest.record("model", facts)
+        return loaded
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._model_source)
+        tokenizer, config = load_tokenizer(self._model_source), load_config(self._model_source)
+        if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
+            # RoBERTa counts positions from behind its padding token.
+            first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+        return tokenizer
+
+    @cached_property
+    def _evaluation(self) -> list[EvaluationRows]:
+        return self._rows.evaluation(self._tokenizer)
 
     @cached_property
     def _kept(self) -> dict[str, Kept]:
         method = self.method
-        if not isinstance(method, InitialisedAdapter):
+        request = method.needs() if isinstance(method, InitialisedAdapter) else None
+        if not isinstance(method, InitialisedAdapter) or request is None:
             return {}
         model = self._loaded.model
         layout = layout_of(model)
-        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout)}
-        self._manifest.record("model", facts)
         samples = self._calibration_samples()
         self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
 
@@ -154,13 +168,14 @@ class TaskStages:
             module = model.get_submodule(statistics.ref.name)
             return method.reduce(weight_of(module), module.bias, statistics)
 
-        with Progress(transient=True, console=Console(stderr=True)) as progress:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
             return calibrate(
                 model,
                 layout,
                 samples,
                 method.targets(layout),
-                method.needs(),
+                request,
                 reduce,
                 batch_size=self.config.calibration.batch_size,
                 cache=cache_dir() / "calibration" if self.config.calibration.cache else None,
@@ -182,9 +197,9 @@ class TaskStages:
         model = self._loaded.model
         factors = {}
         if isinstance(method, InitialisedAdapter):
-            for name, kept in self._kept.items():
+            for name, rank in plan.ranks.items():
                 weight = weight_of(model.get_submodule(name))
-                factors[name] = method.initialise(weight, kept, plan.ranks[name])
+                factors[name] = method.initialise(weight, self._kept.get(name, {}), rank)
         set_seed(self.config.seed)
         return attach(model, method, plan, factors, self._loaded.new_modules, task_type="SEQ_CLS")
 
@@ -193,6 +208,8 @@ class TaskStages:
         """The model to judge: trained here, or what an earlier process left in ``adapter/``."""
         if "_adapted" not in vars(self) and self._run.done("train") and isinstance(self.method, Adapter):
             return PeftModel.from_pretrained(self._loaded.model, str(self._run.path / "adapter"))
+        if isinstance(self.method, Adapter) and not self._run.done("train"):
+            log.warning("%s: evaluating the adapter as it starts: it was not trained", self.task.name)
         return self._adapted.model if self._adapted else self._loaded.model
 
     def _calibration_samples(self) -> CalibrationSamples:

@@ -1,5 +1,6 @@
 """Calibrate a model for a method: stream the statistics, reduce each layer's at once, keep the results."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
@@ -16,8 +17,20 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.load import fingerprint
 
-# What a method keeps of one layer: small named tensors, of which "spectrum" [p] holds the output eigenvalues.
+# What a method keeps of one layer: small named tensors.
 Kept = dict[str, Tensor]
+
+# Settings of heads and bookkeeping: activations of the blocks do not depend on them.
+NOT_OF_THE_BLOCKS = {
+    "architectures",
+    "classifier_dropout",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def calibrate(
@@ -42,7 +55,7 @@ def calibrate(
             reads its own input shifted right, as its sequence classifiers do.
         refs: the linears to calibrate.
         request: which moments ``reduce`` reads.
-        reduce: called once a linear, while no other block's moments are held.
+        reduce: called once a linear, while no other block's moments are held; its tensors are moved to the CPU.
         batch_size: sequences a batch.
         cache: folder of the content-keyed cache; None keeps nothing on disk.
         reduction_key: what the outcome of ``reduce`` depends on beside the statistics, JSON-serialisable.
@@ -54,6 +67,7 @@ def calibrate(
     if cache is not None:
         key = {
             "model": fingerprint(model, layout),
+            "config": _below_the_head(model.config),
             "samples": samples.fingerprint(),
             "batch_size": batch_size,
             "dtype": str(model.dtype),
@@ -72,13 +86,25 @@ def calibrate(
             kept.update(store.load(block))
     task = progress.add_task("calibrate", total=len(blocks), completed=len(finished)) if progress else None
     if finished < set(blocks):
-        batches = samples.batches(batch_size, model.config.pad_token_id or 0)
+        batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
         for block, statistics in stream_statistics(model, layout, batches, request, refs, skip=finished):
             with torch.no_grad():
-                results = {layer.ref.name: reduce(layer) for layer in statistics}
+                results = {layer.ref.name: _on_cpu(reduce(layer)) for layer in statistics}
+            # Else these moments would live on while the next block's are summed.
+            del statistics
             if store:
                 store.save(block, results)
             kept.update(results)
             if progress and task is not None:
                 progress.advance(task)
     return kept
+
+
+def _below_the_head(config: PretrainedConfig) -> dict[str, Any]:
+    """What the activations depend on beside weights and tokens: windows, activation functions, rotary bases."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in settings.items() if k not in NOT_OF_THE_BLOCKS and not k.startswith("_")}
+
+
+def _on_cpu(kept: Kept) -> Kept:
+    return {quantity: tensor.cpu() for quantity, tensor in kept.items()}

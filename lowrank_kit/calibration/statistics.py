@@ -28,5 +28,5 @@ class LayerStatistics:
     """
 
     ref: LinearRef
-    inputs: Moments | None
-    outputs: Moments | None
+    side: Literal["input", "output"]
+    moments: Moments

@@ -39,7 +39,7 @@ class CalibrationStore:
     def save(self, block: int, results: BlockResults) -> None:
         """Write one block's results, ``{linear name: {quantity: tensor}}``."""
         flat = {
-            f"{linear}|{quantity}": tensor.cpu().contiguous()
+            f"{linear}|{quantity}": tensor.contiguous()
             for linear, quantities in results.items()
             for quantity, tensor in quantities.items()
         }

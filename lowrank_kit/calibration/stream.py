@@ -95,6 +95,8 @@ def _stream_stack(
                     hidden[0] = (output[0] if isinstance(output, tuple) else output).cpu()
         if linears:
             yield first + offset, collector.statistics()
+        # Else it would hold this block's moments while the next block's are summed.
+        del collector
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,9 @@ class MomentCollector:
     def statistics(self) -> list[LayerStatistics]:
         """What was collected, a record for every linear."""
         return [
-            LayerStatistics(ref, self._inputs.get(name), self._outputs.get(ref.name))
+            LayerStatistics(ref, "input", self._inputs[name])
+            if self._by_input[name]
+            else LayerStatistics(ref, "output", self._outputs[ref.name])
             for name, group in self._groups.items()
             for ref in group
         ]

@@ -64,6 +64,7 @@ class CalibrationSamples:
         """Content hash: equal exactly when the tokens that a model reads, and their order, are equal."""
         digest = hashlib.sha256()
         for sample in self.sequences:
+            digest.update(f"{len(sample)} inputs;".encode())
             for name in sorted(sample):
                 digest.update(f"{name}:{len(sample[name])};".encode())
                 digest.update(sample[name].to(torch.int64).numpy().tobytes())

@@ -1,10 +1,41 @@
 """Rows of a labelled-text task as the token sequences that a model reads, in training and in calibration alike."""
 
+import math
+from collections.abc import Mapping
+
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit.config import ClassificationTask
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.errors import ConfigError
+
+
+def check_rows(rows: datasets.Dataset, task: ClassificationTask, split: str) -> None:
+    """Raise `ConfigError` for rows that lack the task's columns, their text or their labels. Needs no model."""
+    if not len(rows):
+        raise ConfigError(f"{task.name}: the split '{split}' has no rows")
+    needed = [*task.text_columns, task.label_column]
+    if lacking := [name for name in needed if name not in rows.column_names]:
+        raise ConfigError(
+            f"{task.name}: the rows of '{split}' have no column {', '.join(lacking)}; "
+            f"they have {', '.join(rows.column_names)}"
+        )
+    for column in task.text_columns:
+        for value in rows[column]:
+            if not isinstance(value, str):
+                raise ConfigError(f"{task.name}: column '{column}' of '{split}' holds {value!r}, which is no text")
+    if wrong := {repr(label) for label in rows[task.label_column] if not _is_label(label, task.labels)}:
+        legal = "numbers" if task.labels == 1 else f"classes 0 to {task.labels - 1}"
+        raise ConfigError(
+            f"{task.name}: labels {', '.join(sorted(wrong)[:5])} of '{split}' are not {legal}; "
+            "the hub marks hidden test labels by -1: choose a split that has labels"
+        )
+
+
+def _is_label(value: object, classes: int) -> bool:
+    if classes == 1:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int) and 0 <= value < classes
 
 
 def encode_classification(
@@ -13,28 +44,17 @@ def encode_classification(
     """Tokenise without padding; columns are the tokenizer's own and ``labels`` (int, or float for regression).
 
     A pair goes in as the tokenizer joins pairs where it sets a separator between them, else as two lines.
-    Raises `LowRankKitError` for rows without the task's columns or without labels.
+    The rows have passed `check_rows`.
     """
-    needed = [*task.text_columns, task.label_column]
-    if lacking := [name for name in needed if name not in rows.column_names]:
-        raise LowRankKitError(
-            f"{task.name}: the rows have no column {', '.join(lacking)}; they have {', '.join(rows.column_names)}"
-        )
-    labels = rows[task.label_column]
     is_regression = task.labels == 1
-    if not is_regression and (wrong := sorted({y for y in labels if not 0 <= y < task.labels})):
-        raise LowRankKitError(
-            f"{task.name}: labels {wrong} are not classes 0 to {task.labels - 1}; "
-            "the hub marks hidden test labels by -1: choose a split that has labels"
-        )
     separates = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+    def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
         texts = [batch[column] for column in task.text_columns]
         if not separates:
             texts = [["\n".join(parts) for parts in zip(*texts, strict=True)]]
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        encoded.pop("attention_mask")
+        encoded.pop("attention_mask", None)
         return {**encoded, "labels": [float(y) if is_regression else y for y in batch[task.label_column]]}
 
     return rows.map(tokenize, batched=True, remove_columns=rows.column_names)

@@ -52,7 +52,7 @@ class Source(Protocol):
         """Return the splits of a set, sorted; none where the source lacks the set."""
 
     def load(self, ref: DatasetRef, split: str) -> Rows:
-        """Return one split; raises `LowRankKitError` saying what was looked for and what there is."""
+        """Return one split; raises `ConfigError` saying what was looked for and what there is."""
 
 
 class PackagedSource:
@@ -163,9 +163,9 @@ def open_source(kind: SourceKind, root: str | Path | None = None, revision: str 
     return LocalSource(folder)
 
 
-def available(source: Source, refs: Iterable[DatasetRef]) -> list[DatasetRef]:
-    """Return those of ``refs`` that a source has; the hub, which is not asked, is taken to have all."""
-    return [ref for ref in refs if isinstance(source, HubSource) or source.splits(ref)]
+def has(source: Source, ref: DatasetRef, splits: Iterable[str]) -> bool:
+    """Whether a source has all these splits of a set; the hub, which is not asked, is taken to have them."""
+    return isinstance(source, HubSource) or set(splits) <= set(source.splits(ref))
 
 
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -214,9 +214,7 @@ def _sets(root: Path) -> set[str]:
 
 def _missing(
     ref: DatasetRef, split: str, file: Path, splits: Iterable[str], sets: Iterable[str], others: str
-) -> LowRankKitError:
+) -> ConfigError:
     here = ", ".join(splits)
     there_is = f"it has the splits {here}" if here else f"sets here: {', '.join(sorted(sets)) or 'none'}"
-    return LowRankKitError(
-        f"no split '{split}' of '{ref.name}': looked for {file}; {there_is}. Other sources: {others}"
-    )
+    return ConfigError(f"no split '{split}' of '{ref.name}': looked for {file}; {there_is}. Other sources: {others}")

@@ -7,7 +7,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit.config import ClassificationTask, RunConfig
-from lowrank_kit.data.encode import encode_classification
+from lowrank_kit.data.encode import check_rows, encode_classification
 from lowrank_kit.data.sources import DatasetRef, Rows, Source
 from lowrank_kit.errors import ConfigError
 
@@ -24,14 +24,25 @@ class EvaluationRows:
     source: str
 
 
+def dataset_of(task: ClassificationTask) -> DatasetRef:
+    """The set whose rows a task reads."""
+    return DatasetRef(task.name, task.hub_path, task.hub_name)
+
+
+def needed_splits(config: RunConfig, task: ClassificationTask) -> tuple[str, ...]:
+    """The splits that a run of this task reads: with ``eval.held_out``, no evaluation split."""
+    return (task.train_split,) if config.eval.held_out else (task.train_split, *task.eval_splits)
+
+
 class TaskRows:
-    """Loads every split once; raises what the source raises, before any model is needed."""
+    """Loads and checks every split once; raises what the source and `check_rows` raise, before any model is needed."""
 
     def __init__(self, config: RunConfig, task: ClassificationTask, source: Source) -> None:
         self._config, self._task = config, task
-        ref = DatasetRef(task.name, task.hub_path, task.hub_name)
-        splits = [task.train_split] if config.eval.held_out else [task.train_split, *task.eval_splits]
-        self._splits: dict[str, Rows] = {split: source.load(ref, split) for split in splits}
+        splits = needed_splits(config, task)
+        self._splits: dict[str, Rows] = {split: source.load(dataset_of(task), split) for split in splits}
+        for split, rows in self._splits.items():
+            check_rows(rows.dataset, task, split)
         train = self._splits[task.train_split].dataset
         self._held_out = None
         if held_out := config.eval.held_out:
@@ -52,6 +63,11 @@ class TaskRows:
             name: {"source": rows.source, "note": rows.note, "sha256": rows.sha256, "rows": len(rows.dataset)}
             for name, rows in self._splits.items()
         }
+
+    @property
+    def train_labels(self) -> list[float]:
+        """The training rows' labels."""
+        return [float(label) for label in self._train[self._task.label_column]]
 
     def train(self, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         """Encoded training rows, in an order drawn by the seed."""
@@ -90,7 +106,7 @@ class TaskRows:
         ]
 
     def _max_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        # Tokenizers without a limit give a huge number here; a row is never longer than the model's own maximum.
+        # A tokenizer without a limit, of a model without one, gives a huge number here.
         return min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length, 2**16)
 
 

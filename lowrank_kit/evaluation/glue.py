@@ -1,6 +1,7 @@
 """Metrics of labelled-text tasks, as GLUE defines them (Wang et al., arXiv 1804.07461, table 1)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import datasets
 import numpy as np
@@ -19,7 +20,7 @@ BOOTSTRAP_SAMPLES = 200
 
 METRICS: dict[Metric, Callable[[NDArray, NDArray], float]] = {
     "accuracy": accuracy_score,
-    "f1": f1_score,
+    "f1": partial(f1_score, zero_division=0.0),
     "matthews": matthews_corrcoef,
     "pearson": lambda labels, values: pearsonr(labels, values).statistic,
     "spearman": lambda labels, values: spearmanr(labels, values).statistic,
@@ -32,8 +33,8 @@ def predictions_of(logits: NDArray) -> NDArray:
 
 
 def score(metric: Metric, labels: NDArray, predictions: NDArray) -> float:
-    """One metric as a fraction; a correlation with constant predictions is 0."""
-    if metric in ("pearson", "spearman") and np.ptp(predictions) == 0:
+    """One metric as a fraction; a correlation with a constant is 0."""
+    if metric in ("pearson", "spearman", "matthews") and 0 in (np.ptp(labels), np.ptp(predictions)):
         return 0.0
     return float(METRICS[metric](labels, predictions))
 
@@ -54,7 +55,7 @@ def majority(labels: Sequence[float], is_regression: bool) -> float:
     if is_regression:
         return float(np.mean(labels))
     values, counts = np.unique(labels, return_counts=True)
-    return values[counts.argmax()]
+    return float(values[counts.argmax()])
 
 
 @torch.no_grad()

@@ -116,11 +116,10 @@ class Astra(InitialisedAdapter):
     def _eigenpairs(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, count: int) -> Eigenpairs:
         which = PAIRS[self.subspace]
         wanted = None if self.subspace == "tail" and self.null_space else count
-        if statistics.inputs is not None:
-            pairs = output_eigenpairs(weight, statistics.inputs, bias, count=wanted, which=which)
+        moments = statistics.moments
+        if statistics.side == "input":
+            pairs = output_eigenpairs(weight, moments, bias, count=wanted, which=which)
         else:
-            assert statistics.outputs is not None
-            moments = statistics.outputs
             pairs = range_eigenpairs(moments.gram, wanted, which, rank_bound=moments.count)
         if wanted is None:
             pairs = _with_null_space(pairs, statistics.ref.out_features)
@@ -149,7 +148,6 @@ def _preference(subspace: str, size: int) -> list[int]:
 
 
 def _spectrum(weight: Tensor, bias: Tensor | None, statistics: LayerStatistics) -> Float64[Tensor, " p"]:
-    if statistics.inputs is not None:
-        return output_eigenvalues(weight, statistics.inputs, bias)
-    assert statistics.outputs is not None
-    return eigenvalues(statistics.outputs.gram)
+    if statistics.side == "input":
+        return output_eigenvalues(weight, statistics.moments, bias)
+    return eigenvalues(statistics.moments.gram)

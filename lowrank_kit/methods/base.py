@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from lowrank_kit.calibration.collect import Kept
@@ -65,10 +65,20 @@ class Adapter(Method):
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     roles: tuple[str, ...] | None = None
     """Roles to adapt (q k v o gate up down, or the family's own); null: every linear in the blocks."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Rank by role, or by a regular expression that matches a whole module path; it overrides `rank`."""
     train: Literal["both", "down", "up"] = "both"
     """Which factors learn. `down` freezes B, so that every update stays in its column space."""
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _patterns_compile(cls, patterns: dict[str, int]) -> dict[str, int]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is neither a role nor a regular expression: {error}") from None
+        return patterns
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
         """The linears to adapt. Raises `ConfigError` for a role that the model does not have."""
@@ -96,7 +106,7 @@ class Adapter(Method):
                 )
         for ref in targets:
             rank, largest = self._configured_rank(ref), min(ref.in_features, ref.out_features)
-            if not 1 <= rank <= largest:
+            if rank > largest:
                 raise ConfigError(
                     f"method.rank={rank} does not fit {ref.name} (role {ref.role}), a {ref.out_features}x"
                     f"{ref.in_features} matrix: legal are 1 to {largest}; lower method.rank, or set "
@@ -123,22 +133,22 @@ class InitialisedAdapter(Adapter):
     """`residual` takes the initial product out of W; `untouched` leaves W alone and subtracts the frozen product in
     the forward pass (quantised bases, several adapters on one base)."""
 
-    def needs(self) -> StatisticsRequest:
-        """What calibration has to collect."""
-        raise NotImplementedError
+    def needs(self) -> StatisticsRequest | None:
+        """What calibration has to collect; None where the weights alone decide."""
+        return None
 
     def reduce(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, statistics: LayerStatistics
     ) -> Kept:
         """Keep what `plan` and `initialise` will read of one layer; its statistics are freed afterwards."""
-        raise NotImplementedError
+        return {}
 
     def reduction_key(self) -> dict[str, object]:
         """Every setting that the outcome of `reduce` depends on, for the calibration cache."""
-        raise NotImplementedError
+        return self.model_dump(mode="json")
 
     def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
-        """The factors to start from, float64."""
+        """The factors to start from, float64; ``kept`` is empty without calibration."""
         raise NotImplementedError
 
 

@@ -26,6 +26,9 @@ HEARTBEAT_SECONDS = 20.0
 # A process on another host cannot be looked up; it is dead after this many seconds of silence.
 SILENCE_SECONDS = 15 * HEARTBEAT_SECONDS
 
+# What the stages leave; a run directory may hold other people's files too.
+WORK = ("manifest.json", "plan.json", "checkpoints", "adapter", "history.json", "results.json")
+
 State = Literal["running", "complete", "failed", "interrupted"]
 
 
@@ -116,7 +119,7 @@ class RunDirectory:
     def open(cls, config: RunConfig) -> "RunDirectory":
         """Open the directory of this configuration, `run.dir` or ROOT/NAME; find earlier work in it.
 
-        With `run.resume=false` no stage counts as done. Raises `ConfigError` if `run.dir` holds a run of
+        With `run.resume=false` that work is removed. Raises `ConfigError` if `run.dir` holds a run of
         another configuration, naming the keys that differ, and `LowRankKitError` if a process works there.
         """
         settings = config.run
@@ -129,6 +132,7 @@ class RunDirectory:
             raise
         if not settings.resume:
             run._status = replace(run._status, stages_done=())
+            run.remove(*WORK)
         run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
         run._update()
         return run
@@ -166,6 +170,19 @@ class RunDirectory:
     def done(self, stage: str) -> bool:
         """Whether this stage was finished, now or by an earlier process."""
         return stage in self._status.stages_done
+
+    def forget(self, stage: str, *names: str) -> None:
+        """Let a stage count as not done, and remove the files that told of it."""
+        self._update(stages_done=tuple(s for s in self._status.stages_done if s != stage))
+        self.remove(*names)
+
+    def remove(self, *names: str) -> None:
+        """Remove files and folders of this run, if they are there."""
+        for path in (self.path / name for name in names):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def begin(self, stage: str) -> None:
         """Record which stage is being worked on."""

@@ -25,13 +25,14 @@ PACKAGES = ("torch", "transformers", "peft", "datasets")
 class Manifest:
     """Collects facts about one run; `as_dict` is what `manifest.json` holds.
 
-    `earlier` is the manifest of a process that was interrupted in the same directory: its stages and
-    its warnings are kept.
+    `earlier` is the manifest of a process that worked in the same directory before: its stages, its warnings and
+    what only it recorded are kept.
     """
 
     def __init__(self, seed: int, device: str, earlier: Mapping[str, Any] | None = None) -> None:
         previous = earlier or {}
         self._facts: dict[str, Any] = {
+            **{key: fact for key, fact in previous.items() if key not in ("stages", "warnings")},
             "versions": {
                 "lowrank_kit": __version__,
                 "python": platform.python_version(),
@@ -75,6 +76,10 @@ class Manifest:
             if torch.cuda.is_available():
                 measured["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
             self._stages[name] = measured
+
+    def seconds(self, stage: str) -> float:
+        """Return how long a stage took."""
+        return float(self._stages[stage]["seconds"])
 
     @contextmanager
     def watching(self) -> Iterator[None]:

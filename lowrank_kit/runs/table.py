@@ -12,7 +12,7 @@ MAJORITY: Checkpoint = "majority_class"
 
 def print_results(records: Sequence[EvalRecord], title: str, notes: Sequence[str] = ()) -> None:
     """Print one line a task and metric: the final figure beside the majority class, in percent."""
-    table = Table(title=title, caption="\n".join(notes), caption_justify="left", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for heading in ("task", "metric", "majority", "first look", "best look", "final ± s.e.", "rows"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     found = {(r.task, r.metric, r.checkpoint): r for r in records}
@@ -24,7 +24,10 @@ def print_results(records: Sequence[EvalRecord], title: str, notes: Sequence[str
         error = "" if final.stderr is None else f" ± {100 * final.stderr:.1f}"
         table.add_row(task, metric, *cells, f"{_percent(final)}{error}", str(final.n))
     # Wide enough for every column: a table in a log file must not be cut to the width of no terminal.
-    Console(width=max(100, Console().width)).print(table)
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 def _percent(record: EvalRecord | None) -> str:

@@ -57,8 +57,9 @@ class WandbTracker:
             dir=run_dir,
             config=dict(config),
             resume="allow",
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", silent=True),
         )
+        log.info("W&B run: %s", self._run.url if settings.mode == "online" else self._run.dir)
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """Send metrics of one optimiser step."""

@@ -49,13 +49,12 @@ class Moments:
         dtype = torch.promote_types(activations.dtype, torch.float32)
         device_type = activations.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            rows = activations.reshape(-1, width) if mask is None else activations[mask.bool()]
-            total = rows.sum(0, dtype=torch.float64)
-            if not total.isfinite().all():
-                bad = int((~rows.isfinite()).sum())
+            rows = (activations.reshape(-1, width) if mask is None else activations[mask.bool()]).to(dtype)
+            chunks = rows.split(ROWS_PER_PRODUCT)
+            total = torch.stack([chunk.sum(0) for chunk in chunks]).sum(0, dtype=torch.float64)
+            if not total.isfinite().all() and (bad := int((~rows.isfinite()).sum())):
                 raise ValueError(f"{bad} of {rows.numel()} activations are not finite (NaN or infinite)")
-            for chunk in rows.split(ROWS_PER_PRODUCT):
-                chunk = chunk.to(dtype)
+            for chunk in chunks:
                 self.gram += chunk.T @ chunk
             self.total += total
             self.count += rows.shape[0]

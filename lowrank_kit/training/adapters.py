@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.methods.base import Adapter, InitialisedAdapter, LowRankFactors, Plan
 from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.training.untouched import SubtractInitial
 
 ADAPTER = "default"
-# Beside it, for base=untouched, the frozen negative of its initial product.
-INITIAL = "initial"
+FROZEN = {"both": (), "down": ("lora_B",), "up": ("lora_A",)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AdaptedModel:
         """
         state = {
             name: tensor
-            for name, tensor in get_peft_model_state_dict(self.model, adapter_name=ADAPTER).items()
+            for name, tensor in get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
             if ".lora_" not in name
         }
         ranks, alphas = {}, {}
@@ -69,6 +69,7 @@ class AdaptedModel:
             state[f"base_model.model.{name}.lora_B.weight"] = factors.up.float().contiguous()
         trained = self.model.peft_config[ADAPTER]
         config = _lora_config(ranks, alphas, task_type=trained.task_type, modules_to_save=trained.modules_to_save)
+        config.fan_in_fan_out = trained.fan_in_fan_out
         config.base_model_name_or_path = base
         config.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,16 +110,16 @@ def attach(
     config.use_rslora, config.lora_dropout = method.rslora, method.dropout
     adapted = AdaptedModel(get_peft_model(model, config), method, plan, _as_stored(factors))
     for name, start in adapted.initial.items():
-        _start_from(adapted.layer(name), start)
-    if adapted.initial and isinstance(method, InitialisedAdapter):
-        if method.base == "residual":
-            _take_out_of_base(adapted)
+        layer = adapted.layer(name)
+        _start_from(layer, start)
+        if isinstance(method, InitialisedAdapter) and method.base == "untouched":
+            SubtractInitial.install(layer, ADAPTER, start)
         else:
-            _subtract_in_forward(adapted, config)
-    frozen = {"both": (), "down": ("lora_B",), "up": ("lora_A",)}[method.train]
-    for name, parameter in adapted.model.named_parameters():
-        if f".{INITIAL}." in name or any(part in name for part in frozen):
-            parameter.requires_grad_(False)
+            _take_out_of_base(layer, start)
+    for name in plan.ranks:
+        adapted.layer(name).frozen_peft_weight_names = {ADAPTER: FROZEN[method.train]}
+    # PEFT freezes what the layers declare, here and whenever an adapter is loaded or switched.
+    adapted.model.set_adapter(ADAPTER)
     return adapted
 
 
@@ -148,22 +149,12 @@ def _as_stored(factors: Mapping[str, LowRankFactors]) -> dict[str, LowRankFactor
 
 
 @torch.no_grad()
-def _start_from(layer: LoraLayer, start: LowRankFactors, adapter: str = ADAPTER, sign: int = 1) -> None:
-    layer.lora_A[adapter].weight.copy_(start.down)
-    layer.lora_B[adapter].weight.copy_(sign * start.up)
+def _start_from(layer: LoraLayer, start: LowRankFactors) -> None:
+    layer.lora_A[ADAPTER].weight.copy_(start.down)
+    layer.lora_B[ADAPTER].weight.copy_(start.up)
 
 
-def _take_out_of_base(adapted: AdaptedModel) -> None:
-    for name, start in adapted.initial.items():
-        base = adapted.layer(name).get_base_layer()
-        product = adapted.method.scaling(adapted.plan.ranks[name]) * start.up @ start.down
-        set_weight(base, (weight_of(base).detach().double().cpu() - product).to(base.weight.dtype))
-
-
-def _subtract_in_forward(adapted: AdaptedModel, config: LoraConfig) -> None:
-    """Add the frozen adapter ``-B0 A0``: PEFT sums active adapters, so no layer class of ours is needed."""
-    frozen = LoraConfig(**{**config.to_dict(), "modules_to_save": None, "lora_dropout": 0.0})
-    adapted.model.add_adapter(INITIAL, frozen)
-    for name, start in adapted.initial.items():
-        _start_from(adapted.layer(name), start, INITIAL, sign=-1)
-    adapted.model.base_model.set_adapter([ADAPTER, INITIAL])
+def _take_out_of_base(layer: LoraLayer, start: LowRankFactors) -> None:
+    base = layer.get_base_layer()
+    product = layer.scaling[ADAPTER] * start.up @ start.down
+    set_weight(base, weight_of(base).detach().double().cpu() - product)

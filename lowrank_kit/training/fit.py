@@ -1,5 +1,6 @@
 """One training run: transformers.Trainer, resumable, and loud when the loss is lost."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -24,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.training.progress import ProgressReport
 
 LOGGING_STEPS = 10
 
@@ -52,15 +55,15 @@ def fit(
         evaluation: encoded rows, scored every ``settings.eval_every`` steps.
         settings: the schedule.
         tokenizer: pads the batches.
-        folder: checkpoints; a whole one found there is continued from.
+        folder: checkpoints; a whole one found there is continued from. The caller removes it when the outcome is safe.
         device: where to train.
         seed: data order, dropout.
         eval_batch_size: rows a forward pass in evaluation.
         score: metrics of predictions.
-        log: called with every log entry and its step.
+        log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
 
     Raises:
-        LowRankKitError: the loss or the gradient is not finite.
+        LowRankKitError: the loss, the gradient or a metric is not finite.
     """
     set_seed(seed)
     mixed = _mixed_precision(settings, device)
@@ -83,6 +86,8 @@ def fit(
         save_steps=settings.save_every or 0,
         save_total_limit=1,
         logging_steps=LOGGING_STEPS,
+        logging_first_step=True,
+        disable_tqdm=True,
         logging_nan_inf_filter=False,
         bf16=mixed == "bf16",
         fp16=mixed == "fp16",
@@ -91,6 +96,9 @@ def fit(
         seed=seed,
         report_to=[],
     )
+    # The model is on its one device already; more that are visible are left to other runs.
+    _ = arguments.device
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -98,21 +106,25 @@ def fit(
         eval_dataset=evaluation,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=score,
+        # Encoder-decoders return hidden states beside them.
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
         optimizers=(_optimizer(model, settings), None),
         callbacks=[_Watcher(settings, log)],
     )
-    trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
-    shutil.rmtree(folder, ignore_errors=True)
+    trainer.remove_callback(PrinterCallback)
+    with ProgressReport() as report:
+        trainer.add_callback(report)
+        trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
     return trainer.state.log_history
 
 
 def _optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; newly initialised modules may learn faster than the adapter."""
     head_rate = settings.head_learning_rate or settings.learning_rate
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in learning.items() if "modules_to_save" not in name]},
-        {"params": [p for name, p in learning.items() if "modules_to_save" in name], "lr": head_rate},
+        {"params": [p for name, p in learning if "modules_to_save" not in name]},
+        {"params": [p for name, p in learning if "modules_to_save" in name], "lr": head_rate},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
@@ -124,10 +136,24 @@ def _mixed_precision(settings: TrainConfig, device: str) -> str:
 
 
 def _whole_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint that was finished: the Trainer writes its state file last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    """The latest checkpoint that was finished; halves of others, left by a killed process, are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if _is_whole(path):
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
     latest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     return None if latest is None else str(latest)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # The Trainer writes its state file last, but not atomically.
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 class _Watcher(TrainerCallback):
@@ -145,12 +171,17 @@ class _Watcher(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        for name in ("loss", "grad_norm"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
+        for name, value in (logs or {}).items():
+            # float16's loss scale is found by trial: an overflowing gradient is skipped, not applied.
+            if isinstance(value, float) and not math.isfinite(value) and not (args.fp16 and name == "grad_norm"):
                 raise LowRankKitError(
                     f"training lost its way: {name} is {value} at step {state.global_step}; lower "
                     f"train.learning_rate (now {self._settings.learning_rate:g}), raise train.warmup_ratio, "
                     "or train in float32 (dtype=float32 train.mixed_precision=none)"
                 )
-        self._log({k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}, state.global_step)
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        self._log({_grouped(name): value for name, value in numbers.items()}, state.global_step)
+
+
+def _grouped(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

