@@ -20,14 +20,11 @@ import psutil
 import torch
 
 from lowrank_kit.assets import require
-from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.methods.astra import Astra
-from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
-from lowrank_kit.training.adapters import attach
+from lowrank_kit.training.initialise import adapt
 
 SMOLLM2 = ModelSource("packaged://smollm2_135m")
 
@@ -72,21 +69,8 @@ def measure(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, 
 
 
 def initialise_astra(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:
-    method, layout = Astra(name="astra", rank=rank), layout_of(model)
-    kept = calibrate(
-        model,
-        layout,
-        CalibrationSamples(tuple({"input_ids": ids} for ids in sequences)),
-        layout.linears,
-        method.needs(),
-        lambda s: method.reduce(weight_of(model.get_submodule(s.ref.name)), None, s),
-        batch_size=4,
-    )
-    plan = method.plan(layout, kept)
-    factors = {
-        name: method.initialise(weight_of(model.get_submodule(name)), kept[name], r) for name, r in plan.ranks.items()
-    }
-    attach(model, method, plan, factors, (), "CAUSAL_LM")
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in sequences))
+    adapt(model, Astra(name="astra", rank=rank), samples, task_type="CAUSAL_LM", batch_size=4)
 
 
 def initialise_corda(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:

@@ -17,8 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 
 from lowrank_kit import __version__
 from lowrank_kit.assets import cache_dir
-from lowrank_kit.calibration.collect import Kept, calibrate
-from lowrank_kit.calibration.statistics import LayerStatistics
+from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import ClassificationTask, Metric, RunConfig
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
@@ -26,7 +25,6 @@ from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.methods.base import Adapter, InitialisedAdapter, Method, Plan
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.load import (
     LoadedModel,
     ModelSource,
@@ -41,6 +39,7 @@ from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.tracking import Tracker
 from lowrank_kit.training.adapters import AdaptedModel, attach
 from lowrank_kit.training.fit import fit
+from lowrank_kit.training.initialise import calibrate_for, starting_factors
 
 log = logging.getLogger(__name__)
 
@@ -156,30 +155,18 @@ class TaskStages:
     @cached_property
     def _kept(self) -> dict[str, Kept]:
         method = self.method
-        request = method.needs() if isinstance(method, InitialisedAdapter) else None
-        if not isinstance(method, InitialisedAdapter) or request is None:
+        if not isinstance(method, InitialisedAdapter) or method.needs() is None:
             return {}
-        model = self._loaded.model
-        layout = layout_of(model)
         samples = self._calibration_samples()
         self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
-
-        def reduce(statistics: LayerStatistics) -> Kept:
-            module = model.get_submodule(statistics.ref.name)
-            return method.reduce(weight_of(module), module.bias, statistics)
-
         console = Console(stderr=True)
         with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
-            return calibrate(
-                model,
-                layout,
+            return calibrate_for(
+                method,
+                self._loaded.model,
                 samples,
-                method.targets(layout),
-                request,
-                reduce,
                 batch_size=self.config.calibration.batch_size,
                 cache=cache_dir() / "calibration" if self.config.calibration.cache else None,
-                reduction_key=method.reduction_key(),
                 progress=progress,
             )
 
@@ -195,11 +182,7 @@ class TaskStages:
         if not isinstance(method, Adapter) or plan is None:
             return None
         model = self._loaded.model
-        factors = {}
-        if isinstance(method, InitialisedAdapter):
-            for name, rank in plan.ranks.items():
-                weight = weight_of(model.get_submodule(name))
-                factors[name] = method.initialise(weight, self._kept.get(name, {}), rank)
+        factors = starting_factors(method, model, plan, self._kept)
         set_seed(self.config.seed)
         return attach(model, method, plan, factors, self._loaded.new_modules, task_type="SEQ_CLS")
 

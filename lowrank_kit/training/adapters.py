@@ -21,7 +21,7 @@ FROZEN = {"both": (), "down": ("lora_B",), "up": ("lora_A",)}
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A PEFT model, with the factors that its adapter started from (empty when the initial product is zero)."""
+    """A PEFT model, with the float32 factors that its adapter started from (empty when their product is zero)."""
 
     model: PeftModel
     method: Adapter
@@ -38,12 +38,10 @@ class AdaptedModel:
         return self.model.get_base_model().get_submodule(name)
 
     def factors(self, name: str) -> LowRankFactors:
-        """The adapter's present factors at a linear, float64 on CPU."""
+        """A copy of the adapter's present factors at a linear, float64 on CPU."""
         layer = self.layer(name)
-        return LowRankFactors(
-            up=layer.lora_B[ADAPTER].weight.detach().double().cpu(),
-            down=layer.lora_A[ADAPTER].weight.detach().double().cpu(),
-        )
+        up, down = (part[ADAPTER].weight.detach().cpu().double() for part in (layer.lora_B, layer.lora_A))
+        return LowRankFactors(up, down)
 
     def export(self, folder: Path, base: str) -> None:
         """Write a PEFT LoRA adapter on the ORIGINAL base, which `PeftModel.from_pretrained` loads without us.
@@ -65,8 +63,8 @@ class AdaptedModel:
             factors = self._export_factors(name)
             ranks[name] = factors.down.shape[0]
             alphas[name] = self.method.scaling(rank) * ranks[name]
-            state[f"base_model.model.{name}.lora_A.weight"] = factors.down.float().contiguous()
-            state[f"base_model.model.{name}.lora_B.weight"] = factors.up.float().contiguous()
+            state[f"base_model.model.{name}.lora_A.weight"] = factors.down.float()
+            state[f"base_model.model.{name}.lora_B.weight"] = factors.up.float()
         trained = self.model.peft_config[ADAPTER]
         config = _lora_config(ranks, alphas, task_type=trained.task_type, modules_to_save=trained.modules_to_save)
         config.fan_in_fan_out = trained.fan_in_fan_out
@@ -108,7 +106,8 @@ def attach(
     alphas = {name: method.alpha_of(rank) for name, rank in plan.ranks.items()}
     config = _lora_config(plan.ranks, alphas, task_type=task_type, modules_to_save=list(new_modules) or None)
     config.use_rslora, config.lora_dropout = method.rslora, method.dropout
-    adapted = AdaptedModel(get_peft_model(model, config), method, plan, _as_stored(factors))
+    initial = {name: _as_stored(start) for name, start in factors.items()}
+    adapted = AdaptedModel(get_peft_model(model, config), method, plan, initial)
     for name, start in adapted.initial.items():
         layer = adapted.layer(name)
         _start_from(layer, start)
@@ -143,9 +142,9 @@ def _lora_config(
     )
 
 
-def _as_stored(factors: Mapping[str, LowRankFactors]) -> dict[str, LowRankFactors]:
-    """Round to float32 first: what is subtracted later must be exactly what the adapter started from."""
-    return {n: LowRankFactors(f.up.float().double().cpu(), f.down.float().double().cpu()) for n, f in factors.items()}
+def _as_stored(factors: LowRankFactors) -> LowRankFactors:
+    """Round as PEFT stores them: what is subtracted later must be exactly what the adapter started from."""
+    return LowRankFactors(factors.up.detach().float().cpu(), factors.down.detach().float().cpu())
 
 
 @torch.no_grad()
@@ -156,5 +155,5 @@ def _start_from(layer: LoraLayer, start: LowRankFactors) -> None:
 
 def _take_out_of_base(layer: LoraLayer, start: LowRankFactors) -> None:
     base = layer.get_base_layer()
-    product = layer.scaling[ADAPTER] * start.up @ start.down
+    product = layer.scaling[ADAPTER] * start.up.double() @ start.down.double()
     set_weight(base, weight_of(base).detach().double().cpu() - product)
