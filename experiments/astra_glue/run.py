@@ -36,13 +36,12 @@ def main() -> None:
         return [*settings, f"train.learning_rate={rate}", f"seed={seed}", *more, *extra]
 
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), _single_threaded) as pool:
-        grid = list(product(tasks, arms, study["learning_rates"]))
+        rates = study["learning_rates"]
+        grid = [(t, a, rate) for t, a in product(tasks, arms) for rate in rates[t]]
         held_out = f"eval.held_out={study['held_out']}"
         tuning = pool.map(run, [job(t, a, rate, study["tuning_seed"], held_out) for t, a, rate in grid])
         scores = {key: _headline(records)["value"] for key, records in zip(grid, tuning, strict=True)}
-        chosen = {
-            (t, a): max(study["learning_rates"], key=lambda rate: scores[t, a, rate]) for t, a in product(tasks, arms)
-        }
+        chosen = {(t, a): max(rates[t], key=lambda rate: scores[t, a, rate]) for t, a in product(tasks, arms)}
         # Seeds outermost, so that a study cut short still compares all arms.
         cells = list(product(study["seeds"], tasks, arms))
         final = pool.map(run, [job(t, a, chosen[t, a], seed) for seed, t, a in cells])
