@@ -94,11 +94,11 @@ def _job(cfg: DictConfig) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
     from lowrank_kit.pipeline import execute
 
-    _set_up_console()
+    set_up_console()
     print(f"run: {execute(config)}", flush=True)
 
 
-def _set_up_console() -> None:
+def set_up_console() -> None:
     """Our own lines on stderr, and nothing of the libraries' that is no concern of the person who waits."""
     import datasets
     import transformers

@@ -61,7 +61,9 @@ def run(overrides: list[str]) -> Records:
     """One run in this worker process; its records."""
     from lowrank_kit.compose import Composer
     from lowrank_kit.pipeline import execute
+    from lowrank_kit.run import set_up_console
 
+    set_up_console()
     [config] = Composer().jobs(overrides, multirun=False)
     return json.loads((execute(config) / "results.json").read_text())
 
