@@ -84,7 +84,7 @@ def markdown(study: dict[str, Any], results: list[dict[str, Any]]) -> Iterable[s
         cells = []
         for arm in arms:
             cell = f"{100 * mean(values[arm]):.1f} ± {100 * stdev(values[arm]):.1f} (lr {rates[arm]:g}"
-            if arm != reference:
+            if arm != reference and values[arm] != values[reference]:
                 cell += f", p={ttest_rel(values[arm], values[reference]).pvalue:.2f}"
             cells.append(cell + ")")
         name = f"{task} ({head['metric']}, {head['n']})"

@@ -102,7 +102,7 @@ class LocalSource:
         if not file.is_file():
             others = "data=packaged or data=hub"
             raise _missing(ref, split, file, self.splits(ref), _sets(self.root), others)
-        return _rows(read_jsonl(file), f"local: {file}")
+        return _rows(read_jsonl(file), f"local: {ref.name}/{split}.jsonl")
 
 
 @dataclass(frozen=True)

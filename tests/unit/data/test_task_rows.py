@@ -99,7 +99,7 @@ def test_the_facts_name_every_split_with_its_hash(rows):
     facts = rows().facts()
     assert {name: fact["rows"] for name, fact in facts.items()} == {"train": 100, "validation": 30}
     assert len({fact["sha256"] for fact in facts.values()}) == 2
-    assert facts["train"]["source"] == f"local: {rows.folder / 'train.jsonl'}"
+    assert facts["train"]["source"] == "local: mine/pairs/train.jsonl"
 
 
 def test_pairs_are_joined_by_the_separator_where_there_is_one(rows):
