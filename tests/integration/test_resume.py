@@ -47,7 +47,7 @@ def test_a_killed_training_goes_on_and_ends_bit_for_bit_the_same(
     for name, state in (("checkpoint-100", None), ("checkpoint-115", good.read_text()[:200])):
         half = run / "checkpoints" / name
         half.mkdir()
-        (half / "trained.safetensors").write_bytes(b"half")
+        (half / "adapter_model.safetensors").write_bytes(b"half")
         if state is not None:
             (half / "trainer_state.json").write_text(state)
 
@@ -100,7 +100,7 @@ def test_stages_done_apart_give_the_figures_of_one_run(config, tmp_path, monkeyp
         run = execute(config(f"run.dir={tmp_path / 'parts'}", f"run.stages=[{stages}]", task="glue/stsb"))
         assert not (run / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_kit.stages.calibrate", None)
+        patch.setattr("lowrank_kit.stages.calibrate_for", None)
         patch.setattr("lowrank_kit.stages.fit", None)
         execute(config(f"run.dir={tmp_path / 'parts'}", "run.stages=[evaluate]", task="glue/stsb"))
     ours, theirs = (read(path / "results.json") for path in (run, whole))
