@@ -51,7 +51,7 @@ class Moments:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             rows = (activations.reshape(-1, width) if mask is None else activations[mask.bool()]).to(dtype)
             chunks = rows.split(ROWS_PER_PRODUCT)
-            total = torch.stack([chunk.sum(0) for chunk in chunks]).sum(0, dtype=torch.float64)
+            total = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)
             if not total.isfinite().all() and (bad := int((~rows.isfinite()).sum())):
                 raise ValueError(f"{bad} of {rows.numel()} activations are not finite (NaN or infinite)")
             for chunk in chunks:
