@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 Group = dict[str, str]
 
+LOWRANK_PREFIX = "lowrank_"
+"""Compressed models have a model type of their own: this, then the type of the model that was compressed."""
+
 
 @dataclass(frozen=True)
 class StackSpec:
@@ -138,3 +141,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "roberta": (_BERT,),
     "t5": (_t5({"up": "wi"}, {"down": "wo"}), _t5({"gate": "wi_0", "up": "wi_1"}, {"down": "wo"})),
 }
+
+
+def base_type(model_type: str) -> str:
+    """The model type that the table knows: for a compressed model, that of the original."""
+    return model_type.removeprefix(LOWRANK_PREFIX)

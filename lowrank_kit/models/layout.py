@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
-from lowrank_kit.models.families import FAMILIES, Family
+from lowrank_kit.models.factored import LowRankLinear
+from lowrank_kit.models.families import FAMILIES, Family, base_type
 from lowrank_kit.models.linear import check_linear, weight_of
 
 
@@ -17,6 +18,7 @@ class LinearRef:
 
     ``name`` is its module path; ``block`` counts over all blocks of the model in execution order. Linears of
     one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
+    ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one.
     """
 
     name: str
@@ -26,6 +28,7 @@ class LinearRef:
     out_features: int
     has_bias: bool
     input_group: str
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,26 +54,31 @@ class ModelLayout:
         return tuple(dict.fromkeys(ref.role for ref in self.linears))
 
     def select(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
-        """Return the linears with these roles (None: all), in execution order.
+        """Return the linears with these roles (None: all), in execution order, for a method to work on.
 
-        Raises `ConfigError` for a role that no linear of the model has.
+        Raises `ConfigError` for a role that no linear of the model has, and for one that is factored already.
         """
-        if roles is None:
-            return self.linears
-        for role in roles:
+        for role in roles or ():
             if role not in self.roles:
                 hint = did_you_mean(role, self.roles)
                 raise ConfigError(
                     f"no linear of this {self.model_type} has the role '{role}'{hint} (it has {', '.join(self.roles)})"
                 )
-        return tuple(ref for ref in self.linears if ref.role in roles)
+        selected = tuple(ref for ref in self.linears if roles is None or ref.role in roles)
+        if factored := [ref for ref in selected if ref.rank is not None]:
+            raise ConfigError(
+                f"this {self.model_type} is compressed already: {len(factored)} of {len(selected)} linears are "
+                f"factored, first {factored[0].name} (rank {factored[0].rank}). Start from the original model, or "
+                "multiply the factors out: python -m lowrank_kit.export FOLDER --format dense --output DENSE_FOLDER"
+            )
+        return selected
 
 
 def layout_of(model: PreTrainedModel) -> ModelLayout:
     """Describe a transformers model; its parameters may be on the meta device.
 
     Raises `LowRankKitError` for a model type without an entry in the table of families, for a module that the
-    table promises and the model lacks, and for a linear of a class other than Linear and Conv1D.
+    table promises and the model lacks, and for a linear of a class other than Linear, Conv1D and LowRankLinear.
     """
     model_type: str = model.config.model_type
     modules = dict(model.named_modules())
@@ -94,14 +102,15 @@ def layout_of(model: PreTrainedModel) -> ModelLayout:
 
 
 def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family:
-    if model_type not in FAMILIES:
+    original = base_type(model_type)
+    if original not in FAMILIES:
         raise LowRankKitError(
             f"model type '{model_type}' is not known{did_you_mean(model_type, FAMILIES)}\n"
             f"Supported: {', '.join(sorted(FAMILIES))}.\n"
             f"To add it, give FAMILIES in lowrank_kit/models/families.py an entry '{model_type}': the paths "
             "of its block list, of the linears in a block by role, of its embedding and of its final norm."
         )
-    variants = FAMILIES[model_type]
+    variants = FAMILIES[original]
     missing = [list(_missing(family, modules, base)) for family in variants]
     if all(missing):
         raise LowRankKitError(
@@ -130,15 +139,23 @@ def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: dict[str,
             for group in spec.groups:
                 for role, path in group.items():
                     name = f"{block_path}.{path}"
-                    module = check_linear(modules[name], name)
-                    out_features, in_features = weight_of(module).shape
+                    in_features, out_features, bias, rank = _facts(modules[name], name)
                     yield LinearRef(
                         name=name,
                         block=block,
                         role=role,
                         in_features=in_features,
                         out_features=out_features,
-                        has_bias=module.bias is not None,
+                        has_bias=bias is not None,
                         input_group=f"{block_path}:{'+'.join(group)}",
+                        rank=rank,
                     )
             block += 1
+
+
+def _facts(module: nn.Module, name: str) -> tuple[int, int, Tensor | None, int | None]:
+    if isinstance(module, LowRankLinear):
+        return module.in_features, module.out_features, module.up.bias, module.rank
+    dense = check_linear(module, name)
+    out_features, in_features = weight_of(dense).shape
+    return in_features, out_features, dense.bias, None

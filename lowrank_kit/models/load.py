@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
 
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.models.families import base_type
 from lowrank_kit.models.layout import ModelLayout
 
 Head = Literal["causal", "classification", "seq2seq", "base"]
@@ -94,7 +96,7 @@ def load_model(
     ``num_labels`` and ``problem_type`` (as in transformers) are for ``head="classification"``. Modules that
     the checkpoint lacks are drawn from torch's global generator.
     Raises `ConfigError` for a path that cannot be right, `LowRankKitError` where the hub does not deliver,
-    the architecture has no such head, or the checkpoint lacks weights inside its blocks.
+    the architecture has no such head, a file of weights is damaged, or weights inside the blocks are missing.
     """
     config = _headed(load_config(source), head, num_labels, problem_type)
     if head == "classification" and config.get_text_config().pad_token_id is None:
@@ -146,13 +148,24 @@ def _digest(parameter: Tensor) -> str:
 
 def _headed(config: PretrainedConfig, head: Head, num_labels: int | None, problem_type: str | None) -> PretrainedConfig:
     if type(config) not in _AUTO_CLASSES[head]._model_mapping:
-        raise LowRankKitError(f"model type '{config.model_type}' has no {head} head in transformers")
+        raise LowRankKitError(
+            f"model type '{config.model_type}' has no {head} head in transformers{_dense_hint(config)}"
+        )
     config = deepcopy(config)
     if num_labels is not None:
         config.num_labels = num_labels
     if problem_type is not None:
         config.problem_type = problem_type
     return config
+
+
+def _dense_hint(config: PretrainedConfig) -> str:
+    if base_type(config.model_type) == config.model_type:
+        return ""
+    return (
+        ": compressed checkpoints are causal language models; for another head, multiply the factors out first: "
+        "python -m lowrank_kit.export FOLDER --format dense --output DENSE_FOLDER"
+    )
 
 
 def _new_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
@@ -201,10 +214,23 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
         options["gguf_file"] = located.gguf_file
     try:
         return auto_class.from_pretrained(located.path, revision=located.revision or "main", **options)
+    except SafetensorError as error:
+        raise LowRankKitError(_damage(Path(located.path), error)) from error
     except (OSError, ValueError) as error:
         if located is source:
             raise LowRankKitError(_hub_failure(source, error)) from error
         raise LowRankKitError(f"cannot read the model '{source.path}': {error}") from error
+
+
+def _damage(folder: Path, error: SafetensorError) -> str:
+    """Name the file that cannot be read: the library's own message does not."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as cause:
+            return f"'{file}' is damaged or was not written to its end ({cause}): fetch it or write it again"
+    return f"the weights of '{folder}' cannot be read ({error}): fetch or write them again"
 
 
 def _hub_failure(source: ModelSource, error: BaseException) -> str:

@@ -1,0 +1,105 @@
+"""Checkpoints of compressed models, which plain transformers loads: factored, or multiplied out again."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.compressed import compressed_classes, stock_classes
+from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
+from lowrank_kit.models.families import base_type
+from lowrank_kit.models.linear import check_linear, is_transposed
+
+# What the class decides, not the model.
+_OF_THE_CLASS = ("model_type", "architectures", "auto_map", "lowrank")
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a causal language model, some of whose linears are `LowRankLinear`, with its generation settings.
+
+    The checkpoint has its own ``model_type`` (``lowrank_llama``), so that code which does not know it fails instead
+    of drawing random weights. It loads with ``import lowrank_kit``, and without us with ``trust_remote_code=True``.
+    A model with nothing factored is written as the stock checkpoint that it is. ``folder`` appears whole or not at
+    all; an earlier one is replaced. ``dtype`` None: the weights as they are.
+
+    Raises `LowRankKitError` for a model that is no causal language model of transformers.
+    """
+    ranks = ranks_of(model)
+    twin = _empty_twin(model, {"ranks": ranks, "shared_down": shared_downs(model)} if ranks else None)
+    _save(twin, model.state_dict(), folder, tokenizer, max_shard_size, dtype)
+
+
+@torch.no_grad()
+def save_dense(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Multiply every factored linear out, in float64, and write a stock checkpoint, rounded to ``dtype``.
+
+    Embeddings tied to the head stay tied. Otherwise as `save_compressed`.
+    """
+    weights, twin = model.state_dict(), _empty_twin(model, None)
+    for name, layer in factored_linears(model):
+        del weights[f"{name}.up.weight"], weights[f"{name}.down.weight"]
+        weight = layer.dense_weight().to(dtype or layer.up.weight.dtype)
+        transposed = is_transposed(check_linear(twin.get_submodule(name), name))
+        weights[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
+        if layer.up.bias is not None:
+            weights[f"{name}.bias"] = weights.pop(f"{name}.up.bias")
+    _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
+
+
+def _empty_twin(model: PreTrainedModel, lowrank: dict[str, Any] | None) -> PreTrainedModel:
+    """The model as its checkpoint's own class builds it, on the meta device; ``lowrank`` None: the stock class."""
+    original = base_type(model.config.model_type)
+    stock_config, stock_model = stock_classes(original)
+    if not isinstance(model, stock_model):
+        raise LowRankKitError(
+            f"only causal language models are saved compressed: this is a {type(model).__name__}, not a "
+            f"{stock_model.__name__}"
+        )
+    config_class, model_class = compressed_classes(original) if lowrank else (stock_config, stock_model)
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_CLASS}
+    config = config_class.from_dict(settings | ({"lowrank": lowrank} if lowrank else {}))
+    with torch.device("meta"):
+        twin = model_class(config)
+    twin.generation_config = model.generation_config
+    return twin
+
+
+def _save(
+    twin: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+    dtype: torch.dtype | None,
+) -> None:
+    twin.load_state_dict(weights, assign=True)
+    twin.tie_weights()
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling of the target: a rename is atomic only within one file system.
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary, "whole")
+        twin.save_pretrained(whole, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(whole)
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.replace(folder)

@@ -1,0 +1,112 @@
+"""What a compressed model is made of. Copied whole into every checkpoint: imports torch and transformers only."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class LowRankLinear(nn.Module):
+    """``y = up(down(x))``: a rank-r weight ``up.weight @ down.weight`` that is never multiplied out.
+
+    Both halves are plain ``nn.Linear``, so that quantisers and PEFT find layers they know; ``up`` carries the
+    bias. There is no ``weight``: code that needs one fails instead of reading half of it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(
+        cls,
+        up: Tensor,
+        down: Tensor,
+        bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "LowRankLinear":
+        """Copy ``up`` [out, r], ``down`` [r, in] and ``bias`` [out] into a new layer, as they are or as told."""
+        device, dtype = device or up.device, dtype or up.dtype
+        layer = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device=device, dtype=dtype)
+        layer.down.weight.copy_(down)
+        layer.up.weight.copy_(up)
+        if bias is not None:
+            layer.up.bias.copy_(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[*tokens, in]`` to ``[*tokens, out]`` by ``rank * (in + out)`` multiplications a token."""
+        return self.up(self.down(x))
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """Multiply the factors out: ``[out, in]`` in float64."""
+        return self.up.weight.double() @ self.down.weight.double()
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of the layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankModel(PreTrainedModel):
+    """Goes before a stock model class: its linears become factored, before any weight is loaded.
+
+    ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path, and ``shared_down``, the
+    linears whose ``down`` weight is another one's (one parameter, stored once).
+    """
+
+    _tied_weights_keys: dict[str, str] | None
+    _shared_down: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(config, *args, **kwargs)
+        for name, rank in config.lowrank["ranks"].items():
+            dense = self.get_submodule(name)
+            weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
+            out_features, in_features = weight.shape
+            has_bias = dense.bias is not None
+            layer = LowRankLinear(in_features, out_features, rank, has_bias, weight.device, weight.dtype)
+            self.set_submodule(name, layer)
+        shared = config.lowrank["shared_down"].items()
+        self._shared_down = {f"{name}.down.weight": f"{owner}.down.weight" for name, owner in shared}
+        # transformers 4 has a list here: without sharing it is left alone, and the checkpoint loads there too.
+        if self._shared_down:
+            self._tied_weights_keys = (self._tied_weights_keys or {}) | self._shared_down
+        # The stock class has called it too early: new weights are initialised and tied here.
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The stock class's tied weights, none if the embedding is not tied, and the shared factors."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_down
+
+
+def derive_classes(
+    stock_config: type[PretrainedConfig], stock_model: type[PreTrainedModel], mixin: type[LowRankModel] = LowRankModel
+) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Make the configuration and model class of a compressed checkpoint from those of the stock model."""
+    config = type(
+        f"LowRank{stock_config.__name__}",
+        (stock_config,),
+        {
+            "__module__": __name__,
+            "__annotations__": {"lowrank": dict | None},
+            "lowrank": None,
+            "model_type": f"lowrank_{stock_config.model_type}",
+            # Stock plans of tensor parallelism name linears that are two now.
+            "base_model_tp_plan": None,
+        },
+    )
+    attributes = {"__module__": __name__, "config_class": config}
+    return config, type(f"LowRank{stock_model.__name__}", (mixin, stock_model), attributes)

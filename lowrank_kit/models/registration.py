@@ -1,0 +1,69 @@
+"""Compressed checkpoints for transformers' Auto classes: known after ``import lowrank_kit``, built when first met.
+
+Imports nothing heavy, so that a wrong command is answered quickly. If transformers has been imported, the model
+types are registered at once, else at the end of its own import of ``AutoConfig``. Only a stand-in is registered:
+the model classes come into being when a ``config.json`` of their type is read.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from lowrank_kit.models.families import FAMILIES, LOWRANK_PREFIX, base_type
+
+_WATCHED = "transformers.models.auto.configuration_auto"
+
+
+def register_on_import() -> None:
+    """Make the Auto classes know every ``lowrank_*`` model type, now or when transformers is imported."""
+    if _WATCHED in sys.modules:
+        _register(sys.modules[_WATCHED])
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds one module as everyone else does, and calls `_register` once it has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_then_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(auto: Any) -> None:
+    for original in FAMILIES:
+        model_type = f"{LOWRANK_PREFIX}{original}"
+        stand_in = type(f"{model_type}_stand_in", (_StandIn, auto.PreTrainedConfig), {"model_type": model_type})
+        auto.AutoConfig.register(model_type, stand_in, exist_ok=True)
+
+
+class _StandIn:
+    """In the place of a configuration class until one is read: importing the stock classes now would be circular."""
+
+    model_type: str
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Register the real classes, and read with them."""
+        from lowrank_kit.models.compressed import compressed_classes
+
+        config_class, _ = compressed_classes(base_type(cls.model_type))
+        return config_class.from_dict(config_dict, **kwargs)

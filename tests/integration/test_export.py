@@ -1,0 +1,80 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_kit.export import main
+from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.factored import LowRankLinear, replace_linear
+from lowrank_kit.models.layout import layout_of
+
+IDS = torch.arange(3, 15).reshape(2, 6)
+
+
+@pytest.fixture
+def run(tiny_model, checkpoint, tmp_path):
+    """A run directory with a compressed model of bfloat16 weights, and that model."""
+    model = tiny_model("llama", tie_word_embeddings=True, dtype="bfloat16")
+    for ref in layout_of(model).linears[:9]:
+        replace_linear(model, ref.name, torch.randn(ref.out_features, 5), torch.randn(5, ref.in_features) / 32)
+    save_compressed(model, tmp_path / "run/checkpoint", AutoTokenizer.from_pretrained(checkpoint("llama")))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoint"])
+def test_dense_in_float32_has_the_logits_of_the_factors(run, tmp_path, capsys, inside):
+    assert main([str(run / inside), "--format", "dense", "--output", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.endswith(f"dense checkpoint: {tmp_path / 'out'}\n")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    factored = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    assert type(dense).__name__ == "LlamaForCausalLM"
+    assert dense.dtype == torch.float32
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w0")["input_ids"] == [4]
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, factored(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_dense_keeps_the_stored_dtype_and_rounds_once(run, tmp_path):
+    assert main([str(run), "--format", "dense", "--output", str(tmp_path / "out")]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    factored = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    layers = [(n, m) for n, m in factored.named_modules() if isinstance(m, LowRankLinear)]
+    assert len(layers) == 9
+    for name, layer in layers:
+        product = torch.from_numpy(
+            layer.up.weight.detach().double().numpy() @ layer.down.weight.detach().double().numpy()
+        )
+        assert torch.equal(dense.get_submodule(name).weight, product.to(torch.bfloat16))
+
+
+def test_lowrank_keeps_the_factors(run, tmp_path):
+    words = ["--format", "lowrank", "--output", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main([str(run), *words]) == 0
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    factored = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    assert copy.config.lowrank == factored.config.lowrank
+    with torch.no_grad():
+        assert torch.equal(copy(IDS).logits, factored(IDS).logits)
+
+
+def test_wrong_commands_say_what_to_do_and_write_nothing(run, tmp_path, capsys):
+    adapter = tmp_path / "lora/adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "out"
+    for source, target, message in (
+        (tmp_path / "lora", output, f"'{adapter}' is plain PEFT LoRA"),
+        (adapter, output, f"'{adapter}' is plain PEFT LoRA"),
+        (tmp_path / "empty", output, "has neither checkpoint/config.json"),
+        (tmp_path / "absent", output, "is not a folder"),
+        (run, run, "exists and is not an empty folder"),
+    ):
+        assert main([str(source), "--format", "dense", "--output", str(target)]) == 2
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+    shard = run / "checkpoint/model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert main([str(run), "--format", "dense", "--output", str(output)]) == 1
+    assert "model.safetensors' is damaged" in capsys.readouterr().err
+    assert not output.exists()
