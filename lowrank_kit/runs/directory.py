@@ -27,7 +27,16 @@ HEARTBEAT_SECONDS = 20.0
 SILENCE_SECONDS = 15 * HEARTBEAT_SECONDS
 
 # What the stages leave; a run directory may hold other people's files too.
-WORK = ("manifest.json", "plan.json", "checkpoints", "adapter", "history.json", "results.json")
+WORK = (
+    "manifest.json",
+    "plan.json",
+    "plots",
+    "checkpoint",
+    "checkpoints",
+    "adapter",
+    "history.json",
+    "results.json",
+)
 
 State = Literal["running", "complete", "failed", "interrupted"]
 
@@ -195,13 +204,7 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file whole or not at all; returns its path."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_atomically(target, text)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -234,6 +237,17 @@ class RunDirectory:
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS):
             self._update()
+
+
+def write_atomically(target: Path, text: str) -> None:
+    """Write a file whole or not at all, making its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

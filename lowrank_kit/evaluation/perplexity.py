@@ -1,0 +1,86 @@
+"""Perplexity by the protocol of the papers on compression: fixed windows of one long text."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank_kit.errors import LowRankKitError
+
+# Rows of logits brought to float32 at a time: at a vocabulary of 128k, 128 MiB.
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it is made of.
+
+    ``value`` is the exponential of ``nll``, the mean negative log-likelihood (nats) over all predicted tokens;
+    ``stderr`` that of ``value`` over windows, by the delta method (None for a single window); ``tokens`` the
+    number of predicted tokens; ``per_window`` the mean negative log-likelihood of every window.
+    """
+
+    value: float
+    nll: float
+    stderr: float | None
+    tokens: int
+    per_window: tuple[float, ...]
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Int64[Tensor, "windows tokens"],
+    batch_size: int = 1,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    description: str = "perplexity",
+) -> Perplexity:
+    """Perplexity of a causal model: every token of a window but the first is predicted from those before it.
+
+    Args:
+        model: on ``device``; put into evaluation mode.
+        windows: token ids without padding.
+        batch_size: windows per forward pass; changes memory (whole logits, in the model's dtype) and speed only.
+        device: where the model is.
+        progress: shows a bar over the windows, labelled ``description``.
+
+    Raises `LowRankKitError` that names the first window with logits that are not finite.
+    """
+    model.eval()
+    means: list[float] = []
+    bar = progress.add_task(description, total=len(windows)) if progress else None
+    for batch in windows.split(batch_size):
+        inputs = batch.to(device)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        for row, targets in zip(logits, inputs, strict=True):
+            losses = _losses(row[:-1], targets[1:])
+            if not losses.isfinite().all():
+                raise LowRankKitError(
+                    f"window {len(means)} of {len(windows)} has logits that are not finite, so there is no perplexity; "
+                    "use dtype=float32 or bfloat16, or remove less (method.ratio)"
+                )
+            means.append(float(losses.mean()))
+        if progress and bar is not None:
+            progress.advance(bar, len(batch))
+    # All windows predict equally many tokens: the mean of their means is the mean over tokens.
+    spread = torch.tensor(means, dtype=torch.float64)
+    nll = float(spread.mean())
+    value = math.exp(nll)
+    stderr = value * float(spread.std()) / math.sqrt(len(means)) if len(means) > 1 else None
+    return Perplexity(value, nll, stderr, windows.numel() - len(windows), tuple(means))
+
+
+def _losses(
+    logits: Float[Tensor, "predicted vocabulary"], targets: Int64[Tensor, " predicted"]
+) -> Float64[Tensor, " predicted"]:
+    """Negative log-likelihoods; NaN for every row with a logit that is not finite, be it the target's or not."""
+    parts = []
+    for row, target in zip(logits.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        loss = cross_entropy(row.float(), target, reduction="none").double()
+        parts.append(loss.masked_fill(~row.isfinite().all(1), torch.nan))
+    return torch.cat(parts)

@@ -1,0 +1,66 @@
+"""What is wrong with a configuration, in the words of the person who typed it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from lowrank_kit.errors import did_you_mean
+
+
+def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
+    """Put one of pydantic's errors: the dotted key, the value given, what is legal and the nearest legal spelling."""
+    steps = problem["loc"]
+    key = ".".join(_typed_steps(schema, steps)) or "configuration"
+    kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        siblings = _fields_of(_annotation_at(schema, steps[:-1]))
+        return f"{key} is not a key{did_you_mean(str(steps[-1]), siblings)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    shown = repr(value)
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = context.get("expected") or context["expected_tags"]
+        given = value if kind == "literal_error" else context["tag"]
+        options = re.findall(r"'([^']*)'", expected)
+        suffix = ".kind" if kind == "union_tag_invalid" else ""
+        return f"{key}{suffix}={given!r} is not legal{did_you_mean(str(given), options)}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "value_error" and isinstance(value, Mapping):
+        return f"{key}: {message}"
+    return f"{key}={shown if len(shown) < 80 else shown[:76] + '...'} {message}"
+
+
+def _typed_steps(schema: type[BaseModel], steps: tuple[int | str, ...]) -> Iterator[str]:
+    # pydantic puts the tag of a discriminated union between the key and its fields; nobody typed that.
+    kinds = [kind for task in get_args(schema.model_fields["task"].annotation) for kind in _tags(task)]
+    for index, step in enumerate(steps):
+        if not (index == 1 and steps[0] == "task" and step in kinds):
+            yield str(step)
+
+
+def _tags(member: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(member.model_fields["kind"].annotation)
+
+
+def _annotation_at(annotation: Any, steps: tuple[int | str, ...]) -> Any:
+    """Follow an error's location through sections, unions (by tag) and dictionaries."""
+    for step in steps:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[str(step)].annotation
+        elif get_origin(annotation) in (Union, UnionType):
+            annotation = next(a for a in get_args(annotation) if step in _tags(a))
+        else:
+            annotation = get_args(annotation)[-1]
+    return annotation
+
+
+def _fields_of(annotation: Any) -> tuple[str, ...]:
+    """Return the keys of a section; nothing for any other type."""
+    known = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return tuple(annotation.model_fields) if known else ()

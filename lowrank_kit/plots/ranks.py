@@ -1,0 +1,63 @@
+"""Which matrix keeps how much: a map of blocks and roles, and the kept ranks along the depth."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.plots.figure import panels, save
+
+
+def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Path) -> Figure:
+    """Draw the fraction of parameters that every linear keeps, blocks from left to right and roles downwards.
+
+    A linear left dense (its rank is its full rank) keeps everything and is marked with a D; a cell without a
+    linear stays empty.
+    """
+    roles = list(dict.fromkeys(ref.role for ref in refs))
+    blocks = max(ref.block for ref in refs) + 1
+    kept = np.full((len(roles), blocks), np.nan)
+    for ref in refs:
+        kept[roles.index(ref.role), ref.block] = _kept(ref, ranks[ref.name])
+    figure = Figure(figsize=(2.5 + 0.3 * blocks, 1.5 + 0.35 * len(roles)), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(kept, norm=Normalize(0, 1), cmap="viridis", aspect="auto", interpolation="nearest")
+    for ref in refs:
+        if _is_dense(ref, ranks[ref.name]):
+            panel.text(ref.block, roles.index(ref.role), "D", ha="center", va="center", fontsize=7)
+    panel.set(xlabel="block", yticks=range(len(roles)), yticklabels=roles)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, label="parameters kept (D: left dense)")
+    save(figure, file)
+    return figure
+
+
+def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Path) -> Figure:
+    """Draw the rank of every linear over the blocks, one panel a role; hollow where it is left dense."""
+    roles = list(dict.fromkeys(ref.role for ref in refs))
+    figure, axes = panels(len(roles))
+    for role, panel in zip(roles, axes, strict=True):
+        group = [ref for ref in refs if ref.role == role]
+        blocks, kept = [ref.block for ref in group], [ranks[ref.name] for ref in group]
+        panel.plot(blocks, kept, color="tab:blue", linewidth=0.8)
+        for ref, rank in zip(group, kept, strict=True):
+            fill = "white" if _is_dense(ref, rank) else "tab:blue"
+            panel.plot(ref.block, rank, "o", color="tab:blue", markerfacecolor=fill, markersize=4)
+        panel.set(title=role, xlabel="block", ylabel="rank", ylim=(0, None))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, file)
+    return figure
+
+
+def _is_dense(ref: LinearRef, rank: int) -> bool:
+    return rank == min(ref.in_features, ref.out_features)
+
+
+def _kept(ref: LinearRef, rank: int) -> float:
+    if _is_dense(ref, rank):
+        return 1.0
+    return rank * (ref.in_features + ref.out_features) / (ref.in_features * ref.out_features)
