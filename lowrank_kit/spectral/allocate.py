@@ -1,6 +1,6 @@
 """Integer ranks for many matrices under one budget, exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from math import isfinite
 
@@ -44,29 +44,51 @@ def allocate(
     if needed > budget:
         raise ValueError(f"the floors alone cost {needed}, above the budget {budget}; nearest feasible: {needed}")
 
-    ideal = _water_fill(weights, step_cost, budget, low, high)
-    steps = [int(x) for x in _clip(ideal, low, high)]
-    left = budget - int(_total(steps, step_cost))
-    # Rounding lets remainders that are equal on paper tie, so that round-off does not decide the order.
-    queue = [(round(n - x, 9), item) for item, (n, x) in enumerate(zip(steps, ideal, strict=True))]
-    heapify(queue)
-    while queue:
-        excess, item = heappop(queue)
-        if steps[item] < high[item] and step_cost[item] <= left:
-            steps[item] += 1
-            left -= step_cost[item]
-            heappush(queue, (excess + 1, item))
+    ideal = water_fill(weights, step_cost, budget, low, high)
+    prices = [range(0, (most + 1) * cost, cost) for most, cost in zip(high, step_cost, strict=True)]
+    start = [int(x) for x in _clip(ideal, low, high)]
+    steps = spend(start, prices, budget, lambda item, taken: ideal[item] - taken)
     return [n * multiple for n in steps]
 
 
-def _water_fill(
+def spend(
+    start: Sequence[int], prices: Sequence[Sequence[int]], budget: int, urgency: Callable[[int, int], float]
+) -> list[int]:
+    """Step from price to dearer price, the most urgent step first, until none fits the budget.
+
+    ``prices[i]`` are item i's total prices, ascending, ``start[i]`` the index it starts from and
+    ``urgency(i, n)`` that of its step from index n to n + 1; ties go to the first item. An item whose next
+    step does not fit takes no more, for money never comes back.
+    """
+    steps = list(start)
+    left = budget - sum(price[n] for price, n in zip(prices, steps, strict=True))
+    # Rounding lets urgencies that are equal on paper tie, so that round-off does not decide the order.
+    queue = [(_order(urgency(item, n)), item) for item, n in enumerate(steps) if n + 1 < len(prices[item])]
+    heapify(queue)
+    while queue:
+        _, item = heappop(queue)
+        n, price = steps[item], prices[item]
+        if price[n + 1] - price[n] > left:
+            continue
+        left -= price[n + 1] - price[n]
+        steps[item] = n + 1
+        if n + 2 < len(price):
+            heappush(queue, (_order(urgency(item, n + 1)), item))
+    return steps
+
+
+def _order(urgency: float) -> float:
+    return -float(f"{urgency:.9e}")
+
+
+def water_fill(
     weights: Sequence[float | int],
     step_cost: Sequence[int],
     budget: int,
-    low: Sequence[int],
-    high: Sequence[int],
+    low: Sequence[float | int],
+    high: Sequence[float | int],
 ) -> list[float]:
-    """Steps `t w` for the largest common `t` at which `clip(t w, low, high)` still meets the budget."""
+    """Steps ``t w`` inside their bounds, for the largest common ``t`` at which they still meet the budget."""
     scale = max(weights, default=0) or 1
     share = [weight / scale for weight in weights]
     # A share below 1e-30 counts as none here: it would only push the bracket out of floating-point reach.
@@ -77,10 +99,10 @@ def _water_fill(
             below = middle
         else:
             above = middle
-    return [below * w for w in share]
+    return [float(x) for x in _clip([below * w for w in share], low, high)]
 
 
-def _clip(ideal: Sequence[float | int], low: Sequence[int], high: Sequence[int]) -> list[float | int]:
+def _clip(ideal: Sequence[float | int], low: Sequence[float | int], high: Sequence[float | int]) -> list[float | int]:
     return [min(max(x, least), most) for x, least, most in zip(ideal, low, high, strict=True)]
 
 

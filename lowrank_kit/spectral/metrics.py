@@ -1,7 +1,5 @@
 """Scalar descriptions of a spectrum: eigenvalues or singular values, in any order, none negative."""
 
-from math import log
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -71,7 +69,7 @@ def decay_exponent(spectrum: Float[Tensor, " n"], start: int = 0) -> float:
     tail = tail[tail > 0]
     if len(tail) < 2:
         raise ValueError(f"a slope needs two positive values after index {start}, found {len(tail)}")
-    x = torch.tensor([log(start + 1 + j) for j in range(len(tail))], dtype=torch.float64, device=tail.device)
+    x = torch.arange(start + 1, start + 1 + len(tail), dtype=torch.float64, device=tail.device).log()
     x = x - x.mean()
     return float(x @ tail.log() / (x @ x))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lowrank_kit.spectral.allocate import allocate, break_even_rank
+from lowrank_kit.spectral.allocate import allocate, break_even_rank, spend, water_fill
 
 
 @st.composite
@@ -123,3 +123,18 @@ def test_impossible_requests_say_what_is_wrong(change, message):
 def test_break_even_is_the_last_rank_that_does_not_grow_the_matrix(out, width):
     rank = break_even_rank(out, width)
     assert rank * (out + width) <= out * width < (rank + 1) * (out + width)
+
+
+def test_steps_of_unequal_price_are_taken_by_urgency_as_far_as_they_fit():
+    prices = [[1, 2, 10], [3, 4, 5], [2, 3, 4]]
+    urgency = [[9.0, 8.0], [1.0, 7.0], [5.0, 0.5]]
+    # 14 - 6 = 8 to spend: item 0 once; its leap of 8 no longer fits, so item 2 once, item 1 twice, item 2 again.
+    assert spend([0, 0, 0], prices, 14, lambda item, n: urgency[item][n]) == [1, 2, 2]
+    assert spend([0, 0, 0], prices, 8, lambda item, n: urgency[item][n]) == [1, 0, 1]
+
+
+def test_water_fill_meets_the_budget_inside_fractional_bounds():
+    ideal = water_fill([1, 2, 3], [10, 20, 10], 200, [0.5, 0, 0], [30, 3.5, 30])
+    assert sum(x * c for x, c in zip(ideal, [10, 20, 10], strict=True)) == pytest.approx(200)
+    assert ideal[1] == 3.5
+    assert ideal[2] == pytest.approx(3 * ideal[0])
