@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank_kit.config import RunConfig, load
 from lowrank_kit.errors import ConfigError, did_you_mean
 
+PARTS_OF_METHODS = ("truncation", "allocation")
+"""Config groups that some methods consist of, and others know nothing of."""
+
 
 def conf_folder() -> Path:
     """Return the folder of YAMLs: inside the package when installed, beside it in a checkout."""
@@ -91,7 +94,11 @@ class Composer:
             self._readable_errors(),
             initialize_config_dir(version_base="1.3", config_dir=str(self.folder)),
         ):
-            return hydra_compose(self.name, [*overrides, *search], return_hydra_config)
+            composed = hydra_compose(self.name, [*overrides, *search], return_hydra_config)
+        for part in PARTS_OF_METHODS:
+            if any(override.startswith(f"{part}=") for override in overrides):
+                self._check_part(part, overrides)
+        return composed
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -116,6 +123,15 @@ class Composer:
                     f"'{several[1]}' is several values: add -m to run each, or write key=[a,b] for a list"
                 ) from error
             raise ConfigError(f"The configuration cannot be composed: {message}") from error
+
+    def _check_part(self, part: str, overrides: Sequence[str]) -> None:
+        """Raise `ConfigError` for a part that the chosen method does not have; merged in, it would mean nothing."""
+        folders = [self.folder, *([self.extra] if self.extra else [])]
+        files = [file for folder in folders for file in sorted(folder.glob("method/*.yaml"))]
+        having = [file.stem for file in files if f"- override /{part}@" in file.read_text()]
+        chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("method=")), None)
+        if chosen not in having:
+            raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
 
 
 def force_dotted(overrides: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,21 +10,28 @@ from typing import Any
 
 import torch
 
-from lowrank_kit.config import ClassificationTask, RunConfig, TaskGroup
+from lowrank_kit.compression.decompose import check_tokens
+from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
+from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord
-from lowrank_kit.methods.base import Method
+from lowrank_kit.methods.base import Adapter, Compressor, Method
+from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, skeleton
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.table import print_results
 from lowrank_kit.runs.tracking import NullTracker, open_tracker
-from lowrank_kit.stages import TaskStages
+from lowrank_kit.stages.base import Stages
+from lowrank_kit.stages.classification import ClassificationStages
+from lowrank_kit.stages.perplexity import PerplexityStages
 
 log = logging.getLogger(__name__)
+
+SingleTask = ClassificationTask | PerplexityTask
 
 
 def execute(config: RunConfig) -> Path:
@@ -38,26 +45,26 @@ def execute(config: RunConfig) -> Path:
     device = _resolve_device(config.device)
     tasks = _tasks(config, source)
     _check_method(config, tasks[0])
-    rows = [TaskRows(config, task, source) for task in tasks]
+    found = [_open_data(config, task, source) for task in tasks]
     with RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
         log.info(
             "%s on %s (%s), %s, %s", _method(config).name, config.model.name, config.model.path, config.dtype, device
         )
         if isinstance(config.task, TaskGroup):
             records = []
-            for number, (task, its_rows) in enumerate(zip(tasks, rows, strict=True), start=1):
+            for number, (task, its_data) in enumerate(zip(tasks, found, strict=True), start=1):
                 log.info("%s (%d of %d)", task.name, number, len(tasks))
-                records += _execute_member(config, task, its_rows, device, run.path)
+                records += _execute_member(config, task, its_data, device, run.path)
             run.write_json("results.json", [asdict(record) for record in records])
         else:
-            records = _execute_task(config, tasks[0], rows[0], device, run)
+            records = _execute_task(config, tasks[0], found[0], device, run)
         if records:
             notes = sorted({f"{r.task}: {r.source}" for r in records})
             print_results(records, f"{_method(config).name} on {config.model.name}", notes)
     return run.path
 
 
-def _tasks(config: RunConfig, source: Source) -> list[ClassificationTask]:
+def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
     """The tasks to run: of a group, those that the data source has."""
     task = config.task
     if not isinstance(task, TaskGroup):
@@ -73,8 +80,23 @@ def _tasks(config: RunConfig, source: Source) -> list[ClassificationTask]:
     return there or wanted
 
 
-def _check_method(config: RunConfig, task: ClassificationTask) -> None:
-    """Let the method look at the model's shapes: no weight is read for this."""
+def _open_data(config: RunConfig, task: SingleTask, source: Source) -> TaskRows | TaskTexts:
+    return TaskTexts(config, task, source) if isinstance(task, PerplexityTask) else TaskRows(config, task, source)
+
+
+def _check_method(config: RunConfig, task: SingleTask) -> None:
+    """Let the method look at the task and at the model's shapes: no weight is read for this."""
+    method = _method(config)
+    if isinstance(method, Adapter) and isinstance(task, PerplexityTask):
+        raise ConfigError(
+            f"method={method.name} is trained on labelled rows, which task={task.name} does not have: choose a task "
+            "such as glue/sst2, or a method that compresses, or method=none"
+        )
+    if isinstance(method, Compressor) and not isinstance(task, PerplexityTask):
+        raise ConfigError(
+            f"method={method.name} compresses causal language models, and task={task.name} judges classifiers: "
+            "choose task=perplexity, or a method that adapts"
+        )
     source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
     try:
         model_config = load_config(source)
@@ -84,10 +106,15 @@ def _check_method(config: RunConfig, task: ClassificationTask) -> None:
             raise ConfigError(str(error)) from error
         raise
     try:
-        layout = layout_of(skeleton(model_config, "classification", task.labels))
+        if isinstance(task, PerplexityTask):
+            layout = layout_of(skeleton(model_config, "causal"))
+        else:
+            layout = layout_of(skeleton(model_config, "classification", task.labels))
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
-    _method(config).check(layout)
+    method.check(layout)
+    if isinstance(method, TruncatedSVD):
+        check_tokens(method.targets(layout), method.needs(), config.calibration.samples * config.calibration.seq_len)
 
 
 def _method(config: RunConfig) -> Method:
@@ -99,28 +126,34 @@ def _method(config: RunConfig) -> Method:
 
 
 def _execute_member(
-    config: RunConfig, task: ClassificationTask, rows: TaskRows, device: str, group: Path
+    config: RunConfig, task: SingleTask, data: TaskRows | TaskTexts, device: str, group: Path
 ) -> list[EvalRecord]:
     """Run one member of a group in a run directory of its own inside the group's."""
     tracker = config.tracker.model_copy(update={"group": config.tracker.group or group.name})
     settings = config.run.model_copy(update={"dir": str(group / task.name.rpartition("/")[2])})
     member = config.model_copy(update={"task": task, "tracker": tracker, "run": settings})
     with RunDirectory.open(member) as run, _logged_to(run.path / "log.txt"):
-        return _execute_task(member, task, rows, device, run)
+        return _execute_task(member, task, data, device, run)
 
 
 def _execute_task(
-    config: RunConfig, task: ClassificationTask, rows: TaskRows, device: str, run: RunDirectory
+    config: RunConfig, task: SingleTask, data: TaskRows | TaskTexts, device: str, run: RunDirectory
 ) -> list[EvalRecord]:
     todo = [stage for stage in config.run.stages if not run.done(stage)]
     manifest = Manifest(config.seed, device, _read_json(run.path / "manifest.json"))
-    manifest.record("data", rows.facts())
+    manifest.record("data", data.facts())
     with manifest.watching(), ExitStack() as stack:
         tracker = open_tracker(config.tracker, run.path, config.resolved()) if todo else NullTracker()
         stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
-        stages = TaskStages(config, task, rows, device, run, manifest, tracker)
+        stages: Stages
+        if isinstance(task, PerplexityTask):
+            assert isinstance(data, TaskTexts)
+            stages = PerplexityStages(config, task, data, device, run, manifest, tracker)
+        else:
+            assert isinstance(data, TaskRows)
+            stages = ClassificationStages(config, task, data, device, run, manifest, tracker)
         if todo:
-            _log_rows(rows)
+            _log_data(data)
         else:
             log.info("%s is complete already; run.resume=false starts over", run.path)
         for stage in todo:
@@ -129,6 +162,7 @@ def _execute_task(
                 with manifest.stage(stage):
                     getattr(stages, stage)()
             finally:
+                manifest.record("data", data.facts())
                 run.write_json("manifest.json", manifest.as_dict())
             run.mark(stage)
             log.info("%s: %s, %.1f s", task.name, stage, manifest.seconds(stage))
@@ -137,8 +171,8 @@ def _execute_task(
     return records
 
 
-def _log_rows(rows: TaskRows) -> None:
-    facts = rows.facts()
+def _log_data(data: TaskRows | TaskTexts) -> None:
+    facts = data.facts()
     for split, fact in facts.items():
         log.info("%s: %d rows, %s", split, fact["rows"], fact["source"])
     for note in sorted({fact["note"] for fact in facts.values()} - {""}):

@@ -1,7 +1,8 @@
 """Calibrate a model for a method: stream the statistics, reduce each layer's at once, keep the results."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.gradients import stream_gradients
+from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.load import fingerprint
+from lowrank_kit.spectral.moments import Moments
 
 # What a method keeps of one layer: small named tensors.
 Kept = dict[str, Tensor]
@@ -54,50 +57,163 @@ def calibrate(
         samples: the calibration samples. An encoder-decoder model whose samples have no ``decoder_input_ids``
             reads its own input shifted right, as its sequence classifiers do.
         refs: the linears to calibrate.
-        request: which moments ``reduce`` reads.
+        request: which statistics ``reduce`` reads.
         reduce: called once a linear, while no other block's moments are held; its tensors are moved to the CPU.
         batch_size: sequences a batch.
         cache: folder of the content-keyed cache; None keeps nothing on disk.
         reduction_key: what the outcome of ``reduce`` depends on beside the statistics, JSON-serialisable.
         progress: shows one bar over the blocks.
     """
-    if model.config.is_encoder_decoder:
-        samples = samples.with_decoder_inputs(model.config.decoder_start_token_id)
+
+    def reduce_all(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
+        return {layer.ref.name: reduce(layer) for layer in statistics}
+
     store = None
     if cache is not None:
-        key = {
-            "model": fingerprint(model, layout),
-            "config": _below_the_head(model.config),
-            "samples": samples.fingerprint(),
-            "batch_size": batch_size,
-            "dtype": str(model.dtype),
-            "moments": request.moments,
-            "linears": sorted(ref.name for ref in refs),
-            "reduction": dict(reduction_key or {}),
-        }
-        store = CalibrationStore(cache, key)
-
-    blocks = sorted({ref.block for ref in refs})
+        key = calibration_key(model, layout, samples, refs, request, batch_size)
+        store = CalibrationStore(cache, {**key, "reduction": dict(reduction_key or {})})
     kept: dict[str, Kept] = {}
-    finished: set[int] = set()
-    if store:
-        finished = store.finished_blocks()
-        for block in sorted(finished):
-            kept.update(store.load(block))
-    task = progress.add_task("calibrate", total=len(blocks), completed=len(finished)) if progress else None
-    if finished < set(blocks):
-        batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
-        for block, statistics in stream_statistics(model, layout, batches, request, refs, skip=finished):
-            with torch.no_grad():
-                results = {layer.ref.name: _on_cpu(reduce(layer)) for layer in statistics}
-            # Else these moments would live on while the next block's are summed.
-            del statistics
-            if store:
-                store.save(block, results)
-            kept.update(results)
-            if progress and task is not None:
-                progress.advance(task)
+    finished = store.finished_blocks() if store else set()
+    for block in sorted(finished):
+        assert store is not None
+        kept.update(store.load(block))
+    spans = reduce_spans(
+        model, layout, samples, refs, request, reduce_all, batch_size=batch_size, skip=finished, progress=progress
+    )
+    for block, results in spans:
+        if store:
+            store.save(block, results)
+        kept.update(results)
     return kept
+
+
+def calibration_key(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    samples: CalibrationSamples,
+    refs: Collection[LinearRef],
+    request: StatisticsRequest,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything that statistics depend on, for a `CalibrationStore`; what is made of them is for the caller to add."""
+    return {
+        "model": fingerprint(model, layout),
+        "config": _below_the_head(model.config),
+        "samples": samples.fingerprint(),
+        "batch_size": batch_size,
+        "dtype": str(model.dtype),
+        "moments": request.moments,
+        "magnitudes": request.magnitudes,
+        "gradient": request.gradient,
+        "linears": sorted(ref.name for ref in refs),
+    }
+
+
+def reduce_spans(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    samples: CalibrationSamples,
+    refs: Collection[LinearRef],
+    request: StatisticsRequest,
+    reduce: Callable[[Sequence[LayerStatistics]], dict[str, Kept]],
+    *,
+    batch_size: int,
+    span: int = 1,
+    gradients: CalibrationStore | None = None,
+    skip: Collection[int] = (),
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, dict[str, Kept]]]:
+    """Yield ``(first block, what reduce keeps)`` for every span of neighbouring blocks, in execution order.
+
+    Args:
+        model, layout, samples, refs, request, batch_size, progress: as for `calibrate`.
+        reduce: called once a span with the statistics of its linears, while no other span's are held.
+        span: blocks a span.
+        gradients: where gradient statistics lie or are put; needed where ``request`` asks for them.
+        skip: first blocks of the spans that are known already.
+    """
+    if model.config.is_encoder_decoder:
+        samples = samples.with_decoder_inputs(model.config.decoder_start_token_id)
+    blocks = sorted({ref.block for ref in refs})
+    spans = [blocks[i : i + span] for i in range(0, len(blocks), span)]
+    known = {block for members in spans if members[0] in skip for block in members}
+    task = progress.add_task("calibrate", total=len(blocks), completed=len(known)) if progress else None
+    if known == set(blocks):
+        return
+    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    if request.gradient != "none":
+        assert gradients is not None
+        _collect_gradients(model, layout, batches, refs, request, gradients, progress)
+    waiting: list[LayerStatistics] = []
+    for block, statistics in _statistics(model, layout, batches, request, refs, known):
+        if request.gradient != "none" and gradients is not None:
+            found = load_gradients(gradients, block, model.device)
+            statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
+        waiting += statistics
+        members = next(members for members in spans if block in members)
+        if block == members[-1]:
+            with torch.no_grad():
+                results = {name: _on_cpu(kept) for name, kept in reduce(waiting).items()}
+            # Else these moments would live on while the next block's are summed.
+            waiting = []
+            yield members[0], results
+        del statistics
+        if progress and task is not None:
+            progress.advance(task)
+
+
+def _statistics(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Mapping[str, Tensor]],
+    request: StatisticsRequest,
+    refs: Collection[LinearRef],
+    skip: Collection[int],
+) -> Iterator[tuple[int, list[LayerStatistics]]]:
+    if request.reads_activations:
+        yield from stream_statistics(model, layout, batches, request, refs, skip=skip)
+        return
+    for block in sorted({ref.block for ref in refs} - set(skip)):
+        yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
+
+
+def _collect_gradients(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Mapping[str, Tensor]],
+    refs: Collection[LinearRef],
+    request: StatisticsRequest,
+    store: CalibrationStore,
+    progress: Progress | None,
+) -> None:
+    finished, with_mean = store.finished_blocks(), request.gradient == "all"
+    if finished >= {ref.block for ref in refs}:
+        return
+    for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=finished, progress=progress):
+        store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
+
+
+def _packed(statistics: GradientStatistics) -> Kept:
+    kept = {
+        "gram": statistics.gram.float(),
+        "rows": statistics.rows.float(),
+        "sums": torch.tensor([statistics.tokens, statistics.energy], dtype=torch.float64),
+    }
+    if statistics.mean is not None:
+        kept["mean"] = statistics.mean.float()
+    return _on_cpu(kept)
+
+
+def load_gradients(
+    store: CalibrationStore, block: int, device: torch.device | str = "cpu"
+) -> dict[str, GradientStatistics]:
+    """Read the gradient statistics of one block's linears back, by name."""
+    found = {}
+    for name, kept in store.load(block).items():
+        tokens, energy = kept["sums"].tolist()
+        mean = kept["mean"].to(device) if "mean" in kept else None
+        found[name] = GradientStatistics(int(tokens), kept["gram"].to(device), energy, kept["rows"].to(device), mean)
+    return found
 
 
 def _below_the_head(config: PretrainedConfig) -> dict[str, Any]:

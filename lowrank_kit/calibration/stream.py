@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.statistics import LayerStatistics, Side, StatisticsRequest
+from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
@@ -81,12 +81,12 @@ def _stream_stack(
     device = model.device
     blocks = [model.get_submodule(path) for path in stack]
     own = "decoder_attention_mask" if first > 0 else "attention_mask"
-    calls = [_record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
+    calls = [record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
     masks = [TokenMasks(batch.get(own), batch.get("attention_mask")) for batch in batches]
     for offset, block in enumerate(blocks):
         linears = wanted.get(first + offset, [])
         is_last = offset == len(blocks) - 1
-        with MomentCollector(model, linears, request.moments) as collector, torch.no_grad():
+        with MomentCollector(model, linears, request) as collector, torch.no_grad():
             for (hidden, arguments), mask in zip(calls, masks, strict=True):
                 collector.masks = mask
                 call = arguments[offset]
@@ -100,7 +100,7 @@ def _stream_stack(
 
 
 @dataclass(frozen=True)
-class _BlockCall:
+class BlockCall:
     """The arguments a block was called with, less its hidden states."""
 
     args: tuple[Any, ...]
@@ -111,9 +111,9 @@ class _LastBlockReached(Exception):
     """Unwinds a forward pass: what follows the blocks need not be computed."""
 
 
-def _record_calls(
+def record_calls(
     model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
-) -> tuple[list[Tensor], list[_BlockCall]]:
+) -> tuple[list[Tensor], list[BlockCall]]:
     """Return the hidden states before the first block, in a list of one, and every block's other arguments.
 
     Masks and positions may differ from block to block (sliding windows, T5's shared position bias), so the model
@@ -121,14 +121,14 @@ def _record_calls(
     through. Only the first is run, because what it returns beside them (T5's bias) goes into the others' arguments.
     """
     hidden: list[Tensor] = []
-    calls: list[_BlockCall] = []
+    calls: list[BlockCall] = []
     extras: list[Any] = []
 
     def recorder(index: int, block: nn.Module) -> Callable[..., Any]:
         original = block.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            calls.append(_BlockCall(args, kwargs))
+            calls.append(BlockCall(args, kwargs))
             if index == 0:
                 hidden.append(hidden_states.cpu())
             if index == len(blocks) - 1:
@@ -149,18 +149,19 @@ def _record_calls(
 
 
 class MomentCollector:
-    """Hooks that sum moments of some linears' inputs or outputs while it is entered.
+    """Hooks that sum moments of some linears' inputs or outputs while it is entered, and magnitudes of inputs.
 
     Linears of one input group read the same tensor: its moments are summed once. For ``smaller`` a group's input
     is chosen when its Gram is cheaper than those of its linears' outputs together.
     """
 
-    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], side: Side) -> None:
+    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], request: StatisticsRequest) -> None:
         self.masks = TokenMasks(None, None)
-        self._model = model
+        self._model, self._request = model, request
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             self._groups[ref.input_group].append(ref)
+        side = request.moments
         self._by_input = {
             name: side == "input"
             or (side == "smaller" and group[0].in_features ** 2 < sum(r.out_features**2 for r in group))
@@ -168,21 +169,25 @@ class MomentCollector:
         }
         self._inputs: dict[str, Moments] = {}
         self._outputs: dict[str, Moments] = {}
+        self._magnitudes: dict[str, _Magnitude] = {}
 
     def __enter__(self) -> "MomentCollector":
         device = next(self._model.parameters()).device
         self._handles = []
         for name, group in self._groups.items():
-            for ref in group[:1] if self._by_input[name] else group:
-                module = self._model.get_submodule(ref.name)
-                if self._by_input[name]:
-                    self._inputs[name] = Moments.zeros(ref.in_features, device)
-                    hook = self._input_hook(ref, self._inputs[name])
-                    self._handles.append(module.register_forward_pre_hook(hook))
-                else:
+            first = self._model.get_submodule(group[0].name)
+            if self._request.magnitudes:
+                self._magnitudes[name] = _Magnitude(group[0].in_features, device)
+                hook = self._input_hook(group[0], self._magnitudes[name])
+                self._handles.append(first.register_forward_pre_hook(hook))
+            if self._by_input[name]:
+                self._inputs[name] = Moments.zeros(group[0].in_features, device)
+                self._handles.append(first.register_forward_pre_hook(self._input_hook(group[0], self._inputs[name])))
+            elif self._request.moments is not None:
+                for ref in group:
                     self._outputs[ref.name] = Moments.zeros(ref.out_features, device)
-                    hook = self._output_hook(ref, self._outputs[ref.name])
-                    self._handles.append(module.register_forward_hook(hook))
+                    output_hook = self._output_hook(ref, self._outputs[ref.name])
+                    self._handles.append(self._model.get_submodule(ref.name).register_forward_hook(output_hook))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -191,17 +196,20 @@ class MomentCollector:
 
     def statistics(self) -> list[LayerStatistics]:
         """What was collected, a record for every linear."""
-        return [
-            LayerStatistics(ref, "input", self._inputs[name])
-            if self._by_input[name]
-            else LayerStatistics(ref, "output", self._outputs[ref.name])
-            for name, group in self._groups.items()
-            for ref in group
-        ]
+        found = []
+        for name, group in self._groups.items():
+            magnitude = self._magnitudes[name].mean() if name in self._magnitudes else None
+            for ref in group:
+                if self._by_input[name]:
+                    found.append(LayerStatistics(ref, "input", self._inputs[name], magnitude))
+                else:
+                    moments = self._outputs.get(ref.name) or Moments.zeros(0)
+                    found.append(LayerStatistics(ref, "output", moments, magnitude))
+        return found
 
-    def _input_hook(self, ref: LinearRef, moments: Moments) -> Callable[..., None]:
+    def _input_hook(self, ref: LinearRef, sums: "Moments | _Magnitude") -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._update(ref, moments, inputs[0])
+            self._update(ref, sums, inputs[0])
 
         return hook
 
@@ -211,9 +219,24 @@ class MomentCollector:
 
         return hook
 
-    def _update(self, ref: LinearRef, moments: Moments, activations: Tensor) -> None:
+    def _update(self, ref: LinearRef, sums: "Moments | _Magnitude", activations: Tensor) -> None:
         mask = self.masks.source if ref.role in CROSS_ATTENTION_INPUTS else self.masks.own
         try:
-            moments.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
+            sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:
             raise LowRankKitError(f"calibration of {ref.name}: {error}") from error
+
+
+class _Magnitude:
+    """Mean absolute value of every channel."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total, self.count = torch.zeros(width, dtype=torch.float64, device=device), 0
+
+    def update(self, activations: Tensor, mask: Tensor | None) -> None:
+        rows = activations.reshape(-1, self.total.shape[0]) if mask is None else activations[mask.bool()]
+        self.total += rows.abs().sum(0, dtype=torch.float64)
+        self.count += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        return self.total / self.count

@@ -28,7 +28,8 @@ class LowRankFactors:
 class Plan:
     """A method's global decision, plain JSON: the rank of every matrix and what that costs in parameters.
 
-    ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's.
+    ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's, or what
+    compression leaves of them. A compressor's matrix at rank min(out, in) is left dense.
     """
 
     method: str
@@ -150,6 +151,17 @@ class InitialisedAdapter(Adapter):
     def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
         """The factors to start from, float64; ``kept`` is empty without calibration."""
         raise NotImplementedError
+
+
+class Compressor(Method):
+    """Makes the model smaller, without training."""
+
+    ratio: float = Field(default=0.2, gt=0, lt=1)
+    """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
+
+    def budget(self, layout: ModelLayout) -> int:
+        """Parameters that may be left of the linears in the blocks."""
+        return int((1 - self.ratio) * sum(ref.out_features * ref.in_features for ref in layout.linears))
 
 
 def _matches(pattern: str, ref: LinearRef) -> bool:

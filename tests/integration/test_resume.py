@@ -21,7 +21,15 @@ def read(file: Path):
 
 def kill_in_training(command, environment, run: Path, sign: int) -> int:
     """Start a run, send the signal once it has left two checkpoints, return its exit status."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
         assert process.poll() is None, process.stderr.read()
@@ -100,8 +108,8 @@ def test_stages_done_apart_give_the_figures_of_one_run(config, tmp_path, monkeyp
         run = execute(config(f"run.dir={tmp_path / 'parts'}", f"run.stages=[{stages}]", task="glue/stsb"))
         assert not (run / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_kit.stages.calibrate_for", None)
-        patch.setattr("lowrank_kit.stages.fit", None)
+        patch.setattr("lowrank_kit.stages.classification.calibrate_for", None)
+        patch.setattr("lowrank_kit.stages.classification.fit", None)
         execute(config(f"run.dir={tmp_path / 'parts'}", "run.stages=[evaluate]", task="glue/stsb"))
     ours, theirs = (read(path / "results.json") for path in (run, whole))
     assert [{**r, "value": 0, "stderr": 0} for r in ours] == [{**r, "value": 0, "stderr": 0} for r in theirs]

@@ -1,53 +1,45 @@
-"""The stages of one task. What a stage needs of earlier ones is made, or read back, when first asked for."""
+"""The stages of a classification task: an adapter is fine-tuned and judged."""
 
 import json
 import logging
 import shutil
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
 
 import numpy as np
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
+from transformers import EvalPrediction, set_seed
 
-from lowrank_kit import __version__
-from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import ClassificationTask, Metric, RunConfig
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
-from lowrank_kit.methods.base import Adapter, InitialisedAdapter, Method, Plan
+from lowrank_kit.methods.base import Adapter, InitialisedAdapter, Plan
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import (
     LoadedModel,
-    ModelSource,
     fingerprint,
-    load_config,
     load_model,
-    load_tokenizer,
     local_path,
 )
+from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.tracking import Tracker
+from lowrank_kit.stages.base import VERSIONS, Stages
 from lowrank_kit.training.adapters import AdaptedModel, attach
 from lowrank_kit.training.fit import fit
 from lowrank_kit.training.initialise import calibrate_for, starting_factors
 
 log = logging.getLogger(__name__)
 
-VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
-
-class TaskStages:
-    """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
+class ClassificationStages(Stages):
+    """See `Stages`."""
 
     def __init__(
         self,
@@ -59,11 +51,8 @@ class TaskStages:
         manifest: Manifest,
         tracker: Tracker,
     ) -> None:
-        assert isinstance(config.method, Method)
-        self.config, self.task, self.device = config, task, device
-        self.method = config.method
-        self._rows, self._run, self._manifest, self._tracker = rows, run, manifest, tracker
-        self._model_source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
+        super().__init__(config, device, run, manifest, tracker)
+        self.task, self.method, self._rows = task, config.method, rows
 
     def calibrate(self) -> None:
         """Collect the statistics that the method needs, if any; they go to the content-keyed cache."""
@@ -140,15 +129,6 @@ class TaskStages:
         return loaded
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer, config = load_tokenizer(self._model_source), load_config(self._model_source)
-        if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
-            # RoBERTa counts positions from behind its padding token.
-            first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
-        return tokenizer
-
-    @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
         return self._rows.evaluation(self._tokenizer)
 
@@ -159,14 +139,13 @@ class TaskStages:
             return {}
         samples = self._calibration_samples()
         self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
-        console = Console(stderr=True)
-        with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
+        with StageProgress() as progress:
             return calibrate_for(
                 method,
                 self._loaded.model,
                 samples,
                 batch_size=self.config.calibration.batch_size,
-                cache=cache_dir() / "calibration" if self.config.calibration.cache else None,
+                cache=self._cache,
                 progress=progress,
             )
 

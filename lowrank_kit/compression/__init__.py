@@ -1,0 +1,1 @@
+"""From a compressor's settings to a compressed model: decompose once, plan, factorise, measure."""

@@ -1,0 +1,156 @@
+"""Calibrate and decompose a model once for every ratio: spectra in memory, projections on disk, block by block."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from lowrank_kit.calibration.collect import Kept, calibration_key, reduce_spans
+from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.methods.svd import TruncatedSVD, unpack
+from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.truncate import Projection
+from lowrank_kit.truncation.base import Layer
+
+
+class Decomposition:
+    """Every matrix's projection: its spectra at hand, its vectors read from disk when asked for."""
+
+    def __init__(
+        self,
+        method: TruncatedSVD,
+        layout: ModelLayout,
+        store: CalibrationStore,
+        gradients: CalibrationStore | None,
+        keeps_alive: object,
+    ) -> None:
+        self._method, self._store, self._keeps_alive = method, store, keeps_alive
+        self.gradients, self.folder = gradients, store.folder
+        self.groups = method.groups(layout)
+        spans = sorted({self._span_of(group[0]) for group in self.groups})
+        kept = {name: _spectra(entry) for first in spans for name, entry in store.load(first).items()}
+        self.candidates = [method.candidate(group, kept[group[0].name]) for group in self.groups]
+
+        self._read: tuple[int, dict[str, Kept]] = (-1, {})
+
+    def projection(self, name: str) -> Projection:
+        """The projection of the group whose first linear this is; ask in execution order to read every file once."""
+        first = self._span_of(next(group[0] for group in self.groups if group[0].name == name))
+        if self._read[0] != first:
+            self._read = (first, self._store.load(first))
+        return unpack(self._read[1][name])
+
+    def _span_of(self, ref: LinearRef) -> int:
+        return ref.block - ref.block % self._method.truncation.span
+
+
+def decompose(
+    model: PreTrainedModel,
+    method: TruncatedSVD,
+    samples: CalibrationSamples,
+    *,
+    batch_size: int,
+    cache: Path | None,
+    progress: Progress | None = None,
+) -> Decomposition:
+    """Decompose the targets of `method`; ratio, rule and ranks play no part in it.
+
+    Args:
+        model: the original model.
+        method: the compressor.
+        samples: calibration windows.
+        batch_size: windows a batch.
+        cache: folder of the content-keyed cache; None: a temporary one, gone with the `Decomposition`.
+        progress: shows a bar a pass.
+
+    Raises:
+        ConfigError: fewer calibration tokens than a matrix's smaller side: its outputs would not be determined.
+        LowRankKitError: weights or activations that are not finite.
+    """
+    layout = layout_of(model)
+    refs, request = method.targets(layout), method.needs()
+    check_tokens(refs, request, samples.tokens)
+    root, keeps_alive = cache, None
+    if root is None:
+        keeps_alive = tempfile.TemporaryDirectory(prefix="lowrank_kit-")
+        root = Path(keeps_alive.name)
+    key = calibration_key(model, layout, samples, refs, request, batch_size)
+    store = CalibrationStore(root, {**key, "reduction": method.reduction_key()})
+    finished = store.finished_blocks()
+    gradients = gradient_store(root, model, layout, samples, refs, request, batch_size)
+
+    def reduce(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
+        by_name = {layer.ref.name: layer for layer in statistics}
+        found = {}
+        for group in method.truncation.members([layer.ref for layer in statistics]):
+            try:
+                found[group[0].name] = method.reduce([_layer(model, by_name[ref.name]) for ref in group])
+            except ValueError as error:
+                raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
+        return found
+
+    for first, results in reduce_spans(
+        model,
+        layout,
+        samples,
+        refs,
+        request,
+        reduce,
+        batch_size=batch_size,
+        span=method.truncation.span,
+        gradients=gradients,
+        skip=finished,
+        progress=progress,
+    ):
+        store.save(first, results)
+    return Decomposition(method, layout, store, gradients, keeps_alive)
+
+
+def _layer(model: PreTrainedModel, statistics: LayerStatistics) -> Layer:
+    module: Any = model.get_submodule(statistics.ref.name)
+    return Layer(weight_of(module), module.bias, statistics)
+
+
+def gradient_store(
+    root: Path,
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    samples: CalibrationSamples,
+    refs: Sequence[LinearRef],
+    request: StatisticsRequest,
+    batch_size: int,
+) -> CalibrationStore | None:
+    """Where gradient statistics of this calibration lie; those collected with the mean gradient serve without it."""
+    if request.gradient == "none":
+        return None
+    blocks = {ref.block for ref in refs}
+    for level in ("all", "moments"):
+        key = calibration_key(model, layout, samples, refs, StatisticsRequest(gradient=level), batch_size)
+        store = CalibrationStore(root, {**key, "reduction": "gradients"})
+        if level == request.gradient or store.finished_blocks() >= blocks:
+            break
+    return store
+
+
+def check_tokens(refs: Sequence[LinearRef], request: StatisticsRequest, tokens: int) -> None:
+    """Raise `ConfigError` where there are fewer calibration tokens than a matrix has directions."""
+    if request.moments is None:
+        return
+    largest = max(refs, key=lambda ref: min(ref.in_features, ref.out_features))
+    side = min(largest.in_features, largest.out_features)
+    if tokens < side:
+        raise ConfigError(
+            f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
+            f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
+        )
+
+
+def _spectra(kept: Kept) -> Kept:
+    return {name: tensor for name, tensor in kept.items() if name == "values" or name.startswith("spectrum_")}

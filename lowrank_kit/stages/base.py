@@ -1,0 +1,70 @@
+"""What the stages of every kind of task share. What a stage needs of earlier ones is made, or read back, when asked."""
+
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_kit import __version__
+from lowrank_kit.assets import cache_dir
+from lowrank_kit.config import RunConfig
+from lowrank_kit.methods.base import Method
+from lowrank_kit.models.load import ModelSource, load_config, load_tokenizer
+from lowrank_kit.runs.directory import RunDirectory
+from lowrank_kit.runs.manifest import Manifest
+from lowrank_kit.runs.tracking import Tracker
+
+VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+class TaskData(Protocol):
+    """The rows or texts of a task."""
+
+    def facts(self) -> dict[str, Any]:
+        """Source, note, hash and size of every split, for the manifest."""
+        ...
+
+
+class Stages:
+    """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
+
+    def __init__(self, config: RunConfig, device: str, run: RunDirectory, manifest: Manifest, tracker: Tracker) -> None:
+        assert isinstance(config.method, Method)
+        self.config, self.device = config, device
+        self._run, self._manifest, self._tracker = run, manifest, tracker
+        self._model_source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
+
+    def calibrate(self) -> None:
+        """Collect the statistics that the method needs, if any; they go to the content-keyed cache."""
+        raise NotImplementedError
+
+    def plan(self) -> None:
+        """Decide the rank of every matrix: ``plan.json``."""
+        raise NotImplementedError
+
+    def apply(self) -> None:
+        """Change the model."""
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Train what the method left trainable."""
+        raise NotImplementedError
+
+    def evaluate(self) -> None:
+        """Measure the final model: ``results.json``."""
+        raise NotImplementedError
+
+    @property
+    def _cache(self) -> Path | None:
+        return cache_dir() / "calibration" if self.config.calibration.cache else None
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer, config = load_tokenizer(self._model_source), load_config(self._model_source)
+        if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
+            # RoBERTa counts positions from behind its padding token.
+            first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+        return tokenizer

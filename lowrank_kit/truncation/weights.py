@@ -1,0 +1,80 @@
+"""Truncations that look at the weight alone, or at a diagonal beside it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.spectral.moments import Moments
+from lowrank_kit.spectral.truncate import Projection, output_projection
+from lowrank_kit.truncation.base import Layer, Truncation
+
+SMALLEST_WEIGHT = 1e-6
+"""A diagonal's entries are at least this share of its mean, so that it can be divided out again."""
+
+
+class Plain(Truncation):
+    """Truncated SVD of W: optimal in the Frobenius norm (Eckart and Young)."""
+
+    kind: Literal["plain"] = "plain"
+
+    def project(self, layers: Sequence[Layer]) -> Projection:
+        """As in `Truncation`, with C = I."""
+        [layer] = layers
+        return output_projection(layer.weight, _identity(layer))
+
+
+class Fisher(Truncation):
+    """FWSVD (arXiv 2207.00112): every row weighted by its summed diagonal Fisher information.
+
+    The empirical Fisher information is summed over tokens, not over batches as in the authors' code, so that it does
+    not depend on the batch size.
+    """
+
+    kind: Literal["fisher"] = "fisher"
+
+    def needs(self) -> StatisticsRequest:
+        """As in `Truncation`."""
+        return StatisticsRequest(gradient="moments")
+
+    def project(self, layers: Sequence[Layer]) -> Projection:
+        """As in `Truncation`, with the rows' Fisher information as the metric on the outputs."""
+        [layer] = layers
+        gradient = layer.statistics.gradient
+        assert gradient is not None
+        rows = _bounded(gradient.rows.double() / gradient.tokens)
+        return output_projection(layer.weight, _identity(layer), rows.sqrt())
+
+
+class Scaled(Truncation):
+    """ASVD (arXiv 2312.05821, section 3.2): columns scaled by the mean absolute activation to the power alpha."""
+
+    kind: Literal["scaled"] = "scaled"
+    alpha: float = Field(default=0.5, ge=0, le=2)
+    """Exponent of the mean absolute activation."""
+
+    def needs(self) -> StatisticsRequest:
+        """As in `Truncation`."""
+        return StatisticsRequest(magnitudes=True)
+
+    def project(self, layers: Sequence[Layer]) -> Projection:
+        """As in `Truncation`, with a diagonal C."""
+        [layer] = layers
+        magnitudes = layer.statistics.magnitudes
+        assert magnitudes is not None
+        return output_projection(layer.weight, _diagonal(_bounded(magnitudes.double()) ** (2 * self.alpha)))
+
+
+def _bounded(diagonal: Tensor) -> Tensor:
+    return diagonal.clamp(min=SMALLEST_WEIGHT * float(diagonal.mean()))
+
+
+def _identity(layer: Layer) -> Moments:
+    return _diagonal(torch.ones(layer.weight.shape[1], device=layer.weight.device))
+
+
+def _diagonal(values: Tensor) -> Moments:
+    return Moments(torch.diag(values.double()), torch.zeros_like(values, dtype=torch.float64), values.shape[0])

@@ -1,0 +1,171 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.pipeline import execute
+
+METHODS = [
+    *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
+    *("kfac_svd", "basis_sharing", "hisvd", "loss_svd"),
+]
+
+
+ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
+
+
+@pytest.fixture(scope="session")
+def texts_folder(tmp_path_factory):
+    """Two texts of words that the tiny tokenizer knows."""
+    root = tmp_path_factory.mktemp("texts")
+    for seed, (name, split) in enumerate((n, s) for n in ("mine", "other") for s in ("validation", "test")):
+        draw = torch.Generator().manual_seed(seed)
+        file = root / "text" / name / f"{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(" ".join(f"w{int(i)}" for i in torch.randint(60, (600,), generator=draw)))
+    return root
+
+
+@pytest.fixture
+def words(checkpoint, texts_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
+
+    def build(*more, method="svd_llm", family="llama"):
+        return [
+            *(f"method={method}", "task=perplexity", "model.name=tiny", f"model.path={checkpoint(family)}"),
+            *("data=local", f"data.root={texts_folder}", "device=cpu", "task.window=32", "task.calibrate_on=mine"),
+            *("task.texts.mine={}", "task.texts.other={}", *(f"~task.texts.{name}" for name in ABSENT)),
+            *("calibration.samples=8", "calibration.seq_len=32", "calibration.batch_size=4", "method.ratio=0.4"),
+            *("method.rank_multiple=1", f"run.root={tmp_path / 'runs'}", *more),
+        ]
+
+    return build
+
+
+@pytest.fixture
+def job(words):
+    def build(*more, **where):
+        [config] = Composer().jobs(force_dotted(words(*more, **where)), multirun=False)
+        return config
+
+    return build
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_to_a_checkpoint_of_the_promised_size(method, job):
+    run = execute(job(method=method))
+    plan, manifest = read(run / "plan.json"), read(run / "manifest.json")
+    assert plan["parameters_after"] <= 0.6 * plan["parameters_before"]
+    saved = manifest["size"]["dense"]["parameters"] - manifest["size"]["compressed"]["parameters"]
+    assert saved == plan["parameters_before"] - plan["parameters_after"]
+    records = {(r["task"], r["checkpoint"]): r for r in read(run / "results.json")}
+    assert set(records) == {(t, c) for t in ("mine", "other") for c in ("dense", "final")}
+    assert all(r["metric"] == "perplexity" and r["n"] == 18 for r in records.values())
+    assert {p.name for p in (run / "plots").iterdir()} == {"spectra.png", "rank_map.png", "kept_ranks.png"}
+
+
+def test_what_is_reported_is_what_another_process_finds_in_the_checkpoint(job, texts_folder):
+    run = execute(job("eval.limit=5"))
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
+    ids = torch.tensor(tokenizer((texts_folder / "text/mine/test.txt").read_text())["input_ids"])
+    windows = ids[: 5 * 32].view(5, 32)
+    with torch.no_grad():
+        losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    [record] = [r for r in read(run / "results.json") if (r["task"], r["checkpoint"]) == ("mine", "final")]
+    assert record["value"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-5)
+
+
+def test_stages_apart_give_what_one_run_gives(job, tmp_path):
+    whole = execute(job(method="loss_svd"))
+    parts = tmp_path / "parts"
+    for stages in ("[calibrate,plan]", "[apply]", "[train,evaluate]"):
+        execute(job(f"run.dir={parts}", f"run.stages={stages}", method="loss_svd"))
+    assert read(whole / "plan.json") == read(parts / "plan.json")
+    assert [r["value"] for r in read(whole / "results.json")] == [r["value"] for r in read(parts / "results.json")]
+
+
+def test_speed_is_measured_on_request(job):
+    run = execute(
+        job("eval.limit=2", "eval.speed={enabled: true, batch_size: 2, prompt_tokens: 8, new_tokens: 4, repeats: 2}")
+    )
+    found = {(r["metric"], r["checkpoint"]): r["value"] for r in read(run / "results.json") if r["task"] == "speed"}
+    assert found["parameter_bytes", "final"] < found["parameter_bytes", "dense"]
+    assert found["prefill_ideal_speedup", "final"] > 1
+
+
+def test_no_method_judges_the_model_as_it_is(job, words):
+    [config] = Composer().jobs(
+        force_dotted([w for w in words(method="none") if not w.startswith(("method.ratio", "method.rank"))]), False
+    )
+    run = execute(config)
+    assert {r["checkpoint"] for r in read(run / "results.json")} == {"final"}
+    assert not (run / "checkpoint").exists()
+
+
+def test_a_compressed_checkpoint_can_be_judged_again(job, words):
+    first = execute(job("eval.limit=3"))
+    again = [w for w in words("eval.limit=3", method="none") if not w.startswith(("method.r", "model.path"))]
+    [config] = Composer().jobs(force_dotted([*again, f"model.path={first / 'checkpoint'}"]), False)
+    finals = [
+        [r["value"] for r in read(run / "results.json") if r["checkpoint"] == "final"]
+        for run in (first, execute(config))
+    ]
+    assert finals[0] == pytest.approx(finals[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["method.ratio=0.995"], "nearest feasible"),
+        (["calibration.samples=1", "calibration.seq_len=8"], "8 calibration tokens cannot determine"),
+        (["calibration.samples=5000"], r"calibration.samples=5000.* has 18 windows"),
+        (["method.roles=[gates]"], "gate"),
+        (["task.window=100000"], "task.window"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_model_is_loaded(settings, message, job, monkeypatch):
+    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    with pytest.raises(ConfigError, match=message):
+        execute(job(*settings))
+
+
+def test_an_adapter_has_nothing_to_learn_from_running_text(job):
+    with pytest.raises(ConfigError, match="labelled rows"):
+        execute(job("~method.ratio", "~method.rank_multiple", method="astra"))
+
+
+def test_a_compressor_refuses_a_classification_task(checkpoint, rows_folder):
+    words = ["method=svd_llm", "task=glue/rte", f"model.path={checkpoint('llama')}", f"data.root={rows_folder}"]
+    [config] = Composer().jobs(force_dotted([*words, "data=local"]), False)
+    with pytest.raises(ConfigError, match="task=perplexity"):
+        execute(config)
+
+
+def test_a_truncated_checkpoint_is_a_clear_error_and_leaves_no_results(job, words):
+    first = execute(job("run.stages=[calibrate,plan,apply]"))
+    file = next((first / "checkpoint").glob("*.safetensors"))
+    with safe_open(file, "pt") as whole:
+        assert whole.keys()
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(LowRankKitError, match="damaged"):
+        execute(job())
+    assert not (first / "results.json").exists()
+
+
+def test_a_killed_compression_starts_again_where_it_was(words, environment, tmp_path, job):
+    command = [sys.executable, "-m", "lowrank_kit.run", *words("run.stages=[calibrate,plan]")]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    run = execute(job())
+    stages = read(run / "manifest.json")["stages"]
+    assert set(stages) == {"calibrate", "plan", "apply", "train", "evaluate"}

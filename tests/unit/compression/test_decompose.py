@@ -1,0 +1,194 @@
+import copy
+from unittest import mock
+
+import pytest
+import torch
+
+from lowrank_kit.allocation.lagrangian import Lagrangian
+from lowrank_kit.allocation.zs_svd import ZeroSum
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compression import decompose as module
+from lowrank_kit.compression.apply import factorise
+from lowrank_kit.compression.decompose import decompose
+from lowrank_kit.compression.probe import LossProbe
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.models.factored import LowRankLinear
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.truncation.joint import Joint
+from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.truncation.weights import Fisher, Plain, Scaled
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2"]
+
+
+def compress(model, method, samples, cache=None):
+    found = decompose(model, method, samples, batch_size=2, cache=cache)
+    plan = method.plan(layout_of(model), found.candidates, None)
+    factorise(model, plan, found)
+    return plan, found
+
+
+@torch.no_grad()
+def outputs_of(model, samples):
+    """Inputs and outputs of every linear in the original model."""
+    seen, handles = {}, []
+    for ref in layout_of(model).linears:
+
+        def hook(_module, inputs, output, name=ref.name):
+            seen.setdefault(name, []).append((inputs[0].flatten(0, -2), output.flatten(0, -2)))
+
+        handles.append(model.get_submodule(ref.name).register_forward_hook(hook))
+    for sample in samples.sequences:
+        model(input_ids=sample["input_ids"][None])
+    for handle in handles:
+        handle.remove()
+    return {name: tuple(torch.cat(part).double() for part in zip(*parts, strict=True)) for name, parts in seen.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_is_cut_optimally_for_its_own_outputs(family, tiny_model, samples, method):
+    model = tiny_model(family)
+    original, seen = copy.deepcopy(model), outputs_of(model, samples)
+    plan, _ = compress(model, method(), samples)
+    assert plan.parameters_after <= 0.6 * plan.parameters_before
+    for name, (x, _) in seen.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LowRankLinear)
+        wanted = x @ weight_of(original.get_submodule(name)).double().T
+        best = torch.linalg.svdvals(wanted)[plan.ranks[name] :].square().sum()
+        loss = (x @ layer.dense_weight().T - wanted).square().sum()
+        assert loss == pytest.approx(float(best), rel=1e-3, abs=1e-9 * float(wanted.square().sum())), name
+        assert plan.scores[name] == pytest.approx(float(best) / len(x), rel=1e-3, abs=1e-9), name
+
+
+@pytest.mark.parametrize("truncation", [Plain(), Fisher(), Scaled(), TwoSided(), Joint()], ids=lambda t: t.kind)
+def test_every_truncation_meets_the_budget_and_runs(truncation, tiny_model, samples, method):
+    model = tiny_model("llama")
+    plan, _ = compress(model, method(truncation=truncation), samples)
+    # A shared factor is one parameter, counted once.
+    left = sum(parameter.numel() for name, parameter in model.named_parameters() if "proj" in name)
+    assert left == plan.parameters_after <= 0.6 * plan.parameters_before
+    windows = torch.stack([s["input_ids"] for s in samples.sequences])
+    assert perplexity(model, windows).value > 1
+
+
+def test_the_plain_truncation_is_the_truncated_svd(tiny_model, samples, method):
+    model = tiny_model("llama")
+    weight = model.model.layers[1].self_attn.q_proj.weight.detach().double()
+    plan, _ = compress(model, method(truncation=Plain()), samples)
+    rank = plan.ranks["model.layers.1.self_attn.q_proj"]
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    found = model.model.layers[1].self_attn.q_proj.dense_weight()
+    torch.testing.assert_close(found, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-6)
+
+
+def test_a_sweep_over_ratios_decomposes_once(tiny_model, samples, method, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    first = decompose(model, method(), samples, batch_size=2, cache=tmp_path)
+    monkeypatch.setattr(module, "reduce_spans", lambda *args, skip, **kwargs: iter(() if skip else [1 / 0]))
+    again = decompose(model, method(ratio=0.6), samples, batch_size=2, cache=tmp_path)
+    for ours, theirs in zip(first.candidates, again.candidates, strict=True):
+        assert torch.equal(ours.tail, theirs.tail)
+
+
+def test_gradients_collected_in_full_serve_those_who_need_less(tiny_model, samples, method, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    decompose(model, method(allocation=ZeroSum()), samples, batch_size=2, cache=tmp_path)
+    monkeypatch.setattr("lowrank_kit.calibration.collect.stream_gradients", None)
+    decompose(model, method(truncation=TwoSided()), samples, batch_size=2, cache=tmp_path)
+
+
+def test_first_order_changes_are_the_derivative_of_the_loss(tiny_model, samples, method):
+    model = tiny_model("llama")
+    found = decompose(model, method(allocation=ZeroSum()), samples, batch_size=2, cache=None)
+    windows = torch.stack([s["input_ids"] for s in samples.sequences])
+    candidate = found.candidates[4]
+    layer, component, step = model.get_submodule(candidate.name), 2, 1e-2
+    up, down = found.projection(candidate.name).factors(layer.weight, component + 1)
+    part = (up[:, component:] @ down[component:]).float()
+    weight = layer.weight.detach().clone()
+    losses = []
+    for sign in (1, -1):
+        layer.weight.data = weight - sign * step * part
+        losses.append(perplexity(model.double(), windows).nll)
+        model.float()
+    tokens = windows.numel()
+    # The statistics divide by all tokens, a perplexity by those predicted.
+    derivative = (losses[0] - losses[1]) / (2 * step) * (tokens - len(windows)) / tokens
+    assert float(candidate.spectra["change"][component]) == pytest.approx(derivative, rel=1e-2)
+
+
+def test_the_probe_measures_what_the_compressed_model_loses(tiny_model, samples, method):
+    model = tiny_model("llama")
+    original = copy.deepcopy(model)
+    found = decompose(model, method(), samples, batch_size=2, cache=None)
+    windows = torch.stack([s["input_ids"] for s in samples.sequences])
+    probe = LossProbe(model, found, windows)
+    dense = perplexity(original, windows).nll
+    for names in (["model.layers.2.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]):
+        cut = copy.deepcopy(original)
+        plan = method().plan(layout_of(cut), found.candidates, None)
+        full = {ref.name: min(ref.out_features, ref.in_features) for ref in layout_of(cut).linears}
+        plan.ranks.update({name: rank for name, rank in full.items() if name not in names})
+        factorise(cut, plan, found)
+        change = probe.loss_change({name: plan.ranks[name] for name in names})
+        assert change == pytest.approx(perplexity(cut, windows).nll - dense, abs=1e-5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, original.state_dict()[name])
+    again = LossProbe(model, found, windows)
+    with mock.patch.object(again, "_measured", None):
+        assert again.loss_change({name: plan.ranks[name] for name in names}) == change
+
+
+def test_a_matrix_left_dense_is_not_touched(tiny_model, samples, method):
+    model = tiny_model("llama")
+    original = copy.deepcopy(model.state_dict())
+    settings = method(truncation=TwoSided(), allocation=Lagrangian(), dense=True, ratio=0.2)
+    plan, _ = compress(model, settings, samples)
+    dense = [r.name for r in layout_of(model).linears if plan.ranks[r.name] == min(r.in_features, r.out_features)]
+    assert dense
+    for name in dense:
+        assert torch.equal(model.get_submodule(name).weight, original[f"{name}.weight"])
+
+
+def test_too_few_tokens_are_refused(tiny_model, method):
+    few = CalibrationSamples(({"input_ids": torch.arange(3, 20)},))
+    with pytest.raises(ConfigError, match=r"17 calibration tokens cannot determine the 32 directions"):
+        decompose(tiny_model("llama"), method(), few, batch_size=1, cache=None)
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_model, samples, method):
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.down_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(LowRankKitError, match=r"model\.layers\.2\.mlp\.down_proj"):
+        decompose(model, method(truncation=Plain()), samples, batch_size=2, cache=None)
+
+
+def test_a_ratio_that_no_rank_can_meet_is_refused_with_the_nearest(tiny_model, method):
+    layout = layout_of(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="nearest feasible"):
+        method(ratio=0.99, rank_multiple=8).check(layout)
+    with pytest.raises(ConfigError, match="exclude"):
+        method(ratio=0.9, roles=("q", "k")).check(layout)
+
+
+def test_excluded_roles_stay_dense_and_the_others_take_more(tiny_model, samples, method):
+    model = tiny_model("llama")
+    plan, _ = compress(model, method(roles=("gate", "up", "down"), ratio=0.3), samples)
+    factored = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    assert factored == {name for name in plan.ranks if "mlp" in name}
+    assert plan.parameters_after <= 0.7 * plan.parameters_before
+
+
+def test_role_scope_gives_every_role_the_ratio(tiny_model, samples, method):
+    model = tiny_model("llama")
+    plan, found = compress(model, method(scope="role", allocation=Lagrangian(), ratio=0.5), samples)
+    for role in layout_of(model).roles:
+        members = [c for c in found.candidates if c.role == role]
+        kept = sum(plan.ranks[c.name] * c.cost_per_rank for c in members)
+        dense = sum(c.dense_cost for c in members)
+        # What a role cannot spend of its own share goes to the next one.
+        assert abs(kept - dense / 2) <= 2 * max(c.cost_per_rank for c in found.candidates)
