@@ -125,7 +125,7 @@ class PeakMemory:
 
 
 def _sequences(samples: int, tokens: int) -> list[torch.Tensor]:
-    rows = PackagedSource().load(DatasetRef("text/wikipedia"), "train").dataset
+    rows = PackagedSource().load(DatasetRef("text/wikipedia"), "validation").dataset
     ids = load_tokenizer(SMOLLM2)("\n\n".join(rows["text"]), return_tensors="pt")["input_ids"][0]
     return list(ids[: samples * tokens].split(tokens))
 

@@ -130,7 +130,8 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             f"| {row['asked']} | {row['method']} | {cells[0]} | {cells[1]} | {row['removed']:.4f} "
             f"| {row['removed_of_model']:.3f} | {row['bytes'] / 1e6:.0f} | {int(row['dense_matrices'])} "
-            f"| {seconds['calibrate']:.0f} | {seconds['plan'] + seconds['apply']:.0f} | {row['peak_rss_bytes'] / 1e9:.2f} |"
+            f"| {seconds['calibrate']:.0f} | {seconds['plan'] + seconds['apply']:.0f} "
+            f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
 
 

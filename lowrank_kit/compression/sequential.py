@@ -3,13 +3,14 @@
 With X the inputs of a layer in the original model and X' those in the model compressed so far, the best dense weight
 is `W* = W C_XX' C_X'X'^-1`, and the best low-rank one is the truncation of W* in the metric of C_X'X'. Both are
 anchored by the error on the original inputs, or a few calibration windows would be fitted too closely. Blocks are
-visited in order, and inside a block the groups of linears that share an input; both models' hidden states wait on the
-CPU, and only one block exists twice.
+visited in order, and inside a block the groups of linears that share an input; both models' hidden states and what the
+original block's linears read wait on the CPU, a block at a time.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from copy import deepcopy
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,17 +68,18 @@ def factorise_sequentially(
     del recorded
     bar = progress.add_task("correct and factorise", total=len(modules)) if progress else None
     for index, module in enumerate(modules):
-        original = deepcopy(module)
+        firsts = [group[0].name for group in blocks[index].values()]
+        read = [state.advance_original(model, module, firsts, index) for state in states]
         known = load_gradients(gradients, index) if gradients and index in blocks else {}
         for group in blocks[index].values():
-            sums = _Sums(group[0], original, module, layout.blocks[index])
-            for state in states:
-                sums.add(state, index)
-            correction, inputs = sums.correction(method)
+            sums = _Sums(group[0].in_features, model.device)
+            for state, inputs in zip(states, read, strict=True):
+                sums.add(inputs[group[0].name], state.input_of(model, module, group[0].name, index))
+            correction, moments = sums.correction(method)
             for ref in group:
-                _replace(model, method, ref, plan.ranks[ref.name], correction, inputs, known.get(ref.name))
+                _replace(model, method, ref, plan.ranks[ref.name], correction, moments, known.get(ref.name))
         for state in states:
-            state.advance(original, module, index)
+            state.compressed = _run(module, state.compressed, state.calls[index]).cpu()
         if progress and bar is not None:
             progress.advance(bar)
 
@@ -88,10 +90,38 @@ class _State:
     def __init__(self, original: Tensor, compressed: Tensor, calls: Sequence[BlockCall]) -> None:
         self.original, self.compressed, self.calls = original, compressed, calls
 
-    def advance(self, original: nn.Module, compressed: nn.Module, index: int) -> None:
-        """Pass the current block."""
-        self.original = _run(original, self.original, self.calls[index]).cpu()
-        self.compressed = _run(compressed, self.compressed, self.calls[index]).cpu()
+    def advance_original(
+        self, model: nn.Module, block: nn.Module, linears: Sequence[str], index: int
+    ) -> dict[str, Tensor]:
+        """Pass the block, not yet replaced; what each of these linears reads, by name."""
+        read: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in linears:
+                hook = partial(_note, read, name)
+                stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            self.original = _run(block, self.original, self.calls[index]).cpu()
+        return read
+
+    def input_of(self, model: nn.Module, block: nn.Module, linear: str, index: int) -> Tensor:
+        """What the linear reads in the compressed model; the block is run no further."""
+        read: dict[str, Tensor] = {}
+        handle = model.get_submodule(linear).register_forward_pre_hook(partial(_note, read, linear, stop=True))
+        with suppress(_InputReached):
+            _run(block, self.compressed, self.calls[index])
+        handle.remove()
+        return read[linear]
+
+
+class _InputReached(Exception):
+    """Unwinds a block's forward pass: what follows the linear need not be computed."""
+
+
+def _note(
+    read: dict[str, Tensor], name: str, _module: nn.Module, inputs: tuple[Tensor, ...], stop: bool = False
+) -> None:
+    read[name] = inputs[0].cpu()
+    if stop:
+        raise _InputReached
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -100,41 +130,16 @@ def _run(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return found
 
 
-class _InputReached(Exception):
-    """Unwinds a block's forward pass: what follows the linear need not be computed."""
-
-
-def _input_of(block: nn.Module, linear: str, hidden: Tensor, call: BlockCall) -> Tensor:
-    """What the linear reads when the block is given these hidden states, as `[rows, in]`."""
-    seen: list[Tensor] = []
-
-    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _InputReached
-
-    handle = block.get_submodule(linear).register_forward_pre_hook(stop)
-    try:
-        _run(block, hidden, call)
-    except _InputReached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0].flatten(0, -2).float()
-
-
 class _Sums:
-    """Second moments of what a group of linears reads, in the original block and in the compressed one."""
+    """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
-    def __init__(self, ref: LinearRef, original: nn.Module, compressed: nn.Module, path: str) -> None:
-        self._blocks, self._linear = (original, compressed), ref.name.removeprefix(f"{path}.")
-        device = next(compressed.parameters()).device
-        self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._old, self._new = Moments.zeros(width, device), Moments.zeros(width, device)
         self._difference = torch.zeros_like(self._new.gram)
 
-    def add(self, state: _State, index: int) -> None:
+    def add(self, old: Tensor, new: Tensor) -> None:
         """Add one batch: sums of `x x^T`, `x' x'^T` and `(x - x') x'^T`."""
-        hidden, call = (state.original, state.compressed), state.calls[index]
-        old, new = (_input_of(b, self._linear, h, call) for b, h in zip(self._blocks, hidden, strict=True))
+        old, new = (rows.to(self._new.gram.device).flatten(0, -2).float() for rows in (old, new))
         self._old.update(old)
         self._new.update(new)
         for a, b in zip(old.split(ROWS_PER_PRODUCT), new.split(ROWS_PER_PRODUCT), strict=True):

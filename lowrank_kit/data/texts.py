@@ -93,22 +93,22 @@ class TaskTexts:
             )
         return windows[: settings.samples]
 
-    def held_out(self, count: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    def held_out(self, count: int, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> Windows:
         """``count`` windows of the text calibrated on, behind those of `calibration`: to choose hyper-parameters.
 
-        Raises `ConfigError` where the text is too short.
+        ``window``: tokens of each, by default the task's. Raises `ConfigError` where the text is too short.
         """
-        return self._behind_calibration(self._calibration_text(), count, tokenizer)
+        return self._behind_calibration(self._calibration_text(), count, window or self.window(tokenizer), tokenizer)
 
-    def _behind_calibration(self, name: str, count: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    def _behind_calibration(self, name: str, count: int, window: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
         settings, split = self._config.calibration, self._task.texts[name].calibration_split
         rest = self._encode(name, split, tokenizer)[settings.samples * settings.seq_len :]
-        windows = _windows(rest, self.window(tokenizer))
+        windows = _windows(rest, window)
         if len(windows) < count:
             raise ConfigError(
                 f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
-                f"of calibration, '{split}' of {name} has {len(windows)} of {self.window(tokenizer)} tokens; lower "
-                "eval.held_out, calibration.samples or task.window"
+                f"of calibration, '{split}' of {name} has {len(windows)} of {window} tokens; lower "
+                "eval.held_out, method.probe_windows, calibration.samples or the windows' lengths"
             )
         return windows[:count]
 
@@ -121,7 +121,7 @@ class TaskTexts:
         for name in self.names:
             split, held_out = self._judged_on(name), self._config.eval.held_out
             if held_out:
-                windows = self._behind_calibration(name, held_out, tokenizer)
+                windows = self._behind_calibration(name, held_out, self.window(tokenizer), tokenizer)
             else:
                 tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
                 windows = _windows(tokens, window)[: self._config.eval.limit]

@@ -64,6 +64,8 @@ class TruncatedSVD(Compressor):
 
     probe_windows: int = Field(default=4, ge=1)
     """Held-out calibration windows on which an allocation that measures the model does so."""
+    probe_seq_len: int = Field(default=512, ge=2)
+    """Tokens of such a window."""
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
         """The linears to compress. Raises `ConfigError` for a role that the model does not have."""

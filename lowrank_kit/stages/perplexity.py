@@ -71,7 +71,7 @@ class PerplexityStages(Stages):
         with StageProgress() as progress:
             probe = None
             if method.allocation.needs_probe:
-                windows = self._texts.held_out(method.probe_windows, self._tokenizer)
+                windows = self._texts.held_out(method.probe_windows, self._tokenizer, window=method.probe_seq_len)
                 probe = LossProbe(self._loaded, decomposition, windows, progress)
             plan = method.plan(layout, decomposition.candidates, probe)
         self._run.write_json("plan.json", asdict(plan))

@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from lowrank_kit.data.sources import DatasetRef, open_source
+from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compression.apply import factorise
+from lowrank_kit.compression.decompose import decompose
+from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
+from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.methods.svd import TruncatedSVD
+from lowrank_kit.models.factored import ranks_of
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, fingerprint, load_model, load_tokenizer
+from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.truncation.weights import Plain
 
 pytestmark = pytest.mark.assets
 
@@ -119,6 +129,35 @@ def test_reading_comprehension_rows_hold_no_prompt(asset):
 @pytest.mark.parametrize("name", ["wikipedia", "openwebtext"])
 def test_running_text_is_a_hundred_thousand_words_without_repetition(asset, name):
     asset("running_text")
-    texts = open_source("packaged").load(DatasetRef(f"text/{name}"), "train").dataset["text"]
+    splits = [
+        open_source("packaged").load(DatasetRef(f"text/{name}"), s).dataset["text"] for s in ("validation", "test")
+    ]
+    texts = [text for split in splits for text in split]
     assert len(texts) == len(set(texts)) == 1000
     assert 90_000 < sum(len(text.split()) for text in texts) < 120_000
+
+
+def test_on_real_weights_and_text_each_better_metric_loses_less(smollm2_path, asset):
+    """Values cut to half of their parameters: plain, activation-aware, and with the loss's gradients."""
+    asset("running_text")
+    tokenizer = load_tokenizer(SMOLLM2)
+    validation, test = (
+        tokenizer("\n\n".join(PackagedSource().load(DatasetRef("text/wikipedia"), split).dataset["text"]))["input_ids"]
+        for split in ("validation", "test")
+    )
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in torch.tensor(validation[: 5 * 256]).split(256)))
+    windows = torch.tensor(test[: 4 * 256]).view(4, 256)
+    found = {}
+    for truncation in (Plain(), Optimal(), TwoSided()):
+        model = load_model(SMOLLM2, "causal").model
+        layout = layout_of(model)
+        share = sum(r.in_features * r.out_features for r in layout.select(["v"]))
+        ratio = 0.5 * share / sum(r.in_features * r.out_features for r in layout.linears)
+        method = TruncatedSVD(name="v", ratio=ratio, roles=("v",), truncation=truncation, allocation=Uniform())
+        decomposition = decompose(model, method, samples, batch_size=2, cache=None)
+        plan = method.plan(layout, decomposition.candidates, None)
+        assert set(ranks_of(model)) == set()
+        factorise(model, plan, decomposition)
+        assert set(ranks_of(model).values()) == {72}
+        found[truncation.kind] = perplexity(model, windows).nll
+    assert found["two_sided"] < found["optimal"] < found["plain"]

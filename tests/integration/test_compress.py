@@ -42,7 +42,7 @@ def words(checkpoint, texts_folder, tmp_path, monkeypatch):
             *("data=local", f"data.root={texts_folder}", "device=cpu", "task.window=32", "task.calibrate_on=mine"),
             *("task.texts.mine={}", "task.texts.other={}", *(f"~task.texts.{name}" for name in ABSENT)),
             *("calibration.samples=8", "calibration.seq_len=32", "calibration.batch_size=4", "method.ratio=0.4"),
-            *("method.rank_multiple=1", f"run.root={tmp_path / 'runs'}", *more),
+            *("method.rank_multiple=1", "method.probe_seq_len=16", f"run.root={tmp_path / 'runs'}", *more),
         ]
 
     return build
@@ -106,7 +106,7 @@ def test_speed_is_measured_on_request(job):
 
 def test_no_method_judges_the_model_as_it_is(job, words):
     [config] = Composer().jobs(
-        force_dotted([w for w in words(method="none") if not w.startswith(("method.ratio", "method.rank"))]), False
+        force_dotted([w for w in words(method="none") if not w.startswith(("method.r", "method.p"))]), False
     )
     run = execute(config)
     assert {r["checkpoint"] for r in read(run / "results.json")} == {"final"}
@@ -115,7 +115,9 @@ def test_no_method_judges_the_model_as_it_is(job, words):
 
 def test_a_compressed_checkpoint_can_be_judged_again(job, words):
     first = execute(job("eval.limit=3"))
-    again = [w for w in words("eval.limit=3", method="none") if not w.startswith(("method.r", "model.path"))]
+    again = [
+        w for w in words("eval.limit=3", method="none") if not w.startswith(("method.r", "method.p", "model.path"))
+    ]
     [config] = Composer().jobs(force_dotted([*again, f"model.path={first / 'checkpoint'}"]), False)
     finals = [
         [r["value"] for r in read(run / "results.json") if r["checkpoint"] == "final"]
@@ -142,7 +144,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(settings, message, jo
 
 def test_an_adapter_has_nothing_to_learn_from_running_text(job):
     with pytest.raises(ConfigError, match="labelled rows"):
-        execute(job("~method.ratio", "~method.rank_multiple", method="astra"))
+        execute(job("~method.ratio", "~method.rank_multiple", "~method.probe_seq_len", method="astra"))
 
 
 def test_a_compressor_refuses_a_classification_task(checkpoint, rows_folder):

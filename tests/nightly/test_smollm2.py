@@ -17,7 +17,7 @@ SMOLLM2 = ModelSource("packaged://smollm2_135m")
 def sequences(asset):
     asset("smollm2_135m")
     asset("running_text")
-    text = "\n\n".join(PackagedSource().load(DatasetRef("text/wikipedia"), "train").dataset["text"])
+    text = "\n\n".join(PackagedSource().load(DatasetRef("text/wikipedia"), "validation").dataset["text"])
     return load_tokenizer(SMOLLM2)(text, return_tensors="pt")["input_ids"][0][: 17 * 256].split(256)
 
 
