@@ -1,4 +1,4 @@
-"""HiSVD, a RECONSTRUCTION: ranks by information capacity, then less where the tail is redundant (ACL 2026)."""
+"""HiSVD, a RECONSTRUCTION: ranks by information capacity, refined by the redundancy of the tail (ACL 2026)."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -14,6 +14,8 @@ from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Qu
 from lowrank_kit.allocation.budget import break_even_of, proportional, share_out
 from lowrank_kit.spectral.metrics import decay_exponent, effective_rank, rank_density, tail_redundancy
 
+ATTENTION = frozenset({"q", "k", "v", "o", "qkv"})
+
 
 class HiSvd(Allocation):
     """Two stages: capacity-anchored ranks k0, then ``k = k0 exp(-strength z(tau))`` with tau the tail redundancy at k0.
@@ -21,24 +23,32 @@ class HiSvd(Allocation):
     z standardises tau inside a cluster (a role in a range of depth), and each cluster keeps what stage 1 gave it.
     Public are the abstract ("Capacity-Anchored Baseline Allocation", "Redundancy-Aware Refinement" that penalises
     structural excess in the spectral tail) and a README ("rank-density-aware", "cluster-level sublayer
-    redundancy"); no formula is. Everything below is this toolkit's reading.
+    redundancy"); no formula is. Everything below is this toolkit's reading, with defaults chosen on held-out
+    calibration text of SmolLM2-135M. Two of them go beyond the public description: the effective rank alone says
+    little about what a matrix needs, so the total energy of its spectrum enters the capacity (`energy`), and attention
+    and MLP share the budget in a fixed proportion (`attention`). One contradicts it: redundancy rewarded
+    (`strength` below 0) beats redundancy penalised.
     """
 
     kind: Literal["hisvd"] = "hisvd"
     """Marks the rule."""
-    spectrum: Literal["whitened", "weight", "two_sided"] = "whitened"
+    spectrum: Literal["whitened", "weight", "two_sided"] = "two_sided"
     """Which matrix's spectrum both stages read."""
-    exponent: Literal[1, 2] = 2
+    exponent: Literal[1, 2] = 1
     """2: squared singular values; 1: singular values."""
     capacity: Literal["sqrt_cost", "proportional", "density"] = "sqrt_cost"
     """k0 from the effective rank R: sqrt(R / (out + in)), R, or the uniform rank times (rho / mean rho)^alpha."""
     alpha: float = Field(default=1.0, ge=0)
     """Exponent of the rank density rho = R / min(out, in); read by `capacity: density` only."""
+    energy: float = Field(default=0.65, ge=0)
+    """k0 is multiplied by the sum of the squared singular values to this power; 0: the shape of the spectrum alone."""
+    attention: float | None = Field(default=0.8, gt=0)
+    """Kept fraction of the attention's linears relative to that of the MLP's; null: all compete for one budget."""
     redundancy: Literal["energy", "slope"] = "energy"
     """tau: the share of k0 beyond a share `eta` of the kept energy, or how fast the tail beyond k0 decays."""
     eta: float = Field(default=0.9, gt=0, le=1)
     """Share of the kept energy; read by `redundancy: energy` only."""
-    strength: float = 0.15
+    strength: float = -0.3
     """Factor on z; negative rewards redundancy, 0 leaves stage 1 as it is."""
     depth_ranges: int = Field(default=3, ge=1)
     """Ranges of neighbouring blocks that clusters are made of."""
@@ -50,10 +60,20 @@ class HiSvd(Allocation):
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
         spectra = [c.spectra[self.spectrum] ** (self.exponent / 2) for c in candidates]
-        anchored = proportional(candidates, budget, self._capacities(candidates, spectra))
+        anchored = proportional(candidates, budget, self._anchors(candidates, spectra))
         if not self.strength:
             return anchored
         return proportional(candidates, budget, self._refined(candidates, spectra, anchored))
+
+    def _anchors(self, candidates: Sequence[Candidate], spectra: Sequence[Float64[Tensor, " _"]]) -> list[float]:
+        """Stage 1: capacities times total energy, in proportion inside attention and MLP if these are kept apart."""
+        energies = [float(c.spectra[self.spectrum].sum()) ** self.energy for c in candidates]
+        anchors = [k * e for k, e in zip(self._capacities(candidates, spectra), energies, strict=True)]
+        if self.attention is None:
+            return anchors
+        families = [c.role in ATTENTION for c in candidates]
+        shares = [c.dense_cost * (self.attention if f else 1.0) for c, f in zip(candidates, families, strict=True)]
+        return share_out(candidates, anchors, families, shares)
 
     def _capacities(self, candidates: Sequence[Candidate], spectra: Sequence[Float64[Tensor, " _"]]) -> list[float]:
         if self.capacity == "density":

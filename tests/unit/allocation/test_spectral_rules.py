@@ -102,6 +102,10 @@ def test_d_rank_has_nothing_to_move_in_a_merged_projection(make):
     assert DRank(moved=0.4).ranks(candidates, budget) == DRank(moved=0).ranks(candidates, budget)
 
 
+def spent(candidates, ranks):
+    return sum(c.cost(ranks[c.name]) for c in candidates)
+
+
 class BlockProbe:
     """Says that cutting block i costs `losses[i]`."""
 
@@ -141,11 +145,15 @@ def test_swift_measures_one_block_at_a_time(smollm2, tails_probe):
     assert log(e) == 1
 
 
+# The rule by the public description alone: the shape of one spectrum, all matrices in one budget.
+PUBLIC = {"spectrum": "whitened", "exponent": 2, "energy": 0.0, "attention": None}
+
+
 def test_hisvd_without_refinement_is_its_first_stage(smollm2):
     budget = Budget(int(0.5 * total(smollm2)), 8)
-    anchored = HiSvd(strength=0).ranks(smollm2, budget)
+    anchored = HiSvd(**PUBLIC, strength=0).ranks(smollm2, budget)
     assert anchored == DRank(scope="global", moved=0).ranks(smollm2, budget)
-    density = HiSvd(strength=0, capacity="density", alpha=0).ranks(smollm2, budget)
+    density = HiSvd(**PUBLIC, strength=0, capacity="density", alpha=0).ranks(smollm2, budget)
     assert density == Uniform().ranks(smollm2, budget)
 
 
@@ -154,7 +162,7 @@ def test_hisvd_takes_from_redundant_tails_and_keeps_each_clusters_budget(make):
     spectra = [torch.cat([torch.full((4,), 40.0), torch.ones(92)]), torch.full((96,), 1.0)]
     candidates = [make("q", b, (96, 96), spectra[b % 2].double(), whitened=spectra[b % 2].double()) for b in range(12)]
     budget = Budget(int(0.5 * total(candidates)), dense=False)
-    settings = {"capacity": "density", "alpha": 0.0, "depth_ranges": 3, "eta": 0.7}
+    settings = {**PUBLIC, "capacity": "density", "alpha": 0.0, "depth_ranges": 3, "eta": 0.7}
     anchored = HiSvd(strength=0, **settings).ranks(candidates, budget)
     penalised = HiSvd(strength=0.2, **settings).ranks(candidates, budget)
     rewarded = HiSvd(strength=-0.2, **settings).ranks(candidates, budget)
@@ -173,18 +181,36 @@ def test_hisvd_slope_counts_a_steep_tail_as_redundant(make):
     spectra = [power(96, 0.2), power(96, 3.0)]
     candidates = [make("q", b, (96, 96), spectra[b], whitened=spectra[b]) for b in range(2)]
     budget = Budget(int(0.5 * total(candidates)), dense=False)
-    settings = {"capacity": "density", "alpha": 0.0, "depth_ranges": 1, "redundancy": "slope"}
+    settings = {**PUBLIC, "capacity": "density", "alpha": 0.0, "depth_ranges": 1, "redundancy": "slope"}
     ranks = HiSvd(strength=0.3, **settings).ranks(candidates, budget)
     assert ranks["layers.0.q"] > ranks["layers.1.q"]
 
 
+def test_hisvd_anchors_grow_with_the_energy_of_the_spectrum(make):
+    candidates = [make("q", b, (96, 96), power(96, 1), whitened=16.0**b * power(96, 1)) for b in range(2)]
+    rule = HiSvd(**{**PUBLIC, "energy": 0.5}, strength=0)
+    ranks = rule.ranks(candidates, Budget(int(0.4 * total(candidates)), dense=False))
+    assert ranks["layers.1.q"] / ranks["layers.0.q"] == pytest.approx(4, rel=0.15)
+
+
+def test_hisvd_keeps_attention_and_mlp_in_proportion(smollm2):
+    rule = HiSvd(**{**PUBLIC, "attention": 0.8, "capacity": "density", "alpha": 0.0}, strength=0)
+    ranks = rule.ranks(smollm2, Budget(int(0.3 * total(smollm2)), 1))
+    kept = {}
+    for family, roles in (("attention", "q k v o"), ("mlp", "gate up down")):
+        members = [c for c in smollm2 if c.role in roles.split()]
+        kept[family] = spent(members, ranks) / total(members)
+    assert kept["attention"] / kept["mlp"] == pytest.approx(0.8, abs=0.02)
+
+
 @pytest.mark.parametrize("spectrum", ["weight", "whitened", "two_sided"])
 def test_hisvd_reads_the_spectrum_it_asks_for(make, spectrum):
-    rule = HiSvd(spectrum=spectrum, strength=0)
+    public = {**PUBLIC, "spectrum": spectrum, "strength": 0}
+    rule = HiSvd(**public)
     assert rule.needs() == {spectrum}
     candidates = [make("q", b, (96, 96), torch.ones(96), **{spectrum: power(96, b)}) for b in range(3)]
     ranks = rule.ranks(candidates, Budget(int(0.5 * total(candidates)), dense=False))
     assert ranks["layers.0.q"] > ranks["layers.1.q"] > ranks["layers.2.q"]
-    values = HiSvd(spectrum=spectrum, strength=0, exponent=1)
+    values = HiSvd(**{**public, "exponent": 1})
     milder = values.ranks(candidates, Budget(int(0.5 * total(candidates)), dense=False))
     assert milder["layers.2.q"] > ranks["layers.2.q"]
