@@ -9,20 +9,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
+from lowrank_kit.config import RunConfig
 
 INTRODUCTION = """\
-Adapt a language model with a low-rank method, evaluate it, and leave a run directory behind.
+Adapt or compress a language model with a low-rank method, evaluate it, and leave a run directory behind.
 
 Usage: python -m lowrank_kit.run [GROUP=OPTION | KEY=VALUE ...]
        python -m lowrank_kit.run -m KEY=VALUE,VALUE,...    one run for each combination
 
 A run calibrates, plans, applies the method, trains and evaluates. It prints `run: DIR` as its last line; DIR
-holds config.yaml, manifest.json, status.json, results.json and the adapter. The same command again resumes
-where the last one stopped. Exit status: 0 all done, 1 the work failed, 2 the command is wrong.
+holds config.yaml, manifest.json, status.json, results.json and the adapter or the compressed checkpoint. The same
+command again resumes where the last one stopped. Exit status: 0 all done, 1 the work failed, 2 the command is wrong.
 
 Examples
   python -m lowrank_kit.run method=astra task=glue/rte
+  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2
+  python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
   python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
   python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
   python -m lowrank_kit.run method=none data=local data.root=my_rows task=glue/cola
@@ -47,34 +49,38 @@ def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Map
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
-        if isinstance(value, Mapping):
-            keys += [
-                f"\n{name}: {_flat(field.description)}",
-                *_section(name, _section_type(field, value), value),
-            ]
+        if (section := _section_type(field.annotation, value)) is not None:
+            keys += [f"\n{name}: {_flat(field.description)}", *_section(name, section, value or {})]
         else:
             keys += ["", *_key(name, field, value)]
     heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
     return "\n".join([INTRODUCTION, "Groups (GROUP=OPTION)", *groups, "", heading, *keys, "", FOOTER])
 
 
-def _section_type(field: FieldInfo, value: Mapping[str, Any]) -> type[BaseModel]:
-    tasks: dict[str, type[BaseModel]] = {
-        "group": TaskGroup,
-        "classification": ClassificationTask,
-        "perplexity": PerplexityTask,
-    }
-    if value.get("kind") in tasks:
-        return tasks[value["kind"]]
-    assert isinstance(field.annotation, type)
-    return field.annotation
+def _section_type(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """The section that a key is; of several, the one of the value's `kind`. None for a plain value."""
+    if get_origin(annotation) is Annotated:
+        return _section_type(get_args(annotation)[0], value)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) not in (Union, UnionType) or not isinstance(value, Mapping):
+        return None
+    for member in get_args(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel) and _kind(member) == value["kind"]:
+            return member
+    return None
+
+
+def _kind(section: type[BaseModel]) -> str:
+    [kind] = get_args(section.model_fields["kind"].annotation)
+    return str(kind)
 
 
 def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in section.model_fields.items():
         value = values.get(name, field.default)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _section(f"{prefix}.{name}", field.annotation, value)
+        if (inner := _section_type(field.annotation, value)) is not None:
+            yield from _section(f"{prefix}.{name}", inner, value)
         else:
             yield from _key(f"{prefix}.{name}", field, value)
 

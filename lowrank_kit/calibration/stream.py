@@ -92,7 +92,8 @@ def _stream_stack(
                 call = arguments[offset]
                 output = block(hidden[0].to(device), *call.args, **call.kwargs)
                 if not is_last:
-                    hidden[0] = (output[0] if isinstance(output, tuple) else output).cpu()
+                    # In place: a new tensor a batch and block would leave the heap in pieces.
+                    hidden[0].copy_(output[0] if isinstance(output, tuple) else output)
         if linears:
             yield first + offset, collector.statistics()
         # Else it would hold this block's moments while the next block's are summed.

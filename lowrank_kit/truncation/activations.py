@@ -12,6 +12,7 @@ class Optimal(Truncation):
     """`min ||(W - W') X||_F`, the objective of SVD-LLM (arXiv 2403.07378), solved without a Cholesky factor."""
 
     kind: Literal["optimal"] = "optimal"
+    """Marks the truncation."""
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""

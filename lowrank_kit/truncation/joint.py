@@ -22,6 +22,7 @@ class Joint(Truncation):
     """
 
     kind: Literal["joint"] = "joint"
+    """Marks the truncation."""
     blocks: int = Field(default=2, ge=2)
     """Neighbouring blocks that share a basis; the paper's default."""
     shared: tuple[str, ...] = ("q", "k", "v", "gate", "up", "qkv", "gate_up")

@@ -24,6 +24,7 @@ class TwoSided(Truncation):
     """SVD of `B^(1/2) W C^(1/2)`, undone by the inverse root of the damped B."""
 
     kind: Literal["two_sided"] = "two_sided"
+    """Marks the truncation."""
     damping: float = Field(default=0.01, gt=0)
     """Added to the diagonal of B, as a share of its mean diagonal entry."""
 

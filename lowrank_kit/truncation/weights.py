@@ -20,6 +20,7 @@ class Plain(Truncation):
     """Truncated SVD of W: optimal in the Frobenius norm (Eckart and Young)."""
 
     kind: Literal["plain"] = "plain"
+    """Marks the truncation."""
 
     def project(self, layers: Sequence[Layer]) -> Projection:
         """As in `Truncation`, with C = I."""
@@ -35,6 +36,7 @@ class Fisher(Truncation):
     """
 
     kind: Literal["fisher"] = "fisher"
+    """Marks the truncation."""
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""
@@ -53,6 +55,7 @@ class Scaled(Truncation):
     """ASVD (arXiv 2312.05821, section 3.2): columns scaled by the mean absolute activation to the power alpha."""
 
     kind: Literal["scaled"] = "scaled"
+    """Marks the truncation."""
     alpha: float = Field(default=0.5, ge=0, le=2)
     """Exponent of the mean absolute activation."""
 
