@@ -70,7 +70,7 @@ def factorise_sequentially(
     for index, module in enumerate(modules):
         firsts = [group[0].name for group in blocks[index].values()]
         read = [state.advance_original(model, module, firsts, index) for state in states]
-        known = load_gradients(gradients, index) if gradients and index in blocks else {}
+        known = load_gradients(gradients, index, model.device) if gradients and index in blocks else {}
         for group in blocks[index].values():
             sums = _Sums(group[0].in_features, model.device)
             for state, inputs in zip(states, read, strict=True):

@@ -34,7 +34,8 @@ class Projection:
     ) -> tuple[Float64[Tensor, "out k"], Float64[Tensor, "k in"]]:
         """Return `up, down` of rank k in float64, their components equally long on both sides, zero beyond p."""
         weight = weight.detach().double()
-        expand, reduce = self.expand[:, :rank].double(), self.reduce[:rank].double()
+        expand = self.expand[:, :rank].to(weight.device, torch.float64)
+        reduce = self.reduce[:rank].to(weight.device, torch.float64)
         up, down = (expand, reduce @ weight) if self.side == "output" else (weight @ expand, reduce)
         # Half precision keeps the factors only where neither is much larger than the other.
         lengths = up.norm(dim=0), down.norm(dim=1)
