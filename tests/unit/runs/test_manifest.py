@@ -24,12 +24,14 @@ def test_manifest_is_json_and_names_versions_and_device():
 def test_stage_measures_time_and_memory():
     manifest = Manifest(seed=0, device="cpu")
     before = peak_rss_bytes()
+    started = time.perf_counter()
     with manifest.stage("train"):
         ballast = bytearray(before + 64 * 2**20)
         ballast[::4096] = b"x" * len(ballast[::4096])
         time.sleep(0.05)
+    elapsed = time.perf_counter() - started
     measured = manifest.as_dict()["stages"]["train"]
-    assert 0.05 <= measured["seconds"] < 5
+    assert 0.05 <= measured["seconds"] <= elapsed
     assert measured["peak_rss_bytes"] >= before + 64 * 2**20 * 0.9
 
 
