@@ -118,14 +118,10 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
         "| MB | left dense | calibrate s | plan + apply s | peak GB |"
     )
     yield "|---" * 11 + "|"
-    first = rows[0]["perplexity"]
-    dense = " | ".join(f"{first[f'{text} dense'][0]:.1f} ± {first[f'{text} dense'][1]:.1f}" for text in TEXTS)
+    dense = " | ".join(_shown(*rows[0]["perplexity"][f"{text} dense"]) for text in TEXTS)
     yield f"| 0 | dense | {dense} | 0 | 0 | 538 | 210 | | | |"
     for row in sorted(rows, key=lambda r: (r["asked"], r["perplexity"]["wikitext2 final"][0])):
-        cells = [
-            f"{row['perplexity'][f'{text} final'][0]:.1f} ± {row['perplexity'][f'{text} final'][1]:.1f}"
-            for text in TEXTS
-        ]
+        cells = [_shown(*row["perplexity"][f"{text} final"]) for text in TEXTS]
         seconds = row["seconds"]
         yield (
             f"| {row['asked']} | {row['method']} | {cells[0]} | {cells[1]} | {row['removed']:.4f} "
@@ -133,6 +129,10 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
             f"| {seconds['calibrate']:.0f} | {seconds['plan'] + seconds['apply']:.0f} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
+
+
+def _shown(value: float, stderr: float) -> str:
+    return f"{value:.1f} ± {stderr:.1f}" if value < 1e4 else f"{value:.1e}"
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
