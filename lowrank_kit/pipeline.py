@@ -145,13 +145,8 @@ def _execute_task(
     with manifest.watching(), ExitStack() as stack:
         tracker = open_tracker(config.tracker, run.path, config.resolved()) if todo else NullTracker()
         stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
-        stages: Stages
-        if isinstance(task, PerplexityTask):
-            assert isinstance(data, TaskTexts)
-            stages = PerplexityStages(config, task, data, device, run, manifest, tracker)
-        else:
-            assert isinstance(data, TaskRows)
-            stages = ClassificationStages(config, task, data, device, run, manifest, tracker)
+        kind: Any = PerplexityStages if isinstance(task, PerplexityTask) else ClassificationStages
+        stages: Stages[Any, Any] = kind(config, task, data, device, run, manifest, tracker)
         if todo:
             _log_data(data)
         else:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -20,17 +20,14 @@ class Strs(Allocation):
     scripts measure the shares 0.4 to 0.9 only. Perplexity and loss order alike, so loss is used.
     """
 
+    needs_probe: ClassVar[bool] = True
+
     kind: Literal["asvd"] = "asvd"
     """Marks the rule."""
     grid: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
     )
     """Shares of a matrix's parameters to measure; each costs one measurement a matrix."""
-
-    @property
-    def needs_probe(self) -> bool:
-        """Always."""
-        return True
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`. Also a `ConfigError` when even the smallest share costs more than the budget."""

@@ -106,13 +106,10 @@ class Probe(Protocol):
 class Allocation(Section):
     """A rule's settings: the fields are the keys of ``conf/allocation/NAME.yaml``."""
 
+    needs_probe: ClassVar[bool] = False
+    """`ranks` measures the model by a `Probe`."""
     crosses_roles: ClassVar[bool] = False
     """The rule compares or moves ranks across roles: it must see all candidates at once, under one budget."""
-
-    @property
-    def needs_probe(self) -> bool:
-        """Whether `ranks` measures the model by a `Probe`."""
-        return False
 
     def needs(self) -> frozenset[Quantity]:
         """The spectra it reads besides `Candidate.tail`."""

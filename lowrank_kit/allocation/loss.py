@@ -29,6 +29,7 @@ class Loss(Allocation):
     program; checked against the authors' code.
     """
 
+    needs_probe: ClassVar[bool] = True
     crosses_roles: ClassVar[bool] = True
 
     kind: Literal["loss"] = "loss"
@@ -41,11 +42,6 @@ class Loss(Allocation):
     """Measured-to-predicted ratios are kept within this factor of their median: single ones can be noise."""
     depth_bias: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 1.0, 3.0), min_length=1)
     """Extra weights of the first block to try, falling linearly to none at the last; one measurement each."""
-
-    @property
-    def needs_probe(self) -> bool:
-        """Always."""
-        return True
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`. Also a `LowRankKitError` when no cut of any group raised the measured loss."""

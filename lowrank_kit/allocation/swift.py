@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import e, log
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class Swift(Allocation):
     paper's. alpha is to be picked on validation text (their script: 0.6).
     """
 
+    needs_probe: ClassVar[bool] = True
+
     kind: Literal["swift"] = "swift"
     """Marks the rule."""
     alpha: float = Field(default=0.6, ge=0, le=1)
@@ -28,11 +30,6 @@ class Swift(Allocation):
     """Share of the uniform rank that every matrix gets beforehand."""
     tokens: int = Field(default=524288, ge=1)
     """Tokens that eps sums over. The authors': 256 samples of 2048."""
-
-    @property
-    def needs_probe(self) -> bool:
-        """Always: one measurement a block."""
-        return True
 
     def needs(self) -> frozenset[Quantity]:
         """The whitened spectrum."""

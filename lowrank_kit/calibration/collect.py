@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def calibrate(
 
     store = None
     if cache is not None:
-        key = calibration_key(model, layout, samples, refs, request, batch_size)
-        store = CalibrationStore(cache, {**key, "reduction": dict(reduction_key or {})})
+        key = calibration_key(model, layout, samples, refs, batch_size)
+        store = CalibrationStore(cache, {**key, "request": asdict(request), "reduction": dict(reduction_key or {})})
     kept: dict[str, Kept] = {}
     finished = store.finished_blocks() if store else set()
     for block in sorted(finished):
@@ -92,19 +92,18 @@ def calibration_key(
     layout: ModelLayout,
     samples: CalibrationSamples,
     refs: Collection[LinearRef],
-    request: StatisticsRequest,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Everything that statistics depend on, for a `CalibrationStore`; what is made of them is for the caller to add."""
+    """What all statistics depend on, for a `CalibrationStore`; which ones, and what is made of them, is for the caller.
+
+    Reads every weight once.
+    """
     return {
         "model": fingerprint(model, layout),
         "config": _below_the_head(model.config),
         "samples": samples.fingerprint(),
         "batch_size": batch_size,
         "dtype": str(model.dtype),
-        "moments": request.moments,
-        "magnitudes": request.magnitudes,
-        "gradient": request.gradient,
         "linears": sorted(ref.name for ref in refs),
     }
 

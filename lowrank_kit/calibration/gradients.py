@@ -92,9 +92,7 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], with_mean: bool) -> Itera
     group: list[int] = []
     held = 0
     for block, refs in wanted.items():
-        size = sum(
-            8 * min(r.in_features, r.out_features) ** 2 + 4 * with_mean * r.in_features * r.out_features for r in refs
-        )
+        size = sum(8 * r.full_rank**2 + 4 * with_mean * r.in_features * r.out_features for r in refs)
         if group and held + size > STATISTICS_BYTES:
             yield group
             group, held = [], 0
@@ -110,7 +108,7 @@ class _Collector:
     def __init__(self, model: nn.Module, refs: Sequence[LinearRef], with_mean: bool) -> None:
         self._linears = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
         device = next(model.parameters()).device
-        self._grams = {ref: Moments.zeros(min(ref.in_features, ref.out_features), device) for ref in refs}
+        self._grams = {ref: Moments.zeros(ref.full_rank, device) for ref in refs}
         self._rows = {ref: torch.zeros(ref.out_features, dtype=torch.float64, device=device) for ref in refs}
         self._energy = dict.fromkeys(refs, 0.0)
         self._input_energy: dict[LinearRef, Tensor] = {}

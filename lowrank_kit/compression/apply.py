@@ -1,7 +1,5 @@
 """Put the planned factors into the model."""
 
-from collections.abc import Mapping
-
 import torch
 from transformers import PreTrainedModel
 
@@ -15,7 +13,7 @@ def factorise(model: PreTrainedModel, plan: Plan, decomposition: Decomposition) 
     """Replace every matrix whose planned rank is below full by its factors, in place."""
     for group in decomposition.groups:
         first = group[0].name
-        if is_dense(plan.ranks, first, model):
+        if plan.ranks[first] == group[0].full_rank:
             continue
         projection = decomposition.projection(first)
         # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
@@ -25,8 +23,3 @@ def factorise(model: PreTrainedModel, plan: Plan, decomposition: Decomposition) 
             replace_linear(model, ref.name, up, down)
         for ref in group[1:]:
             share_down(model, ref.name, first)
-
-
-def is_dense(ranks: Mapping[str, int], name: str, model: PreTrainedModel) -> bool:
-    """Whether the plan leaves this linear as it is."""
-    return ranks[name] == min(weight_of(model.get_submodule(name)).shape)

@@ -1,7 +1,8 @@
 """Calibrate and decompose a model once for every ratio: spectra in memory, projections on disk, block by block."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ class Decomposition:
         spans = sorted({self._span_of(group[0]) for group in self.groups})
         kept = {name: _spectra(entry) for first in spans for name, entry in store.load(first).items()}
         self.candidates = [method.candidate(group, kept[group[0].name]) for group in self.groups]
-
         self._read: tuple[int, dict[str, Kept]] = (-1, {})
 
     def projection(self, name: str) -> Projection:
@@ -81,10 +81,10 @@ def decompose(
     if root is None:
         keeps_alive = tempfile.TemporaryDirectory(prefix="lowrank_kit-")
         root = Path(keeps_alive.name)
-    key = calibration_key(model, layout, samples, refs, request, batch_size)
-    store = CalibrationStore(root, {**key, "reduction": method.reduction_key()})
+    key = calibration_key(model, layout, samples, refs, batch_size)
+    store = CalibrationStore(root, {**key, "request": asdict(request), "reduction": method.reduction_key()})
     finished = store.finished_blocks()
-    gradients = gradient_store(root, model, layout, samples, refs, request, batch_size)
+    gradients = _gradient_store(root, key, request, {ref.block for ref in refs})
 
     def reduce(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
         by_name = {layer.ref.name: layer for layer in statistics}
@@ -118,34 +118,25 @@ def _layer(model: PreTrainedModel, statistics: LayerStatistics) -> Layer:
     return Layer(weight_of(module), module.bias, statistics)
 
 
-def gradient_store(
-    root: Path,
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    samples: CalibrationSamples,
-    refs: Sequence[LinearRef],
-    request: StatisticsRequest,
-    batch_size: int,
+def _gradient_store(
+    root: Path, key: Mapping[str, Any], request: StatisticsRequest, blocks: Collection[int]
 ) -> CalibrationStore | None:
     """Where gradient statistics of this calibration lie; those collected with the mean gradient serve without it."""
     if request.gradient == "none":
         return None
-    blocks = {ref.block for ref in refs}
-    for level in ("all", "moments"):
-        key = calibration_key(model, layout, samples, refs, StatisticsRequest(gradient=level), batch_size)
-        store = CalibrationStore(root, {**key, "reduction": "gradients"})
-        if level == request.gradient or store.finished_blocks() >= blocks:
-            break
-    return store
+    full, asked = (
+        CalibrationStore(root, {**key, "request": asdict(StatisticsRequest(gradient=level)), "reduction": "none"})
+        for level in ("all", request.gradient)
+    )
+    return full if full.finished_blocks() >= set(blocks) else asked
 
 
 def check_tokens(refs: Sequence[LinearRef], request: StatisticsRequest, tokens: int) -> None:
     """Raise `ConfigError` where there are fewer calibration tokens than a matrix has directions."""
     if request.moments is None:
         return
-    largest = max(refs, key=lambda ref: min(ref.in_features, ref.out_features))
-    side = min(largest.in_features, largest.out_features)
-    if tokens < side:
+    largest = max(refs, key=lambda ref: ref.full_rank)
+    if tokens < (side := largest.full_rank):
         raise ConfigError(
             f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
             f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"

@@ -170,7 +170,7 @@ def _replace(
 ) -> None:
     module: Any = model.get_submodule(ref.name)
     corrected = weight_of(module).double() @ correction
-    if rank == min(ref.out_features, ref.in_features):
+    if rank == ref.full_rank:
         set_weight(module, corrected)
         return
     if gradient is not None and ref.out_features > ref.in_features:

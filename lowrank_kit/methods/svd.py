@@ -61,7 +61,6 @@ class TruncatedSVD(Compressor):
     """Weight, in the sequential correction, of the error on the original inputs against that on the compressed ones."""
     ridge: float = Field(default=0.001, gt=0)
     """Pull of the sequential correction towards the original weight, as a share of the inputs' mean energy."""
-
     probe_windows: int = Field(default=4, ge=1)
     """Held-out calibration windows on which an allocation that measures the model does so."""
     probe_seq_len: int = Field(default=512, ge=2)
@@ -131,7 +130,7 @@ class TruncatedSVD(Compressor):
             budget = replace(budget, parameters=budget.parameters + unspent)
             chosen |= self.allocation.ranks(part, budget, probe)
             unspent = budget.parameters - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
-        ranks = {ref.name: min(ref.out_features, ref.in_features) for ref in layout.linears}
+        ranks = {ref.name: ref.full_rank for ref in layout.linears}
         before = cost = sum(ref.out_features * ref.in_features for ref in layout.linears)
         for candidate in candidates:
             rank = chosen[candidate.name]

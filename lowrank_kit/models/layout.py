@@ -30,6 +30,11 @@ class LinearRef:
     input_group: str
     rank: int | None = None
 
+    @property
+    def full_rank(self) -> int:
+        """The smaller side. As a rank in a compressor's plan it means: left dense."""
+        return min(self.in_features, self.out_features)
+
 
 @dataclass(frozen=True)
 class ModelLayout:

@@ -27,7 +27,7 @@ def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Pat
     panel = figure.subplots()
     image = panel.imshow(kept, norm=Normalize(0, 1), cmap="viridis", aspect="auto", interpolation="nearest")
     for ref in refs:
-        if _is_dense(ref, ranks[ref.name]):
+        if ranks[ref.name] == ref.full_rank:
             panel.text(ref.block, roles.index(ref.role), "D", ha="center", va="center", fontsize=7)
     panel.set(xlabel="block", yticks=range(len(roles)), yticklabels=roles)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -45,7 +45,7 @@ def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: P
         blocks, kept = [ref.block for ref in group], [ranks[ref.name] for ref in group]
         panel.plot(blocks, kept, color="tab:blue", linewidth=0.8)
         for ref, rank in zip(group, kept, strict=True):
-            fill = "white" if _is_dense(ref, rank) else "tab:blue"
+            fill = "white" if rank == ref.full_rank else "tab:blue"
             panel.plot(ref.block, rank, "o", color="tab:blue", markerfacecolor=fill, markersize=4)
         panel.set(title=role, xlabel="block", ylabel="rank", ylim=(0, None))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -53,11 +53,7 @@ def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: P
     return figure
 
 
-def _is_dense(ref: LinearRef, rank: int) -> bool:
-    return rank == min(ref.in_features, ref.out_features)
-
-
 def _kept(ref: LinearRef, rank: int) -> float:
-    if _is_dense(ref, rank):
+    if rank == ref.full_rank:
         return 1.0
     return rank * (ref.in_features + ref.out_features) / (ref.in_features * ref.out_features)

@@ -3,7 +3,7 @@
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from lowrank_kit.runs.tracking import Tracker
 VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
+@runtime_checkable
 class TaskData(Protocol):
     """The rows or texts of a task."""
 
@@ -27,13 +28,26 @@ class TaskData(Protocol):
         ...
 
 
-class Stages:
+Task = TypeVar("Task")
+Data = TypeVar("Data", bound=TaskData)
+
+
+class Stages(Generic[Task, Data]):
     """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
 
-    def __init__(self, config: RunConfig, device: str, run: RunDirectory, manifest: Manifest, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        data: Data,
+        device: str,
+        run: RunDirectory,
+        manifest: Manifest,
+        tracker: Tracker,
+    ) -> None:
         assert isinstance(config.method, Method)
-        self.config, self.device = config, device
-        self._run, self._manifest, self._tracker = run, manifest, tracker
+        self.config, self.task, self.method, self.device = config, task, config.method, device
+        self._data, self._run, self._manifest, self._tracker = data, run, manifest, tracker
         self._model_source = ModelSource(config.model.path, config.model.revision, config.model.gguf_file)
 
     def calibrate(self) -> None:

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, set_seed
 
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.config import ClassificationTask, Metric, RunConfig
+from lowrank_kit.config import ClassificationTask, Metric
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -27,9 +27,6 @@ from lowrank_kit.models.load import (
     local_path,
 )
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.runs.directory import RunDirectory
-from lowrank_kit.runs.manifest import Manifest
-from lowrank_kit.runs.tracking import Tracker
 from lowrank_kit.stages.base import VERSIONS, Stages
 from lowrank_kit.training.adapters import AdaptedModel, attach
 from lowrank_kit.training.fit import fit
@@ -38,21 +35,8 @@ from lowrank_kit.training.initialise import calibrate_for, starting_factors
 log = logging.getLogger(__name__)
 
 
-class ClassificationStages(Stages):
+class ClassificationStages(Stages[ClassificationTask, TaskRows]):
     """See `Stages`."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        task: ClassificationTask,
-        rows: TaskRows,
-        device: str,
-        run: RunDirectory,
-        manifest: Manifest,
-        tracker: Tracker,
-    ) -> None:
-        super().__init__(config, device, run, manifest, tracker)
-        self.task, self.method, self._rows = task, config.method, rows
 
     def calibrate(self) -> None:
         """Collect the statistics that the method needs, if any; they go to the content-keyed cache."""
@@ -74,7 +58,7 @@ class ClassificationStages(Stages):
             return
         # Of an untrained model, should one have been judged before.
         self._run.forget("evaluate", "results.json")
-        train, folder = self._rows.train(self._tokenizer), self._run.path / "checkpoints"
+        train, folder = self._data.train(self._tokenizer), self._run.path / "checkpoints"
         log.info("training %s parameters on %d rows", f"{adapted.trained_parameters:,}", len(train))
         self._manifest.record("trained_parameters", adapted.trained_parameters)
         history = fit(
@@ -98,7 +82,7 @@ class ClassificationStages(Stages):
     def evaluate(self) -> None:
         """Measure the final model on every evaluation split: ``results.json``."""
         model, records = self._final_model, []
-        guess = glue.majority(self._rows.train_labels, self.task.labels == 1)
+        guess = glue.majority(self._data.train_labels, self.task.labels == 1)
         for rows in self._evaluation:
             labels = np.array(rows.rows["labels"])
             logits = glue.predict(model, rows.rows, self._tokenizer, self.config.eval.batch_size, self.device)
@@ -130,7 +114,7 @@ class ClassificationStages(Stages):
 
     @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
-        return self._rows.evaluation(self._tokenizer)
+        return self._data.evaluation(self._tokenizer)
 
     @cached_property
     def _kept(self) -> dict[str, Kept]:
@@ -175,7 +159,7 @@ class ClassificationStages(Stages):
         return self._adapted.model if self._adapted else self._loaded.model
 
     def _calibration_samples(self) -> CalibrationSamples:
-        rows = self._rows.calibration(self._tokenizer).remove_columns("labels")
+        rows = self._data.calibration(self._tokenizer).remove_columns("labels")
         return CalibrationSamples(tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows))
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:

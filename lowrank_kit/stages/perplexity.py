@@ -17,8 +17,8 @@ from lowrank_kit.compression.apply import factorise
 from lowrank_kit.compression.decompose import Decomposition, decompose
 from lowrank_kit.compression.probe import LossProbe
 from lowrank_kit.compression.sequential import factorise_sequentially
-from lowrank_kit.config import PerplexityTask, RunConfig
-from lowrank_kit.data.texts import EvaluationText, TaskTexts
+from lowrank_kit.config import PerplexityTask
+from lowrank_kit.data.texts import EvaluationText, TaskTexts, Windows
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
@@ -30,49 +30,32 @@ from lowrank_kit.models.load import ModelSource, fingerprint, load_model
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.spectra import plot_spectra
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.runs.directory import RunDirectory, write_atomically
-from lowrank_kit.runs.manifest import Manifest
-from lowrank_kit.runs.tracking import Tracker
+from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.stages.base import VERSIONS, Stages
 
 log = logging.getLogger(__name__)
 
 
-class PerplexityStages(Stages):
+class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
     """See `Stages`; ``checkpoint/`` is the compressed model, and what is judged is what was saved there."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        task: PerplexityTask,
-        texts: TaskTexts,
-        device: str,
-        run: RunDirectory,
-        manifest: Manifest,
-        tracker: Tracker,
-    ) -> None:
-        super().__init__(config, device, run, manifest, tracker)
-        self.task, self._texts = task, texts
-        self.method = config.method if isinstance(config.method, TruncatedSVD) else None
 
     def calibrate(self) -> None:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
         # Texts that are too short are found out before the model is loaded.
-        self._texts.evaluation(self._tokenizer)
-        if self.method is not None:
+        self._data.evaluation(self._tokenizer)
+        if self._compressor is not None:
+            _ = self._samples, self._probe_windows
             _ = self._decomposition
 
     def plan(self) -> None:
         """Decide every rank: ``plan.json``, with ``plots/`` of spectra and ranks."""
-        method = self.method
+        method = self._compressor
         if method is None:
             return
         layout, decomposition = layout_of(self._loaded), self._decomposition
         with StageProgress() as progress:
-            probe = None
-            if method.allocation.needs_probe:
-                windows = self._texts.held_out(method.probe_windows, self._tokenizer, window=method.probe_seq_len)
-                probe = LossProbe(self._loaded, decomposition, windows, progress)
+            windows = self._probe_windows
+            probe = None if windows is None else LossProbe(self._loaded, decomposition, windows, progress)
             plan = method.plan(layout, decomposition.candidates, probe)
         self._run.write_json("plan.json", asdict(plan))
         with self._run.write_folder("plots") as plots:
@@ -85,7 +68,7 @@ class PerplexityStages(Stages):
 
     def apply(self) -> None:
         """Factorise the planned matrices: ``checkpoint/``, which plain transformers loads."""
-        method = self.method
+        method = self._compressor
         if method is None:
             return
         plan, model, decomposition = self._plan, self._loaded, self._decomposition
@@ -114,23 +97,27 @@ class PerplexityStages(Stages):
     def evaluate(self) -> None:
         """Measure the saved model, and the dense one beside it: ``results.json``."""
         records = []
-        texts = self._texts.evaluation(self._tokenizer)
-        model = self._compressed if self.method is not None else self._loaded
+        texts = self._data.evaluation(self._tokenizer)
+        model = self._compressed if self._compressor is not None else self._loaded
         with StageProgress() as progress:
             for text in texts:
-                if self.method is not None:
+                if self._compressor is not None:
                     records.append(_record(text, self._dense_reference(text, progress), "dense"))
                 found = perplexity(
                     model, text.windows, self.task.batch_size, self.device, progress, f"perplexity of {text.name}"
                 )
                 records.append(_record(text, found, "final"))
-            if self.config.eval.speed.enabled and self.method is not None:
+            if self.config.eval.speed.enabled and self._compressor is not None:
                 speeds = measure_speed(
                     {"dense": self._loaded, "compressed": model}, self.config.eval.speed, self.device, progress
                 )
                 source = f"random tokens, {self.config.dtype}, {torch.get_num_threads()} threads"
                 records += speed_records(speeds["dense"], speeds["compressed"], source, VERSIONS)
         self._run.write_json("results.json", [asdict(record) for record in records])
+
+    @property
+    def _compressor(self) -> TruncatedSVD | None:
+        return self.method if isinstance(self.method, TruncatedSVD) else None
 
     @cached_property
     def _loaded(self) -> PreTrainedModel:
@@ -143,20 +130,28 @@ class PerplexityStages(Stages):
 
     @cached_property
     def _samples(self) -> CalibrationSamples:
-        windows = self._texts.calibration(self._tokenizer)
+        windows = self._data.calibration(self._tokenizer)
         self._manifest.record(
-            "calibration", {"text": self._texts.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
+            "calibration", {"text": self._data.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
         )
         return CalibrationSamples(tuple({"input_ids": window} for window in windows))
 
+    @property
+    def _probe_windows(self) -> Windows | None:
+        """Held-out calibration windows for an allocation that measures the model."""
+        method = self._compressor
+        if method is None or not method.allocation.needs_probe:
+            return None
+        return self._data.held_out(method.probe_windows, self._tokenizer, method.probe_seq_len)
+
     @cached_property
     def _decomposition(self) -> Decomposition:
-        assert self.method is not None
+        assert self._compressor is not None
         samples = self._samples
         with StageProgress() as progress:
             return decompose(
                 self._loaded,
-                self.method,
+                self._compressor,
                 samples,
                 batch_size=self.config.calibration.batch_size,
                 cache=self._cache,
@@ -165,14 +160,19 @@ class PerplexityStages(Stages):
 
     @property
     def _plan(self) -> Plan:
-        raw = json.loads((self._run.path / "plan.json").read_text())
+        file = self._run.path / "plan.json"
+        if not file.is_file():
+            self.plan()
+        raw = json.loads(file.read_text())
         return Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
 
     @property
     def _compressed(self) -> PreTrainedModel:
-        folder = ModelSource(str(self._run.path / "checkpoint"))
+        folder = self._run.path / "checkpoint"
+        if not folder.is_dir():
+            self.apply()
         gc.collect()
-        return load_model(folder, "causal", getattr(torch, self.config.dtype), self.device).model
+        return load_model(ModelSource(str(folder)), "causal", getattr(torch, self.config.dtype), self.device).model
 
     def _dense_reference(self, text: EvaluationText, progress: StageProgress) -> Perplexity:
         """The original model's perplexity, measured once for all runs that read the same windows."""

@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
+from lowrank_kit.runs.directory import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
@@ -165,9 +168,33 @@ def test_a_truncated_checkpoint_is_a_clear_error_and_leaves_no_results(job, word
     assert not (first / "results.json").exists()
 
 
-def test_a_killed_compression_starts_again_where_it_was(words, environment, tmp_path, job):
-    command = [sys.executable, "-m", "lowrank_kit.run", *words("run.stages=[calibrate,plan]")]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    run = execute(job())
-    stages = read(run / "manifest.json")["stages"]
-    assert set(stages) == {"calibrate", "plan", "apply", "train", "evaluate"}
+def test_a_compression_killed_while_it_calibrates_ends_as_if_it_had_not_been(words, environment, tmp_path, job):
+    whole = execute(job(f"run.dir={tmp_path / 'whole'}", "calibration.cache=false"))
+    process = subprocess.Popen([sys.executable, "-m", "lowrank_kit.run", *words()], env=environment)
+    deadline = time.monotonic() + 90
+    while not (blocks := list((tmp_path / "cache/calibration").glob("*/block-*.safetensors"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    [run] = (tmp_path / "runs").iterdir()
+    assert read_status(run).state == "interrupted"
+    written = {block: block.stat().st_mtime_ns for block in blocks}
+    assert execute(job()) == run
+    assert read(run / "plan.json") == read(whole / "plan.json")
+    assert [r["value"] for r in read(run / "results.json")] == [r["value"] for r in read(whole / "results.json")]
+    assert {block: block.stat().st_mtime_ns for block in blocks} == written
+
+
+def test_a_stage_asked_for_alone_makes_what_it_needs(job, tmp_path):
+    whole = execute(job("eval.limit=2"))
+    alone = execute(job("eval.limit=2", "run.stages=[evaluate]", f"run.dir={tmp_path / 'alone'}"))
+    assert read(alone / "plan.json") == read(whole / "plan.json")
+    assert [r["value"] for r in read(alone / "results.json")] == [r["value"] for r in read(whole / "results.json")]
+
+
+def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, monkeypatch):
+    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    with pytest.raises(ConfigError, match=r"method\.probe_windows"):
+        execute(job("method.probe_windows=500", method="loss_svd"))
