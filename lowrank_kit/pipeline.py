@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lowrank_kit.compression.decompose import check_tokens
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
@@ -18,7 +17,6 @@ from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.methods.base import Adapter, Compressor, Method
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, skeleton
 from lowrank_kit.runs.directory import RunDirectory
@@ -113,8 +111,8 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
     method.check(layout)
-    if isinstance(method, TruncatedSVD):
-        check_tokens(method.targets(layout), method.needs(), config.calibration.samples * config.calibration.seq_len)
+    if isinstance(method, Compressor):
+        method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
 
 
 def _method(config: RunConfig) -> Method:

@@ -13,7 +13,7 @@ from lowrank_kit.calibration.collect import Kept, calibration_key, reduce_spans
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.svd import TruncatedSVD, unpack
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.linear import weight_of
@@ -76,7 +76,7 @@ def decompose(
     """
     layout = layout_of(model)
     refs, request = method.targets(layout), method.needs()
-    check_tokens(refs, request, samples.tokens)
+    method.check_tokens(layout, samples.tokens)
     root, keeps_alive = cache, None
     if root is None:
         keeps_alive = tempfile.TemporaryDirectory(prefix="lowrank_kit-")
@@ -129,18 +129,6 @@ def _gradient_store(
         for level in ("all", request.gradient)
     )
     return full if full.finished_blocks() >= set(blocks) else asked
-
-
-def check_tokens(refs: Sequence[LinearRef], request: StatisticsRequest, tokens: int) -> None:
-    """Raise `ConfigError` where there are fewer calibration tokens than a matrix has directions."""
-    if request.moments is None:
-        return
-    largest = max(refs, key=lambda ref: ref.full_rank)
-    if tokens < (side := largest.full_rank):
-        raise ConfigError(
-            f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
-            f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
-        )
 
 
 def _spectra(kept: Kept) -> Kept:

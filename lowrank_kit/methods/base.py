@@ -29,7 +29,8 @@ class Plan:
     """A method's global decision, plain JSON: the rank of every matrix and what that costs in parameters.
 
     ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's, or what
-    compression leaves of them. A compressor's matrix at rank min(out, in) is left dense.
+    compression leaves of them. A compressor's matrix at rank min(out, in) is left dense, one at rank 0 is gone.
+    ``kept`` says what is left where it is not the leading part: singular components, heads or channels, by name.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Plan:
     parameters_before: int
     parameters_after: int
     scores: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Method(Section):
@@ -158,6 +160,14 @@ class Compressor(Method):
 
     ratio: float = Field(default=0.2, gt=0, lt=1)
     """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
+        return None
+
+    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
+        """Raise `ConfigError` for too few calibration tokens."""
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""

@@ -93,6 +93,22 @@ class TruncatedSVD(Compressor):
         for candidates, budget in self._budgets(layout, flat):
             options_of(candidates, budget)
 
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """See `Compressor.probe`."""
+        return (self.probe_windows, self.probe_seq_len) if self.allocation.needs_probe else None
+
+    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
+        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
+        if self.needs().moments is None:
+            return
+        largest = max(self.targets(layout), key=lambda ref: ref.full_rank)
+        if tokens < (side := largest.full_rank):
+            raise ConfigError(
+                f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
+                f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
+            )
+
     def needs(self) -> StatisticsRequest:
         """What the truncation and the spectra of the allocation need."""
         requests = [self.truncation.needs(), *(WHAT_SPECTRA_NEED[q] for q in sorted(self._extra_quantities()))]

@@ -13,22 +13,17 @@ from transformers import PreTrainedModel, set_seed
 
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import Decomposition, decompose
-from lowrank_kit.compression.probe import LossProbe
-from lowrank_kit.compression.sequential import factorise_sequentially
+from lowrank_kit.compression import at_work
+from lowrank_kit.compression.base import Compression, Workbench
 from lowrank_kit.config import PerplexityTask
 from lowrank_kit.data.texts import EvaluationText, TaskTexts, Windows
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
-from lowrank_kit.methods.base import Plan
-from lowrank_kit.methods.svd import TruncatedSVD
+from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, fingerprint, load_model
-from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
-from lowrank_kit.plots.spectra import plot_spectra
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.stages.base import VERSIONS, Stages
@@ -40,56 +35,37 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
     """See `Stages`; ``checkpoint/`` is the compressed model, and what is judged is what was saved there."""
 
     def calibrate(self) -> None:
-        """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
+        """Let the compressor look at the model; what it keeps goes to the content-keyed cache, for every ratio."""
         # Texts that are too short are found out before the model is loaded.
         self._data.evaluation(self._tokenizer)
         if self._compressor is not None:
             _ = self._samples, self._probe_windows
-            _ = self._decomposition
+            with StageProgress() as progress:
+                self._compression.calibrate(progress)
 
     def plan(self) -> None:
-        """Decide every rank: ``plan.json``, with ``plots/`` of spectra and ranks."""
-        method = self._compressor
-        if method is None:
+        """Decide what is kept: ``plan.json``, with ``plots/``."""
+        if self._compressor is None:
             return
-        layout, decomposition = layout_of(self._loaded), self._decomposition
         with StageProgress() as progress:
-            windows = self._probe_windows
-            probe = None if windows is None else LossProbe(self._loaded, decomposition, windows, progress)
-            plan = method.plan(layout, decomposition.candidates, probe)
+            plan = self._compression.plan(progress)
         self._run.write_json("plan.json", asdict(plan))
         with self._run.write_folder("plots") as plots:
-            singular = {c.name: c.tail.sqrt().tolist() for c in decomposition.candidates}
-            plot_spectra(layout.linears, singular, plots / "spectra.png", f"singular value ({method.truncation.kind})")
-            plot_rank_map(layout.linears, plan.ranks, plots / "rank_map.png")
-            plot_kept_ranks(layout.linears, plan.ranks, plots / "kept_ranks.png")
+            self._compression.plot(plan, plots)
         removed = 1 - plan.parameters_after / plan.parameters_before
-        log.info("%.4f of the decoder-linear parameters removed, asked for: %g", removed, method.ratio)
+        log.info("%.4f of the decoder-linear parameters removed, asked for: %g", removed, self._compressor.ratio)
 
     def apply(self) -> None:
-        """Factorise the planned matrices: ``checkpoint/``, which plain transformers loads."""
-        method = self._compressor
-        if method is None:
+        """Compress as planned: ``checkpoint/``, which plain transformers loads."""
+        if self._compressor is None:
             return
-        plan, model, decomposition = self._plan, self._loaded, self._decomposition
-        dense = _size(model)
+        plan, dense = self._plan, _size(self._loaded)
         with StageProgress() as progress:
-            if method.correction == "sequential":
-                factorise_sequentially(
-                    model,
-                    method,
-                    plan,
-                    self._samples,
-                    batch_size=self.config.calibration.batch_size,
-                    gradients=decomposition.gradients,
-                    progress=progress,
-                )
-            else:
-                factorise(model, plan, decomposition)
+            model = self._compression.apply(plan, progress)
         save_compressed(model, self._run.path / "checkpoint", self._tokenizer)
         self._manifest.record("size", {"dense": dense, "compressed": _size(model)})
-        # It is no longer the original: whoever wants that loads it again.
-        del self._loaded
+        # It may be no longer the original: whoever wants that loads it again.
+        del self._loaded, self._compression
 
     def train(self) -> None:
         """Nothing: compression needs no training."""
@@ -116,8 +92,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     @property
-    def _compressor(self) -> TruncatedSVD | None:
-        return self.method if isinstance(self.method, TruncatedSVD) else None
+    def _compressor(self) -> Compressor | None:
+        return self.method if isinstance(self.method, Compressor) else None
 
     @cached_property
     def _loaded(self) -> PreTrainedModel:
@@ -138,25 +114,17 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @property
     def _probe_windows(self) -> Windows | None:
-        """Held-out calibration windows for an allocation that measures the model."""
-        method = self._compressor
-        if method is None or not method.allocation.needs_probe:
-            return None
-        return self._data.held_out(method.probe_windows, self._tokenizer, method.probe_seq_len)
+        probe = None if self._compressor is None else self._compressor.probe
+        return None if probe is None else self._data.held_out(probe[0], self._tokenizer, probe[1])
 
     @cached_property
-    def _decomposition(self) -> Decomposition:
+    def _compression(self) -> Compression[Any]:
         assert self._compressor is not None
-        samples = self._samples
-        with StageProgress() as progress:
-            return decompose(
-                self._loaded,
-                self._compressor,
-                samples,
-                batch_size=self.config.calibration.batch_size,
-                cache=self._cache,
-                progress=progress,
-            )
+        model, samples, windows = self._loaded, self._samples, self._probe_windows
+        return at_work(
+            self._compressor,
+            Workbench(model, layout_of(model), samples, self.config.calibration.batch_size, self._cache, windows),
+        )
 
     @property
     def _plan(self) -> Plan:
