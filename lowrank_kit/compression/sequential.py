@@ -2,19 +2,25 @@
 
 With X the inputs of a layer in the original model and X' those in the model compressed so far, the best dense weight
 is `W* = W C_XX' C_X'X'^-1`, and the best low-rank one is the truncation of W* in the metric of C_X'X'. Both are
-anchored by the error on the original inputs, or a few calibration windows would be fitted too closely. Blocks are
-visited in order, and inside a block the groups of linears that share an input; both models' hidden states and what the
-original block's linears read wait on the CPU, a block at a time.
+anchored by the error on the original inputs, or a few calibration windows would be fitted too closely.
+
+What writes to the residual stream (o, down) may fit more than its own outputs: with h and h' the streams that these are
+added to, `W x + (h - h')` instead of `W x`, so that it also makes up for the error that earlier layers left there.
+
+Blocks are visited in order, and inside a block the groups of linears that share an input; both models' hidden states
+and what the original block's linears read wait on the CPU, a block at a time.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +39,11 @@ from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncation.base import Layer
 
+log = logging.getLogger(__name__)
+
+WRITERS = ("o", "down")
+"""Roles whose outputs are added to the residual stream, if the family does so unchanged."""
+
 
 @torch.no_grad()
 def factorise_sequentially(
@@ -49,7 +60,7 @@ def factorise_sequentially(
 
     Args:
         model: the original model, a decoder.
-        method: which truncation, and how strongly the correction is held back (`anchor`, `ridge`).
+        method: which truncation, what is corrected, and how strongly that is held back (`anchor`, `ridge`).
         plan: the ranks.
         samples: calibration windows of equal length.
         batch_size: windows a batch.
@@ -60,28 +71,49 @@ def factorise_sequentially(
     blocks: dict[int, dict[str, list[LinearRef]]] = defaultdict(lambda: defaultdict(list))
     for ref in method.targets(layout):
         blocks[ref.block][ref.input_group].append(ref)
+    writers: dict[int, list[str]] = defaultdict(list)
+    if method.correction == "residual":
+        for ref in layout.linears:
+            if ref.role in WRITERS:
+                writers[ref.block].append(ref.name)
     model.eval()
     batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
     modules = [model.get_submodule(path) for path in layout.blocks]
     recorded = [record_calls(model, modules, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
     states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]
     del recorded
+    if writers and not states[0].adds(model, modules[0], writers[0]):
+        log.warning(
+            "%s changes the outputs of %s before they reach the residual stream: corrected without it",
+            layout.model_type, " and ".join(WRITERS),
+        )  # fmt: skip
+        writers.clear()
     bar = progress.add_task("correct and factorise", total=len(modules)) if progress else None
     for index, module in enumerate(modules):
-        firsts = [group[0].name for group in blocks[index].values()]
-        read = [state.advance_original(model, module, firsts, index) for state in states]
-        known = load_gradients(gradients, index, model.device) if gradients and index in blocks else {}
-        for group in blocks[index].values():
-            sums = _Sums(group[0].in_features, model.device)
-            for state, inputs in zip(states, read, strict=True):
-                sums.add(inputs[group[0].name], state.input_of(model, module, group[0].name, index))
-            correction, moments = sums.correction(method)
+        groups = list(blocks[index].values())
+        firsts = [group[0].name for group in groups]
+        reads = [state.advance_original(model, module, firsts, writers[index], index) for state in states]
+        known = load_gradients(gradients, index, model.device) if gradients and groups else {}
+        for group in groups:
+            first = group[0]
+            sums = _Sums(first, first.name in writers[index], model.device)
+            for state, original in zip(states, reads, strict=True):
+                sums.add(original.pop(first.name), state.read(model, module, first.name, writers[index], index))
+            correction = sums.correction(method)
             for ref in group:
-                _replace(model, method, ref, plan.ranks[ref.name], correction, moments, known.get(ref.name))
+                _replace(model, method, ref, plan.ranks[ref.name], correction, known.get(ref.name))
         for state in states:
             state.compressed = _run(module, state.compressed, state.calls[index]).cpu()
         if progress and bar is not None:
             progress.advance(bar)
+
+
+@dataclass
+class _Read:
+    """What a linear reads, `[rows, tokens, in]`, and the residual stream that its outputs would be added to."""
+
+    inputs: Tensor
+    stream: Tensor
 
 
 class _State:
@@ -90,38 +122,69 @@ class _State:
     def __init__(self, original: Tensor, compressed: Tensor, calls: Sequence[BlockCall]) -> None:
         self.original, self.compressed, self.calls = original, compressed, calls
 
-    def advance_original(
-        self, model: nn.Module, block: nn.Module, linears: Sequence[str], index: int
-    ) -> dict[str, Tensor]:
-        """Pass the block, not yet replaced; what each of these linears reads, by name."""
-        read: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in linears:
-                hook = partial(_note, read, name)
-                stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
-            self.original = _run(block, self.original, self.calls[index]).cpu()
-        return read
+    def adds(self, model: nn.Module, block: nn.Module, writers: Sequence[str]) -> bool:
+        """Whether the first block's outcome is its input plus the outputs of these linears."""
+        with _Recorder(model, (), writers) as recorder:
+            after = _run(block, self.original, self.calls[0]).cpu()
+        stream = _stream(self.original, recorder.written)
+        return bool((after - stream).norm() < 0.01 * (after - self.original).norm())
 
-    def input_of(self, model: nn.Module, block: nn.Module, linear: str, index: int) -> Tensor:
+    def advance_original(
+        self, model: nn.Module, block: nn.Module, linears: Sequence[str], writers: Sequence[str], index: int
+    ) -> dict[str, _Read]:
+        """Pass the block, not yet replaced; what each of these linears reads, by name."""
+        with _Recorder(model, linears, writers) as recorder:
+            after = _run(block, self.original, self.calls[index]).cpu()
+        found = {name: _Read(x, _stream(self.original, before)) for name, (x, before) in recorder.read.items()}
+        self.original = after
+        return found
+
+    def read(self, model: nn.Module, block: nn.Module, linear: str, writers: Sequence[str], index: int) -> _Read:
         """What the linear reads in the compressed model; the block is run no further."""
-        read: dict[str, Tensor] = {}
-        handle = model.get_submodule(linear).register_forward_pre_hook(partial(_note, read, linear, stop=True))
-        with suppress(_InputReached):
+        with _Recorder(model, [linear], writers, stop=True) as recorder, suppress(_InputReached):
             _run(block, self.compressed, self.calls[index])
-        handle.remove()
-        return read[linear]
+        inputs, before = recorder.read[linear]
+        return _Read(inputs, _stream(self.compressed, before))
 
 
 class _InputReached(Exception):
     """Unwinds a block's forward pass: what follows the linear need not be computed."""
 
 
-def _note(
-    read: dict[str, Tensor], name: str, _module: nn.Module, inputs: tuple[Tensor, ...], stop: bool = False
-) -> None:
-    read[name] = inputs[0].cpu()
-    if stop:
-        raise _InputReached
+class _Recorder:
+    """Notes, while entered, what some linears read and what the writers have written by then."""
+
+    def __init__(self, model: nn.Module, linears: Sequence[str], writers: Sequence[str], stop: bool = False) -> None:
+        self._model, self._linears, self._writers, self._stop = model, linears, writers, stop
+        self.written: list[Tensor] = []
+        self.read: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def __enter__(self) -> "_Recorder":
+        with ExitStack() as stack:
+            for name in self._linears:
+                module = self._model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(partial(self._note_input, name)).remove)
+            for name in self._writers:
+                module = self._model.get_submodule(name)
+                stack.callback(module.register_forward_hook(self._note_output).remove)
+            self._hooks = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    def _note_input(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.read[name] = inputs[0].cpu(), list(self.written)
+        if self._stop:
+            raise _InputReached
+
+    def _note_output(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.written.append(output.cpu())
+
+
+def _stream(hidden: Tensor, written: Sequence[Tensor]) -> Tensor:
+    # OPT's linears see tokens of all rows in one list.
+    return sum((output.view_as(hidden) for output in written), hidden)
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -130,33 +193,56 @@ def _run(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return found
 
 
+@dataclass
+class _Correction:
+    """`W* = W inputs + residual`, and the moments that the truncation of W* is measured in."""
+
+    inputs: Float64[Tensor, "in in"]
+    residual: Float64[Tensor, "out in"] | None
+    moments: Moments
+
+
 class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self._old, self._new = Moments.zeros(width, device), Moments.zeros(width, device)
+    def __init__(self, ref: LinearRef, with_stream: bool, device: torch.device) -> None:
+        self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
         self._difference = torch.zeros_like(self._new.gram)
+        self._stream = torch.zeros(ref.out_features, ref.in_features).to(self._difference) if with_stream else None
 
-    def add(self, old: Tensor, new: Tensor) -> None:
-        """Add one batch: sums of `x x^T`, `x' x'^T` and `(x - x') x'^T`."""
-        old, new = (rows.to(self._new.gram.device).flatten(0, -2).float() for rows in (old, new))
-        self._old.update(old)
-        self._new.update(new)
-        for a, b in zip(old.split(ROWS_PER_PRODUCT), new.split(ROWS_PER_PRODUCT), strict=True):
-            self._difference += (a - b).T @ b
+    def add(self, old: _Read, new: _Read) -> None:
+        """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
+        before, after = self._rows(old.inputs), self._rows(new.inputs)
+        self._old.update(before)
+        self._new.update(after)
+        _add_product(self._difference, before - after, after)
+        if self._stream is not None:
+            _add_product(self._stream, self._rows(old.stream - new.stream), after)
 
-    def correction(self, method: TruncatedSVD) -> tuple[Float64[Tensor, "in in"], Moments]:
-        """The map T with `W* = W T`, and the moments M that the truncation of W* is measured in.
+    def correction(self, method: TruncatedSVD) -> _Correction:
+        """The minimiser W* of `|W X + (H - H') - W* X'|^2 + anchor |(W - W*) X|^2`, without H where no stream is kept.
 
-        W* minimises `|W X - W* X'|^2 + anchor |(W - W*) X|^2`, so that `M = C_X'X' + anchor C_XX` and
-        `T = I + (C_XX' - C_X'X') (M + ridge I)^-1`; the ridge, in units of the mean diagonal, pulls W* towards W.
+        With `M = C_X'X' + anchor C_XX` it is `W + (W (C_XX' - C_X'X') + C_(H-H')X') (M + ridge I)^-1`; the ridge, in
+        units of the mean diagonal, pulls it towards W.
         """
         gram = self._new.gram + method.anchor * self._old.gram
         damped = gram.clone()
         damped.diagonal().add_(method.ridge * float(gram.diagonal().mean()))
-        solved: Tensor = torch.cholesky_solve(self._difference.T, torch.linalg.cholesky(damped)).T
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return identity + solved, Moments(gram / (1 + method.anchor), self._new.total, self._new.count)
+        root = torch.linalg.cholesky(damped)
+        inputs = torch.cholesky_solve(self._difference.T, root).T
+        inputs.diagonal().add_(1)
+        residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T
+        return _Correction(inputs, residual, Moments(gram / (1 + method.anchor), self._new.total, self._new.count))
+
+    def _rows(self, activations: Tensor) -> Tensor:
+        return activations.to(self._difference.device).flatten(0, -2).float()
+
+
+def _add_product(
+    total: Float64[Tensor, "m n"], left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
+) -> None:
+    for a, b in zip(left.split(ROWS_PER_PRODUCT), right.split(ROWS_PER_PRODUCT), strict=True):
+        total += a.T @ b
 
 
 def _replace(
@@ -164,21 +250,21 @@ def _replace(
     method: TruncatedSVD,
     ref: LinearRef,
     rank: int,
-    correction: Tensor,
-    inputs: Moments,
+    correction: _Correction,
     gradient: GradientStatistics | None,
 ) -> None:
     module: Any = model.get_submodule(ref.name)
-    corrected = weight_of(module).double() @ correction
+    corrected = weight_of(module).double() @ correction.inputs
+    if correction.residual is not None:
+        corrected = corrected + correction.residual
     if rank == ref.full_rank:
         set_weight(module, corrected)
         return
     if gradient is not None and ref.out_features > ref.in_features:
-        # The metric as the inputs see it, W^T B W, moves with the weight.
-        gradient = GradientStatistics(
-            gradient.tokens, correction.T @ gradient.gram.double() @ correction, gradient.energy, gradient.rows
-        )
-    statistics = LayerStatistics(ref, "input", inputs, gradient=gradient)
+        # The metric as the inputs see it, W^T B W, moves with the weight (by its first part: B is not at hand).
+        moved = correction.inputs.T @ gradient.gram.double() @ correction.inputs
+        gradient = GradientStatistics(gradient.tokens, moved, gradient.energy, gradient.rows)
+    statistics = LayerStatistics(ref, "input", correction.moments, gradient=gradient)
     try:
         projection = method.truncation.project([Layer(corrected, None, statistics)])
     except ValueError as error:

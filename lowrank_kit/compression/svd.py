@@ -39,7 +39,7 @@ class SvdCompression(Compression[TruncatedSVD]):
         """Factorise the planned matrices, in place."""
         self._progress = progress
         bench, decomposition = self.bench, self._decomposition
-        if self.method.correction == "sequential":
+        if self.method.correction != "none":
             factorise_sequentially(
                 bench.model,
                 self.method,

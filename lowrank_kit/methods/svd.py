@@ -54,9 +54,9 @@ class TruncatedSVD(Compressor):
     """No rank below this share of the uniform rank."""
     dense: bool = False
     """Matrices may be left dense; otherwise ranks end at break-even."""
-    correction: Literal["none", "sequential"] = "none"
+    correction: Literal["none", "sequential", "residual"] = "none"
     """`sequential`: in order of execution, every matrix is first refitted to its ORIGINAL outputs on the inputs that
-    the compressed model gives it."""
+    the compressed model gives it. `residual`: moreover, o and down make up for what the residual stream lacks."""
     anchor: float = Field(default=1.0, ge=0)
     """Weight, in the sequential correction, of the error on the original inputs against that on the compressed ones."""
     ridge: float = Field(default=0.001, gt=0)
@@ -80,9 +80,9 @@ class TruncatedSVD(Compressor):
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
-        if self.correction == "sequential" and self.truncation.span > 1:
+        if self.correction != "none" and self.truncation.span > 1:
             raise ConfigError(
-                "method.correction=sequential goes block by block: it needs a truncation of single blocks"
+                f"method.correction={self.correction} goes block by block: it needs a truncation of single blocks"
             )
         if self.scope == "role" and self.allocation.crosses_roles:
             raise ConfigError(

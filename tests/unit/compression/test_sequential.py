@@ -45,20 +45,22 @@ def plan_of(model, method, samples):
     return method.plan(layout_of(model), decomposition.candidates, None)
 
 
+@pytest.mark.parametrize("correction", ["sequential", "residual"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
-def test_without_an_error_to_correct_nothing_changes(family, tiny_model, samples, method):
+def test_without_an_error_to_correct_nothing_changes(family, correction, tiny_model, samples, method):
     model = tiny_model(family)
     plan = all_dense(plan_of(model, method(), samples), layout_of(model))
     before = copy.deepcopy(model.state_dict())
-    run(model, method(), samples, plan)
+    run(model, method(correction=correction), samples, plan)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
 
 
-def ridge_fit(seen, x, weight, ridge, anchor):
-    """argmin over V of |seen V^T - x W^T|^2 + anchor |x (V - W)^T|^2 + ridge mean(diag) |V - W|^2."""
-    seen, x = torch.cat([seen, anchor**0.5 * x]), torch.cat([x, anchor**0.5 * x])
-    wanted, gram = x @ weight.T, seen.T @ seen
+def ridge_fit(seen, x, weight, ridge, anchor, missing=0.0):
+    """argmin over V of |seen V^T - x W^T - missing|^2 + anchor |x (V - W)^T|^2 + ridge mean(diag) |V - W|^2."""
+    wanted = torch.cat([x @ weight.T + missing, anchor**0.5 * x @ weight.T])
+    seen = torch.cat([seen, anchor**0.5 * x])
+    gram = seen.T @ seen
     pull = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(gram + pull, seen.T @ wanted + pull @ weight.T).T
 
@@ -76,6 +78,49 @@ def test_a_dense_matrix_becomes_the_ridge_fit_on_the_inputs_that_it_will_see(anc
     weight = original.get_submodule(name).weight.detach().double()
     fitted = ridge_fit(seen, x, weight, 1e-3, anchor)
     torch.testing.assert_close(model.get_submodule(name).weight.detach().double(), fitted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "addition"), [("self_attn.o_proj", "input"), ("mlp.down_proj", "middle")])
+def test_what_writes_to_the_residual_stream_also_fits_what_is_missing_there(
+    name, addition, tiny_model, samples, method
+):
+    model = tiny_model("llama")
+    original = copy.deepcopy(model)
+    settings = method(ridge=1e-3, anchor=1.0, correction="residual")
+    plan = all_dense(plan_of(model, settings, samples), layout_of(model), but=[0])
+    run(model, settings, samples, plan)
+    # The stream before an addition is what the norm before the branch reads.
+    norm = {"input": "input_layernorm", "middle": "post_attention_layernorm"}[addition]
+    streams = [inputs_of(m, f"model.layers.1.{norm}", samples) for m in (original, model)]
+    path = f"model.layers.1.{name}"
+    x, seen = inputs_of(original, path, samples), inputs_of(model, path, samples)
+    weight = original.get_submodule(path).weight.detach().double()
+    fitted = ridge_fit(seen, x, weight, 1e-3, 1.0, streams[0] - streams[1])
+    plain = ridge_fit(seen, x, weight, 1e-3, 1.0)
+    assert (fitted - plain).norm() > 0.01 * plain.norm()
+    torch.testing.assert_close(model.get_submodule(path).weight.detach().double(), fitted, rtol=0, atol=1e-5)
+
+
+def test_the_residual_stream_is_followed_more_closely_than_by_outputs_alone(tiny_model, samples, method):
+    original = tiny_model("llama")
+    errors = []
+    for correction in ("sequential", "residual"):
+        model, settings = copy.deepcopy(original), method(correction=correction)
+        run(model, settings, samples)
+        found, truth = (inputs_of(m, "model.norm", samples) for m in (model, original))
+        errors.append((found - truth).norm())
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_family_that_changes_what_it_adds_is_corrected_without_the_stream(tiny_model, samples, method, caplog):
+    original = tiny_model("gemma2")
+    weights = []
+    for correction in ("sequential", "residual"):
+        model = copy.deepcopy(original)
+        run(model, method(correction=correction), samples)
+        weights.append(model.state_dict())
+    assert "gemma2 changes the outputs of o and down" in caplog.text
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_factored_matrix_is_the_best_of_its_rank_for_the_fit(tiny_model, samples, method):
