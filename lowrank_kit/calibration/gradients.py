@@ -7,22 +7,18 @@ build no graph, and activations inside the others are recomputed in the backward
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.backward import Batch, frozen, next_token_loss, recomputed
 from lowrank_kit.calibration.statistics import GradientStatistics
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.spectral.moments import Moments
-
-Batch = Mapping[str, Tensor]
 
 STATISTICS_BYTES = 4 * 2**30
 """Statistics held at once; a model whose blocks need more takes several passes."""
@@ -51,27 +47,19 @@ def stream_gradients(
     Raises:
         LowRankKitError: a model without next-token head, or gradients that are not finite.
     """
-    if model.get_output_embeddings() is None:
-        raise LowRankKitError(
-            "gradients of the next-token loss need a causal language model; this one has no such head"
-        )
     wanted: dict[int, list[LinearRef]] = {}
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
     passes = list(_passes(wanted, with_mean))
     task = progress.add_task("gradients", total=len(passes) * len(batches)) if progress else None
-    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
+    with frozen(model):
         for blocks in passes:
             linears = [ref for block in blocks for ref in wanted[block]]
             collector = _Collector(model, linears, with_mean)
             with ExitStack() as stack:
                 stack.enter_context(collector)
-                for path in layout.blocks[min(blocks) :]:
-                    block = model.get_submodule(path)
-                    stack.enter_context(mock.patch.object(block, "forward", _recomputed(block.forward)))
+                stack.enter_context(recomputed(model, layout.blocks[min(blocks) :]))
                 lowest = model.get_submodule(layout.blocks[min(blocks)])
                 stack.callback(lowest.register_forward_pre_hook(_start_graph, prepend=True).remove)
                 for batch in batches:
@@ -81,10 +69,6 @@ def stream_gradients(
             statistics = collector.statistics()
             for block in blocks:
                 yield block, {ref.name: statistics.pop(ref.name) for ref in wanted[block]}
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(was_training)
 
 
 def _passes(wanted: Mapping[int, Sequence[LinearRef]], with_mean: bool) -> Iterator[list[int]]:
@@ -134,10 +118,8 @@ class _Collector:
         """Add one batch."""
         self._mask = batch["attention_mask"].bool()
         self._tokens += int(self._mask.sum())
-        labels = batch["input_ids"].masked_fill(~self._mask, -100)[:, 1:]
         with torch.enable_grad():
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()
-            cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
+            next_token_loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
     def statistics(self) -> dict[str, GradientStatistics]:
         """What was collected; the weights' own gradients are taken from them."""
@@ -170,17 +152,6 @@ class _Collector:
                 raise LowRankKitError(f"gradients of {ref.name}: {error}") from error
 
         return hook
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward that keeps nothing for the backward pass but its arguments."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
 
 
 def _start_graph(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
