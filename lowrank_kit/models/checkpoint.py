@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.compressed import compressed_classes, stock_classes
+from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
 from lowrank_kit.models.families import base_type
 from lowrank_kit.models.linear import check_linear, is_transposed
+from lowrank_kit.models.narrow import narrower_than
+from lowrank_kit.models.rotate import sliced_layers
 
 # What the class decides, not the model.
 _OF_THE_CLASS = ("model_type", "architectures", "auto_map", "lowrank")
@@ -27,17 +29,18 @@ def save_compressed(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a causal language model, some of whose linears are `LowRankLinear`, with its generation settings.
+    """Write a causal language model, with its generation settings.
+
+    Its linears may be `LowRankLinear`, or narrower than the stock ones, its decoder layers sliced or fewer.
 
     The checkpoint has its own ``model_type`` (``lowrank_llama``), so that code which does not know it fails instead
     of drawing random weights. It loads with ``import lowrank_kit``, and without us with ``trust_remote_code=True``.
-    A model with nothing factored is written as the stock checkpoint that it is. ``folder`` appears whole or not at
+    A model with nothing of that is written as the stock checkpoint that it is. ``folder`` appears whole or not at
     all; an earlier one is replaced. ``dtype`` None: the weights as they are.
 
     Raises `LowRankKitError` for a model that is no causal language model of transformers.
     """
-    ranks = ranks_of(model)
-    twin = _empty_twin(model, {"ranks": ranks, "shared_down": shared_downs(model)} if ranks else None)
+    twin = _empty_twin(model, {"ranks": ranks_of(model), "shared_down": shared_downs(model)})
     _save(twin, model.state_dict(), folder, tokenizer, max_shard_size, dtype)
 
 
@@ -49,11 +52,12 @@ def save_dense(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Multiply every factored linear out, in float64, and write a stock checkpoint, rounded to ``dtype``.
+    """Multiply every factored linear out, in float64, and write the checkpoint, rounded to ``dtype``.
 
-    Embeddings tied to the head stay tied. Otherwise as `save_compressed`.
+    It is a stock one unless the model is pruned or sliced: irregular shapes fit no stock class. Embeddings tied to
+    the head stay tied. Otherwise as `save_compressed`.
     """
-    weights, twin = model.state_dict(), _empty_twin(model, None)
+    weights, twin = model.state_dict(), _empty_twin(model, {"ranks": {}, "shared_down": {}})
     for name, layer in factored_linears(model):
         del weights[f"{name}.up.weight"], weights[f"{name}.down.weight"]
         weight = layer.dense_weight().to(dtype or layer.up.weight.dtype)
@@ -64,20 +68,32 @@ def save_dense(
     _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
 
 
-def _empty_twin(model: PreTrainedModel, lowrank: dict[str, Any] | None) -> PreTrainedModel:
-    """The model as its checkpoint's own class builds it, on the meta device; ``lowrank`` None: the stock class."""
+def _empty_twin(model: PreTrainedModel, factors: dict[str, dict[str, Any]]) -> PreTrainedModel:
+    """The model as its checkpoint's own class builds it, on the meta device: the stock class if nothing is unusual.
+
+    ``factors`` are the ranks and shared factors of the checkpoint; other things unusual are read off the model.
+    """
     original = base_type(model.config.model_type)
-    stock_config, stock_model = stock_classes(original)
+    _, stock_model = stock_classes(original)
     if not isinstance(model, stock_model):
         raise LowRankKitError(
             f"only causal language models are saved compressed: this is a {type(model).__name__}, not a "
             f"{stock_model.__name__}"
         )
-    config_class, model_class = compressed_classes(original) if lowrank else (stock_config, stock_model)
+    # Of the compressed class: a stock configuration refuses some sliced hidden sizes.
+    plain = _build(model, compressed_classes(original), {"lowrank": {"ranks": {}, "shared_down": {}}})
+    unusual = {"shapes": narrower_than(model, plain), "shortcuts": sliced_layers(model)}
+    lowrank = factors | {key: value for key, value in unusual.items() if value}
+    if not any(lowrank.values()):
+        return _build(model, stock_classes(original), {})
+    return _build(model, compressed_classes(original), {"lowrank": lowrank})
+
+
+def _build(model: PreTrainedModel, classes: Classes, more: dict[str, Any]) -> PreTrainedModel:
+    config_class, model_class = classes
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_CLASS}
-    config = config_class.from_dict(settings | ({"lowrank": lowrank} if lowrank else {}))
     with torch.device("meta"):
-        twin = model_class(config)
+        twin = model_class(config_class.from_dict(settings | more))
     twin.generation_config = model.generation_config
     return twin
 

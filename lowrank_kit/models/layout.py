@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.factored import LowRankLinear
@@ -41,7 +41,8 @@ class ModelLayout:
     """Where everything is: module paths in the model that the layout was made from.
 
     ``blocks`` and ``linears`` are in execution order; ``stacks`` are the blocks by stack (T5: two stacks).
-    ``on_top`` are the modules above the blocks that a checkpoint may lack: head and pooler.
+    ``on_top`` are the modules above the blocks that a checkpoint may lack: head and pooler. ``head_dim`` is the width
+    of an attention head.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class ModelLayout:
     final_norm: str | None
     head: str | None
     on_top: tuple[str, ...]
+    head_dim: int
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -103,7 +105,13 @@ def layout_of(model: PreTrainedModel) -> ModelLayout:
         final_norm=final_norm if final_norm in modules else None,
         head=head,
         on_top=tuple(name for name in (pooler, head) if name is not None and name in modules),
+        head_dim=_head_dim(model.config.get_text_config()),
     )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    explicit = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return explicit or config.hidden_size // config.num_attention_heads
 
 
 def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family:

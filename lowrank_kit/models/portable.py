@@ -1,5 +1,8 @@
 """What a compressed model is made of. Copied whole into every checkpoint: imports torch and transformers only."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -60,11 +63,47 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class LowRankModel(PreTrainedModel):
-    """Goes before a stock model class: its linears become factored, before any weight is loaded.
+class SlicedLayer(nn.Module):
+    """Goes before a stock pre-norm decoder layer: its residuals pass a matrix from one rotated basis to the next.
 
-    ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path, and ``shared_down``, the
-    linears whose ``down`` weight is another one's (one parameter, stored once).
+    SliceGPT, section 3.4 (arXiv 2401.15024). `add_shortcuts` makes one of a stock layer.
+    """
+
+    attention_shortcut: nn.Linear
+    mlp_shortcut: nn.Linear
+    mlp: nn.Module
+    self_attn: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        """Map ``[rows, tokens, hidden]`` to the same shape, in the next layer's basis."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = self.attention_shortcut(hidden_states) + attended
+        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@cache
+def _sliced_class(stock: Any) -> Any:
+    return type(f"Sliced{stock.__name__}", (SlicedLayer, stock), {"__module__": __name__})
+
+
+def add_shortcuts(layer: Any) -> None:
+    """Give a decoder layer of the Llama kind its two shortcuts, not yet filled, of the width of its norms."""
+    layer.__class__ = _sliced_class(layer.__class__)
+    weight = layer.input_layernorm.weight
+    width, options = weight.shape[0], {"bias": False, "device": weight.device, "dtype": weight.dtype}
+    layer.attention_shortcut = nn.Linear(width, width, **options)
+    layer.mlp_shortcut = nn.Linear(width, width, **options)
+
+
+class LowRankModel(PreTrainedModel):
+    """Goes before a stock model class: its linears take their compressed form, before any weight is loaded.
+
+    ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path; ``shared_down``, the
+    linears whose ``down`` weight is another one's (one parameter, stored once); where there are any, ``shapes``
+    ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that
+    are `SlicedLayer`.
     """
 
     _tied_weights_keys: dict[str, str] | None
@@ -72,6 +111,12 @@ class LowRankModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         super().__init__(config, *args, **kwargs)
+        for name, (out_features, in_features) in config.lowrank.get("shapes", {}).items():
+            stock = self.get_submodule(name)
+            options = {"bias": stock.bias is not None, "device": stock.weight.device, "dtype": stock.weight.dtype}
+            self.set_submodule(name, nn.Linear(in_features, out_features, **options))
+        for name in config.lowrank.get("shortcuts", ()):
+            add_shortcuts(self.get_submodule(name))
         for name, rank in config.lowrank["ranks"].items():
             dense = self.get_submodule(name)
             weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
@@ -92,6 +137,13 @@ class LowRankModel(PreTrainedModel):
         return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_down
 
 
+def _validate(config: Any) -> None:
+    """Check all but that the heads divide the hidden size: a sliced one they need not, head_dim is explicit."""
+    for validator in config.__class_validators__:
+        if validator.__name__ != "validate_architecture":
+            validator(config)
+
+
 def derive_classes(
     stock_config: type[PretrainedConfig], stock_model: type[PreTrainedModel], mixin: type[LowRankModel] = LowRankModel
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
@@ -106,6 +158,7 @@ def derive_classes(
             "model_type": f"lowrank_{stock_config.model_type}",
             # Stock plans of tensor parallelism name linears that are two now.
             "base_model_tp_plan": None,
+            "validate": _validate,
         },
     )
     attributes = {"__module__": __name__, "config_class": config}

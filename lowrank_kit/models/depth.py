@@ -1,0 +1,100 @@
+"""A model with fewer blocks: some dropped, or several collapsed into one."""
+
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from math import floor
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.layout import ModelLayout
+
+
+def drop_blocks(model: PreTrainedModel, layout: ModelLayout, kept: Sequence[int]) -> None:
+    """Leave only the blocks ``kept``, ascending indices, in place; afterwards `layout_of` names them anew.
+
+    The configuration's number of blocks and its lists of one entry a block are cut to match, and attention layers
+    are renumbered for the key-value cache: saved, this is a stock checkpoint with fewer blocks.
+    Raises `ValueError` for indices that are not ascending, out of range or none, `LowRankKitError` for an
+    encoder-decoder model.
+    """
+    count = len(layout.blocks)
+    if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
+        raise ValueError(f"{kept} are not ascending indices of {count} blocks")
+    if len(layout.stacks) != 1:
+        raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks go from one stack")
+    blocks = [model.get_submodule(layout.blocks[index]) for index in kept]
+    model.set_submodule(layout.blocks[0].rpartition(".")[0], nn.ModuleList(blocks))
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    _cut_config(model.config.get_text_config(), count, kept)
+
+
+def _cut_config(config: PretrainedConfig, count: int, kept: Sequence[int]) -> None:
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[index] for index in kept])
+    # Qwen: the first blocks attend to everything, those from here on to a window.
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = sum(index < config.max_window_layers for index in kept)
+    config.num_hidden_layers = len(kept)
+
+
+@torch.no_grad()
+def collapse(base: nn.Module, followers: Sequence[nn.Module]) -> None:
+    """Add every follower's difference to the base's parameters, in place: ``θ + Σ_k (θ_k − θ)``, summed in float64.
+
+    Layer-difference merge of LaCo (arXiv 2402.11187, equation 1). All parameters take part, norms and biases too.
+    One follower alone takes the base's place.
+    """
+    parameters = [dict(follower.named_parameters()) for follower in followers]
+    for name, parameter in base.named_parameters():
+        original = parameter.double()
+        parameter.copy_(original + sum(theirs[name].double() - original for theirs in parameters))
+
+
+@torch.no_grad()
+def take_matrices(base: nn.Module, follower: nn.Module) -> None:
+    """Give the base every matrix of the follower, in place; norms and biases stay its own.
+
+    What the released code of LaCo does, for it adds every difference to the sum so far: ``θ + (θ_k − θ) = θ_k``.
+    """
+    theirs = dict(follower.named_parameters())
+    for name, parameter in base.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(theirs[name])
+
+
+def block_sizes(layout: ModelLayout) -> list[int]:
+    """Return the parameters of every block's linears, biases not counted."""
+    sizes = [0] * len(layout.blocks)
+    for ref in layout.linears:
+        sizes[ref.block] += ref.out_features * ref.in_features
+    return sizes
+
+
+def ranks_with(layout: ModelLayout, kept: Collection[int]) -> dict[str, int]:
+    """Return the rank of every linear by name, full in the blocks ``kept``, 0 in those that go."""
+    return {ref.name: ref.full_rank if ref.block in kept else 0 for ref in layout.linears}
+
+
+def fewest_blocks(layout: ModelLayout, budget: int) -> int:
+    """Return how many blocks have to go until the others' linears have at most ``budget`` parameters.
+
+    Raises `ConfigError` where that is all of them.
+    """
+    sizes = block_sizes(layout)
+    # Smallest first: whichever blocks go, so many are enough.
+    gone = accumulate(sorted(sizes))
+    count = next(count for count, size in enumerate(gone, start=1) if sum(sizes) - size <= budget)
+    if count == len(sizes):
+        largest = 1 - max(sizes) / sum(sizes)
+        raise ConfigError(
+            f"all {count} blocks would have to go: without them this {layout.model_type} has no linears left; lower "
+            f"method.ratio to {floor(largest * 1e4) / 1e4:g}, which leaves one block"
+        )
+    return count
