@@ -1,0 +1,232 @@
+"""GRASP at work: block influence, gradients, scores of singular components (arXiv 2501.00339, algorithm 1)."""
+
+import math
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_kit.calibration.backward import frozen
+from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.influence import block_influence
+from lowrank_kit.calibration.prefix import Prefix
+from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.weight_gradients import weight_gradients
+from lowrank_kit.compression.base import Compression
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.methods.base import LowRankFactors, Plan
+from lowrank_kit.methods.grasp import Grasp
+from lowrank_kit.models.factored import replace_linear
+from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.models.linear import check_linear, weight_of
+from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
+from lowrank_kit.spectral.attribution import sigma_gradient
+from lowrank_kit.spectral.decompose import svd
+
+
+class GraspCompression(Compression[Grasp]):
+    """See `Compression`. The scores of a single pass are cached by block, for every ratio and both gradient metrics."""
+
+    _progress: Progress | None = None
+
+    def calibrate(self, progress: Progress | None = None) -> None:
+        """Measure block influence; score the redundant blocks, unless that is a matter of the order of `plan`."""
+        self._progress = progress
+        _ = self._influence
+        if self._in_one_pass and self.method.metric != "magnitude":
+            self._score(self._redundant)
+
+    def plan(self, progress: Progress | None = None) -> Plan:
+        """Choose blocks and components."""
+        self._progress = progress
+        kept = self._kept_of_one_pass() if self._in_one_pass else self._kept_in_turn()
+        return self.method.plan(self.bench.layout, kept, self._influence)
+
+    def apply(self, plan: Plan, progress: Progress | None = None) -> PreTrainedModel:
+        """Replace every matrix of which components were chosen by these, in place."""
+        model = self.bench.model
+        bar = progress.add_task("factorise", total=len(plan.kept)) if progress else None
+        for name, kept in plan.kept.items():
+            factors = _Components(model, name).factors(kept)
+            replace_linear(model, name, factors.up, factors.down)
+            if progress and bar is not None:
+                progress.advance(bar)
+        return model
+
+    def plot(self, plan: Plan, folder: Path) -> None:
+        """Influence of the blocks, and ranks."""
+        linears = self.bench.layout.linears
+        if plan.scores:
+            influence = [plan.scores.get(path, math.nan) for path in self.bench.layout.blocks]
+            redundant = {ref.block for ref in linears if ref.name in plan.kept}
+            plot_influence(influence, redundant, folder / "influence.png", chosen="redundant")
+        plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
+        plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
+
+    @property
+    def _in_one_pass(self) -> bool:
+        """Singular values do not change when other blocks do: by magnitude, the order matters only to iteration."""
+        method = self.method
+        return not method.propagate or (method.metric == "magnitude" and not method.iterative)
+
+    @cached_property
+    def _redundant(self) -> list[int]:
+        method = self.method
+        if method.blocks is not None:
+            return sorted(method.blocks)
+        return sorted(method.redundant(self._influence, method.count(self.bench.layout)))
+
+    @cached_property
+    def _influence(self) -> list[float]:
+        """That of the original model, by first block; empty where the blocks are given."""
+        if self.method.blocks is not None:
+            return []
+        span = self.method.count(self.bench.layout) if self.method.choice == "contiguous" else 1
+        store = self._store(quantity="block influence", span=span)
+        if not store.finished_blocks():
+            store.save(0, {"model": {"influence": self._measured_influence(span)}})
+        return store.load(0)["model"]["influence"].tolist()
+
+    def _measured_influence(self, span: int = 1) -> Tensor:
+        bench = self.bench
+        return block_influence(
+            bench.model, bench.layout, bench.samples, bench.batch_size, span=span, progress=self._progress
+        )
+
+    def _score(self, blocks: Collection[int]) -> CalibrationStore:
+        """One backward pass over the calibration set for all of these blocks that the cache does not have."""
+        bench, store = self.bench, self._store(quantity="dL/dsigma", ahead=self.method.ahead)
+        missing = sorted(set(blocks) - store.finished_blocks(), reverse=True)
+        if not missing:
+            return store
+        refs = [ref for ref in bench.layout.linears if ref.block in missing]
+        gradients = self._gradients(refs, None, self._bar("gradients", len(self._batches)))
+        advance = self._bar("scores", len(refs))
+        for block in missing:
+            found = {}
+            for ref in refs:
+                if ref.block == block:
+                    components = _Components(bench.model, ref.name)
+                    derivative = components.derivative(gradients.pop(ref.name))
+                    found[ref.name] = {"sigma": components.sigma.cpu(), "derivative": derivative.cpu()}
+                    advance()
+            store.save(block, found)
+        return store
+
+    def _kept_of_one_pass(self) -> dict[str, list[int]]:
+        method, model = self.method, self.bench.model
+        store = None if method.metric == "magnitude" else self._score(self._redundant)
+        kept = {}
+        ranks = method.ranks(self.bench.layout, self._redundant)
+        for block in self._redundant:
+            known = {} if store is None else store.load(block)
+            for ref in _linears(self.bench.layout, block):
+                if store is None:
+                    score = method.score(_Components(model, ref.name).sigma, None)
+                else:
+                    score = method.score(known[ref.name]["sigma"], known[ref.name]["derivative"])
+                kept[ref.name] = method.keep(ref, score, ranks[ref.name])
+        return {name: components for name, components in kept.items() if components is not None}
+
+    def _kept_in_turn(self) -> dict[str, list[int]]:
+        """The published loop: what has been compressed stays in the model until all is."""
+        method, model, layout = self.method, self.bench.model, self.bench.layout
+        order, ranks = self._redundant[::-1], method.ranks(layout, self._redundant)
+        kept: dict[str, list[int]] = {}
+        with frozen(model), ExitStack() as original:
+            # From the last block on, those before the one at work are still the original's.
+            prefix = None if method.iterative else Prefix(model, layout, self._batches, order)
+            advance = self._bar("gradients", 2 * len(order) * len(self._batches))
+            for turn in range(len(order)):
+                if method.iterative:
+                    influence = self._measured_influence().tolist() if turn else self._influence
+                    order = method.redundant(influence, len(order), already=order[:turn])
+                    ranks = method.ranks(layout, order)
+                for refs in _sublayers(_linears(layout, order[turn])):
+                    gradients = self._gradients(refs, prefix, advance)
+                    for ref in refs:
+                        components = _Components(model, ref.name)
+                        derivative = components.derivative(gradients.pop(ref.name)) if gradients else None
+                        chosen = method.keep(ref, method.score(components.sigma, derivative), ranks[ref.name])
+                        if chosen is not None:
+                            kept[ref.name] = chosen
+                            original.callback(model.set_submodule, ref.name, model.get_submodule(ref.name))
+                            factors = components.factors(chosen)
+                            replace_linear(model, ref.name, factors.up, factors.down)
+        return {ref.name: kept[ref.name] for ref in layout.linears if ref.name in kept}
+
+    def _gradients(
+        self, refs: Sequence[LinearRef], prefix: Prefix | None, on_batch: Callable[[], object]
+    ) -> dict[str, Tensor]:
+        """``dL/dW`` by name, in one backward pass; nothing where the metric does not read it."""
+        if self.method.metric == "magnitude":
+            return {}
+        bench, ahead = self.bench, self.method.ahead
+        return weight_gradients(
+            bench.model, bench.layout, self._batches, refs, ahead=ahead, prefix=prefix, on_batch=on_batch
+        )
+
+    @cached_property
+    def _batches(self) -> list[dict[str, Tensor]]:
+        bench = self.bench
+        return bench.samples.batches(bench.batch_size, bench.model.config.get_text_config().pad_token_id or 0)
+
+    def _store(self, **request: Any) -> CalibrationStore:
+        return CalibrationStore(self._root, {**self._key, "request": request})
+
+    @cached_property
+    def _key(self) -> dict[str, Any]:
+        bench = self.bench
+        return calibration_key(bench.model, bench.layout, bench.samples, bench.layout.linears, bench.batch_size)
+
+    @cached_property
+    def _root(self) -> Path:
+        if self.bench.cache is not None:
+            return self.bench.cache
+        self._keeps_alive = tempfile.TemporaryDirectory(prefix="lowrank_kit-")
+        return Path(self._keeps_alive.name)
+
+    def _bar(self, description: str, total: int) -> Callable[[], None]:
+        if self._progress is None:
+            return lambda: None
+        progress, task = self._progress, self._progress.add_task(description, total=total)
+        return lambda: progress.advance(task)
+
+
+class _Components:
+    """The singular components of a weight in the model."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        try:
+            self._u, self.sigma, self._vh = svd(weight_of(check_linear(model.get_submodule(name), name)))
+        except ValueError as error:
+            raise LowRankKitError(f"{name} cannot be decomposed: {error}") from error
+
+    def derivative(self, gradient: Tensor) -> Float64[Tensor, " r"]:
+        """``dL/dsigma`` from ``dL/dW``."""
+        return sigma_gradient(self._u, self._vh.T, gradient.double())
+
+    def factors(self, kept: Sequence[int]) -> LowRankFactors:
+        """These components, the root of sigma in either factor."""
+        index = torch.tensor(kept, device=self.sigma.device)
+        root = self.sigma[index].sqrt()
+        return LowRankFactors(up=self._u[:, index] * root, down=root[:, None] * self._vh[index])
+
+
+def _linears(layout: ModelLayout, block: int) -> list[LinearRef]:
+    return [ref for ref in layout.linears if ref.block == block]
+
+
+def _sublayers(refs: Sequence[LinearRef]) -> tuple[list[LinearRef], list[LinearRef]]:
+    """A decoder block's linears: those of the MLP, then those of the attention, which its output projection ends."""
+    attention = 1 + max(index for index, ref in enumerate(refs) if ref.role == "o")
+    return list(refs[attention:]), list(refs[:attention])

@@ -1,0 +1,159 @@
+"""GRASP: in redundant blocks, keep the singular components on which the loss depends (arXiv 2501.00339)."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from lowrank_kit.allocation.base import Budget, Candidate
+from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.methods.base import Compressor, Plan
+from lowrank_kit.models.layout import LinearRef, ModelLayout
+
+
+class Grasp(Compressor):
+    """Redundant blocks by block influence, and in their matrices ``W = sum_k sigma_k u_k v_k^T`` components by effect.
+
+    The component's score is the first-order change of the calibration loss when it is dropped,
+    ``|sigma_k dL/dsigma_k|`` with ``dL/dsigma_k = u_k^T G v_k`` and G = dL/dW over the whole calibration set (the
+    paper's score is three times that). Biases stay.
+
+    There are n redundant blocks, the smallest number that meets the ratio if each loses ``removed_share``. How many
+    components are kept there is the ``selection``:
+
+    - ``ratio``: so many that ``ratio`` is met exactly, the same share in every matrix: never more parameters than the
+      budget, and fewer by less than one component of the narrowest matrix;
+    - ``removed``: what is left of a matrix after ``removed_share``, ``floor(out in (1 - c) / (out + in))``, as
+      published; no less is removed than ``ratio``, with `blocks` unset;
+    - ``share``: of every matrix the smallest set whose scores sum to `share` of the total; a set that saves no
+      parameters leaves its matrix dense. ``ratio`` then only says how many blocks, and is reported against.
+    """
+
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """The redundant blocks, counted from 0; null: found by block influence."""
+    choice: Literal["free", "contiguous"] = "free"
+    """`free`: the blocks of least influence; `contiguous`: the run of neighbours of least influence as a whole."""
+    selection: Literal["ratio", "removed", "share"] = "ratio"
+    """How many components are kept: to meet `ratio`, by `removed_share` of every matrix, or by `share` of its score."""
+    removed_share: float = Field(default=0.9, gt=0, lt=1)
+    """Share of a redundant block's parameters to remove; with `selection=ratio` its upper limit."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """For `selection=share`: the share of a matrix's total score that its kept components reach."""
+    metric: Literal["taylor", "gradient", "magnitude"] = "taylor"
+    """Score of a component: |sigma dL/dsigma|, |dL/dsigma|, or sigma (plain SVD; needs no gradient)."""
+    propagate: bool = False
+    """As published: block by block from the last, MLP before attention, each scored with those before it compressed.
+    Otherwise one backward pass scores all."""
+    iterative: bool = False
+    """With `propagate`: block influence is measured again before every block, which then is the one of least."""
+    label_shift: Literal["correct", "legacy"] = "correct"
+    """`legacy` scores by the loss of the token after the next one, as the released code does; for parity only."""
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> "Grasp":
+        if self.blocks is not None and len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(f"blocks={list(self.blocks)} names a block twice")
+        if (self.selection == "share") != (self.share is not None):
+            raise ValueError("selection=share and a number for share go together: set both, or leave share null")
+        if self.iterative and not self.propagate:
+            raise ValueError("iterative=true measures a model that is compressed block by block: set propagate=true")
+        if self.iterative and (self.blocks is not None or self.choice == "contiguous"):
+            raise ValueError("iterative=true chooses block after block: leave blocks null and choice=free")
+        return self
+
+    def check(self, layout: ModelLayout) -> None:
+        """Raise `ConfigError` for blocks, or a ratio, that this layout cannot have. Reads shapes, no weights."""
+        layout.select()
+        total = len(layout.blocks)
+        if outside := [block for block in self.blocks or () if block >= total]:
+            raise ConfigError(f"method.blocks: there is no block {outside[0]}; this model has 0 to {total - 1}")
+        if (count := self.count(layout)) >= total:
+            if self.blocks is not None:
+                raise ConfigError(f"method.blocks names all {total} blocks as redundant: leave at least one out")
+            most = math.floor(1e4 * self.removed_share * (total - 1) / total) / 1e4
+            raise ConfigError(
+                f"method.ratio={self.ratio:g} makes all {total} blocks redundant at method.removed_share="
+                f"{self.removed_share:g}: lower method.ratio to {most:g} at most, or raise method.removed_share"
+            )
+        self.ranks(layout, self.blocks or range(count))
+
+    def count(self, layout: ModelLayout) -> int:
+        """How many blocks are redundant."""
+        if self.blocks is not None:
+            return len(self.blocks)
+        return math.ceil(self.ratio * len(layout.blocks) / self.removed_share - 1e-9)
+
+    @property
+    def ahead(self) -> int:
+        """Which token the loss is about: 1 is the next."""
+        return 1 if self.label_shift == "correct" else 2
+
+    def redundant(self, influence: Sequence[float], count: int, already: Collection[int] = ()) -> list[int]:
+        """The ``count`` redundant blocks, of which some are known ``already`` and come first.
+
+        ``influence`` is that of every block, the least first; for a contiguous choice that of every run of ``count``
+        neighbours, by its first block.
+        """
+        ascending = sorted(range(len(influence)), key=lambda block: influence[block])
+        if self.choice == "contiguous":
+            return list(range(ascending[0], ascending[0] + count))
+        return [*already, *(block for block in ascending if block not in already)][:count]
+
+    def ranks(self, layout: ModelLayout, blocks: Collection[int]) -> dict[str, int | None]:
+        """How many components every matrix of these blocks keeps, by name; None: its scores decide.
+
+        Raises `ConfigError` where a matrix would keep none.
+        """
+        refs = [ref for block in blocks for ref in layout.linears if ref.block == block]
+        if self.selection == "share":
+            return {ref.name: None for ref in refs}
+        if self.selection == "removed":
+            return dict(self._published_ranks(refs))
+        elsewhere = sum(ref.out_features * ref.in_features for ref in layout.linears if ref.block not in blocks)
+        budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
+        return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
+
+    def score(self, sigma: Float64[Tensor, " r"], gradient: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
+        """Score of every component from its singular value and ``dL/dsigma``."""
+        if gradient is None:
+            return sigma
+        return (sigma * gradient if self.metric == "taylor" else gradient).abs()
+
+    def keep(self, ref: LinearRef, score: Float64[Tensor, " r"], rank: int | None) -> list[int] | None:
+        """The components of highest score, in ascending order; None where they would save no parameters."""
+        descending = score.argsort(descending=True, stable=True)
+        if rank is None:
+            assert self.share is not None
+            running = score[descending].cumsum(0)
+            rank = min(int((running < self.share * running[-1]).sum()) + 1, len(score))
+        return sorted(descending[:rank].tolist()) if rank <= _candidate(ref).break_even else None
+
+    def plan(self, layout: ModelLayout, kept: Mapping[str, list[int]], influence: Sequence[float]) -> Plan:
+        """The plan that keeps these components; ``influence`` as in `redundant`, empty where it was not measured."""
+        ranks = {ref.name: len(kept[ref.name]) if ref.name in kept else ref.full_rank for ref in layout.linears}
+        before = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        after = sum(_candidate(ref).cost(ranks[ref.name]) for ref in layout.linears)
+        scores = dict(zip(layout.blocks, influence, strict=False))
+        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, after, scores, dict(kept))
+
+    def _published_ranks(self, refs: Sequence[LinearRef]) -> dict[str, int]:
+        break_even = {ref: ref.out_features * ref.in_features / (ref.out_features + ref.in_features) for ref in refs}
+        # A share of 0.9 leaves a hair less than a tenth in binary.
+        ranks = {ref.name: math.floor(even * (1 - self.removed_share) + 1e-9) for ref, even in break_even.items()}
+        smallest = min(refs, key=lambda ref: break_even[ref])
+        if ranks[smallest.name] < 1:
+            raise ConfigError(
+                f"method.removed_share={self.removed_share:g} leaves no component of {smallest.name}, a "
+                f"{smallest.out_features}x{smallest.in_features} matrix: lower it to "
+                f"{math.floor(1e4 * (1 - 1 / break_even[smallest])) / 1e4:g} at most"
+            )
+        return ranks
+
+
+def _candidate(ref: LinearRef) -> Candidate:
+    return Candidate(ref.name, (ref,), torch.ones(1, dtype=torch.float64))
