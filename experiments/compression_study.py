@@ -1,12 +1,14 @@
-"""Every SVD method at every ratio on SmolLM2-135M: perplexity of two texts, size, seconds, memory.
+"""A study of compressors under one protocol: perplexity, zero-shot accuracy, size, seconds, memory of every arm.
 
-    python experiments/compression_smollm2/run.py --wikitext FOLDER [--study STUDY.yaml] [--workers 2] [--runs FOLDER]
-        [--only METHOD ...] [OVERRIDE ...]
+    python experiments/compression_study.py STUDY.yaml --wikitext FOLDER [--workers 2] [--runs FOLDER]
+        [--only ARM ...] [OVERRIDE ...]
 
-FOLDER holds WikiText-2 as validation.jsonl and test.jsonl, an article a row (key `text`); the second text, which no
-method is calibrated on, is the packaged Wikipedia text. A method's ratios run one after another in a process of its
-own. Every run has a directory of its own, found again by its configuration: a killed study continues where it was.
-Writes `<study>.results.json`, `<study>.table.md` and `<study>.png` beside the study, of all runs there are.
+A study is a YAML file: `common` overrides, `ratios`, `benchmarks` (packaged sets by split, if any), and `arms`, each a
+name and its own overrides (`method=NAME` is understood where they name no method). FOLDER holds WikiText-2 as
+validation.jsonl and test.jsonl, an article a row (key `text`); the second text, which nothing is calibrated on, is the
+packaged Wikipedia text. An arm's ratios run one after another in a process of its own. Every run has a directory of its
+own, found again by its configuration: a killed study continues where it was. Writes `results.json`, `table.md` and a
+picture, named like the study and beside it, of all runs there are.
 """
 
 import argparse
@@ -21,39 +23,38 @@ from typing import Any
 
 import yaml
 
-HERE = Path(__file__).parent
 Row = dict[str, Any]
-TEXTS = ("wikitext2", "wikipedia")
+TEXTS = {"wikitext2": "WikiText-2 (± s.e.)", "wikipedia": "Wikipedia (not calibrated on)"}
 
 
 def main() -> None:
     arguments = _arguments()
     study = yaml.safe_load(arguments.study.read_text())
-    texts = prepare(arguments.wikitext, Path(arguments.runs) / "data")
-    extra = [*arguments.overrides, f"run.root={arguments.runs}", f"data.root={texts}"]
+    data = prepare(arguments.wikitext, study.get("benchmarks", {}), Path(arguments.runs) / "data")
+    extra = [*arguments.overrides, f"run.root={arguments.runs}", f"data.root={data}"]
     jobs = [
-        (name, [[*study["common"], f"method={name}", f"method.ratio={r}", *settings, *extra] for r in study["ratios"]])
-        for name, settings in study["methods"].items()
-        if name in (arguments.only or study["methods"])
+        (arm, [[*study["common"], *_method(arm, own), f"method.ratio={ratio}", *extra] for ratio in study["ratios"]])
+        for arm, own in study["arms"].items()
+        if arm in (arguments.only or study["arms"])
     ]
     # A process for each: peak memory is the process's.
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), _single_threaded, max_tasks_per_child=1) as pool:
         rows = [row for found in pool.map(run, *zip(*jobs, strict=True)) for row in found]
-    file = HERE / f"{arguments.study.stem}.results.json"
+    file = arguments.study.with_suffix(".results.json")
     known = json.loads(file.read_text())["rows"] if file.is_file() else []
-    done = {(row["method"], row["asked"]) for row in rows}
-    order = {name: place for place, name in enumerate(study["methods"])}
-    rows += [row for row in known if (row["method"], row["asked"]) not in done]
-    rows.sort(key=lambda row: (row["asked"], order[row["method"]]))
+    done = {(row["arm"], row["asked"]) for row in rows}
+    order = {arm: place for place, arm in enumerate(study["arms"])}
+    rows += [row for row in known if (row["arm"], row["asked"]) not in done]
+    rows.sort(key=lambda row: (row["asked"], order[row["arm"]]))
     file.write_text(json.dumps({"study": study, "rows": rows}, indent=1) + "\n")
     table = "\n".join(markdown(rows))
-    (HERE / f"{arguments.study.stem}.table.md").write_text(table + "\n")
-    plot(rows, HERE / f"{arguments.study.stem}.png")
+    arguments.study.with_suffix(".table.md").write_text(table + "\n")
+    plot(rows, arguments.study.with_suffix(".png"))
     print(table)
 
 
-def prepare(wikitext: Path, root: Path) -> Path:
-    """A folder of both texts, in the form that `data=local` reads."""
+def prepare(wikitext: Path, benchmarks: dict[str, str], root: Path) -> Path:
+    """A folder of both texts and the benchmarks, in the form that `data=local` reads."""
     from lowrank_kit.data.sources import DatasetRef, PackagedSource
 
     for split in ("validation", "test"):
@@ -64,11 +65,14 @@ def prepare(wikitext: Path, root: Path) -> Path:
     other.parent.mkdir(parents=True, exist_ok=True)
     rows = PackagedSource().load(DatasetRef("text/wikipedia"), "test").dataset
     other.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows["text"]))
+    for name, split in benchmarks.items():
+        (root / name).mkdir(exist_ok=True)
+        PackagedSource().load(DatasetRef(name), split).dataset.to_json(root / name / f"{split}.jsonl")
     return root.resolve()
 
 
-def run(method: str, ratios: Sequence[list[str]]) -> list[Row]:
-    """A method's runs in this worker process."""
+def run(arm: str, ratios: Sequence[list[str]]) -> list[Row]:
+    """An arm's runs in this worker process."""
     from lowrank_kit.compose import Composer, force_dotted
     from lowrank_kit.pipeline import execute
     from lowrank_kit.run import set_up_console
@@ -77,58 +81,74 @@ def run(method: str, ratios: Sequence[list[str]]) -> list[Row]:
     rows = []
     for overrides in ratios:
         [config] = Composer().jobs(force_dotted(overrides), multirun=False)
-        rows.append(_row(method, execute(config)))
+        rows.append(_row(arm, execute(config)))
     return rows
 
 
-def _row(method: str, folder: Path) -> Row:
+def _method(arm: str, own: Sequence[str]) -> list[str]:
+    return [*own] if any(o.startswith("method=") for o in own) else [f"method={arm}", *own]
+
+
+def _row(arm: str, folder: Path) -> Row:
     from omegaconf import OmegaConf
 
-    plan, manifest, results = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("plan", "manifest", "results")
+    plan, manifest, results, checkpoint = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("plan", "manifest", "results", "checkpoint/config")
     )
     config, stages, size = OmegaConf.load(folder / "config.yaml"), manifest["stages"], manifest["size"]
-    weights = sum(file.stat().st_size for file in (folder / "checkpoint").glob("*.safetensors"))
-    ranks = list(plan["ranks"].values())
-    perplexities = {f"{r['task']} {r['checkpoint']}": [r["value"], r["stderr"]] for r in results}
+    figures: dict[str, dict[str, list[float]]] = {}
+    for record in results:
+        found = figures.setdefault(f"{record['task']} {record['metric']}", {})
+        found[record["checkpoint"]] = [record["value"], record["stderr"]]
     return {
-        "method": method,
+        "arm": arm,
         "asked": config.method.ratio,
         "settings": OmegaConf.to_container(config.method),
         "removed": 1 - plan["parameters_after"] / plan["parameters_before"],
         "removed_of_model": 1 - size["compressed"]["parameters"] / size["dense"]["parameters"],
-        "bytes": weights,
-        "perplexity": perplexities,
-        "seconds": {name: stages[name]["seconds"] for name in ("calibrate", "plan", "apply", "evaluate")},
-        "peak_rss_bytes": stages["apply"]["peak_rss_bytes"],
-        "dense_matrices": config.method.dense and sum(_is_dense(name, rank) for name, rank in plan["ranks"].items()),
-        "matrices": len(ranks),
+        "bytes": sum(file.stat().st_size for file in (folder / "checkpoint").glob("*.safetensors")),
+        "figures": figures,
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "peak_rss_bytes": max(stages[name]["peak_rss_bytes"] for name in ("calibrate", "plan", "apply", "train")),
+        "factored": len(checkpoint.get("lowrank", {}).get("ranks", {})),
+        "matrices": len(plan["ranks"]),
         "git": manifest["git"],
     }
 
 
-def _is_dense(name: str, rank: int) -> bool:
-    return rank == (192 if name.endswith(("k_proj", "v_proj")) else 576)
-
-
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
-    """One table a ratio, best perplexity first."""
+    """One table, a ratio after the other, best perplexity first; accuracies in percent."""
+    answered = [n for n in rows[0]["figures"] if not n.endswith(" perplexity") and not n.startswith("speed ")]
+    recovered = any("compressed" in found for row in rows for found in row["figures"].values())
     yield (
-        "| removed | method | WikiText-2 (± s.e.) | Wikipedia (not calibrated on) | removed, linears | removed, model "
-        "| MB | left dense | calibrate s | plan + apply s | peak GB |"
+        f"| removed | arm | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
+        f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | left dense "
+        f"| calibrate s | plan + apply{' + train' * recovered} s | peak GB |"
     )
-    yield "|---" * 11 + "|"
-    dense = " | ".join(_shown(*rows[0]["perplexity"][f"{text} dense"]) for text in TEXTS)
-    yield f"| 0 | dense | {dense} | 0 | 0 | 538 | 210 | | | |"
-    for row in sorted(rows, key=lambda r: (r["asked"], r["perplexity"]["wikitext2 final"][0])):
-        cells = [_shown(*row["perplexity"][f"{text} final"]) for text in TEXTS]
+    yield "|---" * (11 + recovered + len(answered)) + "|"
+    yield f"| 0 | dense |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
+    for row in sorted(rows, key=lambda r: (r["asked"], _perplexity(r, "wikitext2", "final")[0])):
         seconds = row["seconds"]
         yield (
-            f"| {row['asked']} | {row['method']} | {cells[0]} | {cells[1]} | {row['removed']:.4f} "
-            f"| {row['removed_of_model']:.3f} | {row['bytes'] / 1e6:.0f} | {int(row['dense_matrices'])} "
-            f"| {seconds['calibrate']:.0f} | {seconds['plan'] + seconds['apply']:.0f} "
+            f"| {row['asked']} | {row['arm']} |{_cells(row, 'final', answered, recovered)} {row['removed']:.4f} "
+            f"| {row['removed_of_model']:.3f} | {row['bytes'] / 1e6:.0f} | {row['matrices'] - row['factored']} "
+            f"| {seconds['calibrate']:.0f} | {sum(seconds[name] for name in ('plan', 'apply', 'train')):.0f} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
+
+
+def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> str:
+    cells = [_shown(*_perplexity(row, text, state)) for text in TEXTS]
+    if recovered:
+        found = row["figures"]["wikitext2 perplexity"].get("compressed")
+        cells.append("" if found is None or state == "dense" else _shown(*found))
+    cells += [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (row["figures"][n][state] for n in answered)]
+    return "".join(f" {cell} |" for cell in cells)
+
+
+def _perplexity(row: Row, text: str, state: str) -> list[float]:
+    return row["figures"][f"{text} perplexity"][state]
 
 
 def _shown(value: float, stderr: float) -> str:
@@ -142,9 +162,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     points: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in TEXTS}
     for row in rows:
         for text in TEXTS:
-            value = row["perplexity"][f"{text} final"][0]
-            points[text].setdefault(row["method"], []).append((row["removed"], value))
-    dense = {text: rows[0]["perplexity"][f"{text} dense"][0] for text in TEXTS}
+            points[text].setdefault(row["arm"], []).append((row["removed"], _perplexity(row, text, "final")[0]))
+    dense = {text: _perplexity(rows[0], text, "dense")[0] for text in TEXTS}
     plot_loss_against_ratio(points, file, dense)
 
 
@@ -155,10 +174,10 @@ def _single_threaded() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
     parser.add_argument("--wikitext", type=Path, required=True)
-    parser.add_argument("--study", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--runs", default="runs/compression_smollm2")
+    parser.add_argument("--runs", default="runs/study")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
     return parser.parse_args()

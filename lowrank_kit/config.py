@@ -23,6 +23,7 @@ from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.explain import explain
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+BenchmarkMetric = Literal["acc", "acc_norm", "mcc", "f1"]
 Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
@@ -142,21 +143,67 @@ class TextSet(Section):
         return self
 
 
+class Benchmark(Section):
+    """Questions that a causal model answers, by lm-eval's own prompts and scoring. Its key is its name."""
+
+    task: str
+    """Task of lm-eval, or group of tasks, for example `arc_easy`."""
+    dataset: str
+    """Name of the rows in the data source: `local` has them in ROOT/DATASET/SPLIT.jsonl."""
+    hub_path: str | None = None
+    """Data set on the hub, for example `allenai/ai2_arc`; null: the hub does not have it."""
+    hub_name: str | None = None
+    """Configuration of that data set, for example `ARC-Easy`."""
+    split: str
+    """Split to judge on."""
+    shots: int = Field(default=0, ge=0)
+    """Solved examples before every question."""
+    shots_split: str | None = None
+    """Split that the examples are drawn from."""
+    metrics: tuple[BenchmarkMetric, ...] = Field(min_length=1)
+    """Metrics to report; the first one is quoted and averaged. `acc_norm`: log-likelihoods per character."""
+    columns: dict[str, str] = {}
+    """Another name that the rows may have for a column which lm-eval reads."""
+    part_column: str | None = None
+    """Column that says which task of a group a row belongs to, by the name of that task's hub configuration."""
+    reason: str
+    """Where the choice of split, shots and metrics comes from."""
+
+    @model_validator(mode="after")
+    def _examples_come_from_another_split(self) -> "Benchmark":
+        if self.shots and self.shots_split in (None, self.split):
+            raise ValueError(f"shots={self.shots} needs shots_split, a split other than '{self.split}'")
+        return self
+
+
 class PerplexityTask(Section):
-    """Perplexity of a causal model on one or several texts, calibrated on one of them."""
+    """What a causal model is judged by: perplexity on texts, answers to benchmarks, or both."""
 
     kind: Literal["perplexity"]
-    """Marks texts."""
+    """Marks texts and benchmarks."""
     name: str
     """Name in tables and in `task=`, for example `perplexity/wikitext2`."""
-    texts: dict[str, TextSet] = Field(min_length=1)
+    texts: dict[str, TextSet] = {}
     """The texts by name; add your own with `task.texts.NAME={}`, drop one with `~task.texts.NAME`."""
+    # Left out of a run's configuration where they say nothing, so that older run directories are found again.
+    perplexity: bool = Field(default=True, exclude_if=lambda judged: judged)
+    """Judge on the texts; false: they only serve to calibrate on."""
+    benchmarks: dict[str, Benchmark] = Field(default={}, exclude_if=lambda benchmarks: not benchmarks)
+    """The benchmarks by name; drop one with `~task.benchmarks.NAME`."""
     calibrate_on: str | None = None
     """Name of the text to calibrate on; null: the first one whose calibration split the data source has."""
     window: int | None = Field(default=None, ge=2)
     """Tokens per window, the first of which is never predicted; null: 2048, or what the model allows if less."""
+    max_windows: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
+    """Judge on the first so many windows of a text; null: as many as `eval.limit`."""
     batch_size: int = Field(default=1, ge=1)
     """Windows per forward pass; changes memory and speed, not the figure."""
+
+    @model_validator(mode="after")
+    def _judges_by_something(self) -> "PerplexityTask":
+        if not self.benchmarks and not (self.texts and self.perplexity):
+            raise ValueError("there is nothing to judge by: neither benchmarks nor texts with perplexity=true")
+        return self
 
     @model_validator(mode="after")
     def _calibrates_on_one_of_its_texts(self) -> "PerplexityTask":
@@ -215,6 +262,66 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     train_samples: int | None = Field(default=None, ge=1)
     """Train on this many rows, drawn by `seed`; null: all."""
+
+
+class InstructionSet(Section):
+    """Rows of an instruction and its answer, in the hub's columns. Its key is its name."""
+
+    hub_path: str | None = None
+    """Data set on the hub, for example `tatsu-lab/alpaca`; null: the hub does not have it."""
+    hub_name: str | None = None
+    """Configuration of that data set."""
+    split: str = "train"
+    """Split to learn from; of `data=local`: ROOT/NAME/SPLIT.jsonl."""
+    instruction_column: str = "instruction"
+    """Column of what is asked for."""
+    input_column: str | None = "input"
+    """Column of what the instruction is about, empty where there is nothing; null: the set has none."""
+    output_columns: tuple[str, ...] = Field(default=("output",), min_length=1)
+    """Column of the answer, or of every choice."""
+    label_column: str | None = None
+    """Column of the right choice's number, from 0, where there are several."""
+
+    @model_validator(mode="after")
+    def _choices_have_a_label(self) -> "InstructionSet":
+        if (len(self.output_columns) > 1) != (self.label_column is not None):
+            raise ValueError("several output_columns need a label_column that says which is right, one needs none")
+        return self
+
+
+class RecoveryConfig(Section):
+    """A brief training behind the compression, in its replaced blocks alone; the schedule is `train`."""
+
+    what: Literal["none", "factors", "lora"] = "none"
+    """What learns: nothing, the low-rank factors and norms, or LoRA that is merged afterwards. The replaced blocks are
+    those with a factored linear; of a model without any (blocks dropped, merged or pruned), for LoRA, all of them."""
+    loss: Literal["next_token", "distill"] = "next_token"
+    """`next_token`, or `distill`: the divergence KL(original || compressed) of the predictions, at temperature 1. It
+    keeps the original model in memory beside the compressed one."""
+    data: str = "text"
+    """Name of an instruction set, or `text`: the windows that the method was calibrated on."""
+    max_length: int = Field(default=256, ge=2)
+    """Longest instruction with its answer in tokens, cut off beyond it; windows of text are as long as they are."""
+    train_on_prompt: bool = False
+    """Learn to predict the instructions too, not the answers alone."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of LoRA."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scaling numerator of LoRA, which scales by alpha / rank."""
+    sets: dict[str, InstructionSet] = {}
+    """The instruction sets by name; add your own with `recovery.sets.NAME={}`."""
+
+    @property
+    def instructions(self) -> InstructionSet | None:
+        """The set to train on; None: text, or no training."""
+        return None if self.what == "none" or self.data == "text" else self.sets[self.data]
+
+    @model_validator(mode="after")
+    def _trains_on_one_of_its_sets(self) -> "RecoveryConfig":
+        if self.data != "text" and self.data not in self.sets:
+            hint = did_you_mean(self.data, ("text", *self.sets))
+            raise ValueError(f"data='{self.data}' is neither text nor one of the instruction sets{hint}")
+        return self
 
 
 class SpeedConfig(Section):
@@ -298,6 +405,8 @@ class RunConfig(Section):
     """What the method looks at."""
     train: TrainConfig = TrainConfig()
     """Fine-tuning."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Training behind a compression."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
     tracker: TrackerConfig = TrackerConfig()

@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checkpoint_in(source: Path) -> Path:
-    """Find the model: a checkpoint folder itself, or ``checkpoint/`` of a run directory.
+    """Find the model: a checkpoint folder itself, or in a run directory ``recovered/``, else ``checkpoint/``.
 
     Raises `ConfigError` where there is none; for a run that trained an adapter it says where that lies.
     """
-    for folder in (source / "checkpoint", source):
+    for folder in (source / "recovered", source / "checkpoint", source):
         if (folder / "config.json").is_file():
             return folder
     for folder in (source / "adapter", source):

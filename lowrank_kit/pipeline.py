@@ -90,6 +90,11 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
             f"method={method.name} is trained on labelled rows, which task={task.name} does not have: choose a task "
             "such as glue/sst2, or a method that compresses, or method=none"
         )
+    if config.recovery.what != "none" and not isinstance(method, Compressor):
+        raise ConfigError(
+            f"recovery.what={config.recovery.what} trains what a compression left, and method={method.name} compresses "
+            "nothing: choose a method that does, or recovery=none"
+        )
     if isinstance(method, Compressor) and not isinstance(task, PerplexityTask):
         raise ConfigError(
             f"method={method.name} compresses causal language models, and task={task.name} judges classifiers: "

@@ -52,6 +52,10 @@ class Rows:
     note: str
     sha256: str
 
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of these rows."""
+        return {"source": self.source, "note": self.note, "sha256": self.sha256, "rows": len(self.dataset)}
+
 
 @runtime_checkable
 class Source(Protocol):

@@ -59,10 +59,7 @@ class TaskRows:
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split, for the manifest."""
-        return {
-            name: {"source": rows.source, "note": rows.note, "sha256": rows.sha256, "rows": len(rows.dataset)}
-            for name, rows in self._splits.items()
-        }
+        return {name: rows.facts() for name, rows in self._splits.items()}
 
     @property
     def train_labels(self) -> list[float]:

@@ -1,16 +1,19 @@
-"""Running text of a perplexity task, cut into windows of tokens: to calibrate on, to choose on, to judge on."""
+"""Running text of a perplexity task, cut into windows of tokens: to calibrate on, to learn from, to judge on."""
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit.config import PerplexityTask, RunConfig, TextSet
+from lowrank_kit.data.benchmarks import load_benchmarks
+from lowrank_kit.data.instructions import Instructions
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
 from lowrank_kit.errors import ConfigError
 
@@ -45,9 +48,17 @@ class TaskTexts:
 
     def __init__(self, config: RunConfig, task: PerplexityTask, source: Source) -> None:
         self._config, self._task = config, task
-        names = self._present(source)
+        self.benchmarks = load_benchmarks(task.benchmarks, source, config.eval.limit)
+        """Rows of the benchmarks that the data source has, by their names."""
+        if task.benchmarks and config.eval.held_out:
+            raise ConfigError(
+                "eval.held_out: benchmarks are judged on splits of their own; choose hyper-parameters with "
+                "task=perplexity, or drop eval.held_out"
+            )
+        is_judged_on_texts = bool(task.texts) and task.perplexity
+        names = self._present(source) if is_judged_on_texts else ()
         splits = {(name, self._judged_on(name)) for name in names}
-        self.calibrated_on = self._choose(names, source)
+        self.calibrated_on = self._choose(names if is_judged_on_texts else task.texts, source)
         """Name of the text to calibrate on; None where the source has no calibration split of any."""
         if self.calibrated_on is not None:
             splits.add((self.calibrated_on, task.texts[self.calibrated_on].calibration_split))
@@ -60,22 +71,26 @@ class TaskTexts:
             rows = source.load(text_ref(name, text), split)
             _check(rows, text, f"'{split}' of {name}")
             self._rows[name, split] = rows
+        recovery = config.recovery
+        self._instructions = (
+            Instructions(recovery.data, recovery.instructions, source) if recovery.instructions else None
+        )
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split by ``text:split``, for the manifest.
 
         Tokens are added once a split has been tokenised.
         """
-        return {
+        texts = {
             f"{name}:{split}": {
-                "source": rows.source,
-                "note": rows.note,
-                "sha256": rows.sha256,
-                "rows": len(rows.dataset),
+                **rows.facts(),
                 **({"tokens": len(self._tokens[name, split])} if (name, split) in self._tokens else {}),
             }
             for (name, split), rows in self._rows.items()
         }
+        for questions in self.benchmarks.values():
+            texts |= questions.facts()
+        return texts | (self._instructions.facts() if self._instructions else {})
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
@@ -92,6 +107,22 @@ class TaskTexts:
                 f"calibration.seq_len={settings.seq_len} tokens; lower one of the two"
             )
         return windows[: settings.samples]
+
+    def recovery(self, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+        """What a compressed model learns from, at most ``train.train_samples`` rows, drawn by the seed.
+
+        The rows of ``recovery.data``, or the windows of `calibration`: ``input_ids`` and ``labels``. Raises
+        `ConfigError` where the text is too short, a row is longer than the model reads, or no row is left.
+        """
+        recovery = self._config.recovery
+        if self._instructions is None:
+            windows = self.calibration(tokenizer).tolist()
+            rows = datasets.Dataset.from_dict({"input_ids": windows, "labels": windows})
+        else:
+            self._check_length("recovery.max_length", recovery.max_length, tokenizer)
+            rows = self._instructions.encode(tokenizer, recovery.max_length, recovery.train_on_prompt)
+        count = min(self._config.train.train_samples or len(rows), len(rows))
+        return rows.shuffle(seed=self._config.seed).select(range(count))
 
     def held_out(self, count: int, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> Windows:
         """``count`` windows of the text calibrated on, behind those of `calibration`: to choose hyper-parameters.
@@ -124,7 +155,7 @@ class TaskTexts:
                 windows = self._behind_calibration(name, held_out, self.window(tokenizer), tokenizer)
             else:
                 tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
-                windows = _windows(tokens, window)[: self._config.eval.limit]
+                windows = _windows(tokens, window)[: self._task.max_windows or self._config.eval.limit]
                 if not len(windows):
                     raise ConfigError(
                         f"'{split}' of {name} has {len(tokens)} tokens, less than one window: "
@@ -155,7 +186,10 @@ class TaskTexts:
     def _calibration_text(self) -> str:
         if self.calibrated_on is None:
             wanted = ", ".join(f"'{text.calibration_split}' of {name}" for name, text in self._task.texts.items())
-            raise ConfigError(f"there is no text to calibrate on: data={self._config.data.source} lacks {wanted}")
+            raise ConfigError(
+                f"there is no text to calibrate on: data={self._config.data.source} lacks {wanted or 'texts'}; "
+                "name one that it has, for example 'task.texts.wikipedia={}'"
+            )
         return self.calibrated_on
 
     def _judged_on(self, name: str) -> str:
@@ -166,10 +200,10 @@ class TaskTexts:
         texts = self._task.texts
         there = [name for name, text in texts.items() if has(source, text_ref(name, text), [self._judged_on(name)])]
         absent = [name for name in texts if name not in there]
-        if not there and len(texts) == 1:
+        if not there and not self.benchmarks and len(texts) == 1:
             # The source's own message says where it looked.
             source.load(text_ref(absent[0], texts[absent[0]]), self._judged_on(absent[0]))
-        if not there:
+        if not there and not self.benchmarks:
             raise ConfigError(
                 f"data={self._config.data.source} has none of the texts {', '.join(absent)}; add your own: "
                 f"data=local data.root=DIR 'task.texts.NAME={{}}' with DIR/NAME/{{validation,test}}.jsonl or .txt"
@@ -177,7 +211,7 @@ class TaskTexts:
         if absent:
             log.warning(
                 "data=%s has %s and not %s; name a text alone to insist on it",
-                self._config.data.source, ", ".join(there), ", ".join(absent),
+                self._config.data.source, ", ".join(there) or "no text", ", ".join(absent),
             )  # fmt: skip
         return tuple(there)
 

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Checkpoint = Literal["dense", "early", "best", "final", "majority_class"]
+Checkpoint = Literal["dense", "compressed", "early", "best", "final", "majority_class"]
 
 
 @dataclass(frozen=True)
 class EvalRecord:
     """A metric of one task. Fractions, never percent; ``stderr`` in the metric's unit.
 
-    ``checkpoint`` says which state was measured: the model as it came (the reference of a compressed one), the
-    first evaluation while training, the best one (the highest of several looks at the evaluation split, so an
-    optimistic figure), the end (the figure to quote), or the training set's majority class without any model.
-    ``n`` counts rows, of a text windows, of a speed repeats.
+    ``checkpoint`` says which state was measured: the model as it came (the reference of a compressed one), a
+    compressed one before its recovery, the first evaluation while training, the best one (the highest of several
+    looks at the evaluation split, so an optimistic figure), the end (the figure to quote), or the training set's
+    majority class without any model.
+    ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks.
     """
 
     task: str

@@ -32,9 +32,12 @@ WORK = (
     "plan.json",
     "plots",
     "checkpoint",
+    "recovered",
     "checkpoints",
     "adapter",
     "history.json",
+    "benchmarks",
+    "samples",
     "results.json",
 )
 

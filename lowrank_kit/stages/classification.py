@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import EvalPrediction, set_seed
+from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
 
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -64,15 +64,15 @@ class ClassificationStages(Stages[ClassificationTask, TaskRows]):
         history = fit(
             adapted.model,
             train,
-            self._evaluation[0].rows,
             self.config.train,
-            tokenizer=self._tokenizer,
+            collate=DataCollatorWithPadding(self._tokenizer),
             folder=folder,
             device=self.device,
             seed=self.config.seed,
+            log=self._tracker.log,
+            evaluation=self._evaluation[0].rows,
             eval_batch_size=self.config.eval.batch_size,
             score=self._score,
-            log=self._tracker.log,
         )
         self._run.write_json("history.json", history)
         with self._run.write_folder("adapter") as adapter:

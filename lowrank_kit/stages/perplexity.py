@@ -1,13 +1,15 @@
-"""The stages of a perplexity task: a causal model is compressed and judged beside the dense one."""
+"""The stages of a perplexity task: a causal model is compressed, perhaps recovered, and judged beside the dense one."""
 
 import gc
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import datasets
 import torch
 from transformers import PreTrainedModel, set_seed
 
@@ -27,17 +29,27 @@ from lowrank_kit.models.load import ModelSource, fingerprint, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.stages.base import VERSIONS, Stages
+from lowrank_kit.training.recover import recover
+
+if TYPE_CHECKING:
+    from lowrank_kit.stages.suite import Suite
 
 log = logging.getLogger(__name__)
 
 
 class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
-    """See `Stages`; ``checkpoint/`` is the compressed model, and what is judged is what was saved there."""
+    """See `Stages`; ``checkpoint/`` is the compressed model, ``recovered/`` that one after its recovery.
+
+    What is judged is what was saved there.
+    """
 
     def calibrate(self) -> None:
         """Let the compressor look at the model; what it keeps goes to the content-keyed cache, for every ratio."""
         # Texts that are too short are found out before the model is loaded.
         self._data.evaluation(self._tokenizer)
+        _ = self._suite
+        if self._recovers:
+            _ = self._recovery_rows
         if self._compressor is not None:
             _ = self._samples, self._probe_windows
             with StageProgress() as progress:
@@ -68,21 +80,47 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         del self._loaded, self._compression
 
     def train(self) -> None:
-        """Nothing: compression needs no training."""
+        """With `recovery`, train ``checkpoint/`` into ``recovered/``; ``history.json`` is the Trainer's log."""
+        if not self._recovers:
+            return
+        # Of the unrecovered model, should it have been judged before.
+        self._run.forget("evaluate", "results.json")
+        rows, recovery, folder = self._recovery_rows, self.config.recovery, self._run.path / "checkpoints"
+        # In float32, whatever the model is stored in: small steps would be rounded away.
+        recovered = recover(
+            self._saved("checkpoint", torch.float32),
+            rows,
+            recovery,
+            self.config.train,
+            teacher=self._loaded if recovery.loss == "distill" else None,
+            tokenizer=self._tokenizer,
+            folder=folder,
+            device=self.device,
+            seed=self.config.seed,
+            track=self._tracker.log,
+        )
+        self._manifest.record("trained_parameters", recovered.trained_parameters)
+        self._run.write_json("history.json", recovered.history)
+        dtype = getattr(torch, self.config.dtype)
+        save_compressed(recovered.model, self._run.path / "recovered", self._tokenizer, dtype=dtype)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def evaluate(self) -> None:
-        """Measure the saved model, and the dense one beside it: ``results.json``."""
+        """Measure the saved models, and the dense one beside them: ``results.json``."""
+        texts, is_recovered = self._data.evaluation(self._tokenizer), (self._run.path / "recovered").is_dir()
+        if self._recovers and not is_recovered:
+            log.warning("evaluating the compressed model as it is: it was not recovered")
         records = []
-        texts = self._data.evaluation(self._tokenizer)
-        model = self._compressed if self._compressor is not None else self._loaded
         with StageProgress() as progress:
-            for text in texts:
-                if self._compressor is not None:
-                    records.append(_record(text, self._dense_reference(text, progress), "dense"))
-                found = perplexity(
-                    model, text.windows, self.task.batch_size, self.device, progress, f"perplexity of {text.name}"
-                )
-                records.append(_record(text, found, "final"))
+            if self._compressor is not None:
+                records += [_record(text, self._dense_reference(text, progress), "dense") for text in texts]
+                records += self._answers(self._loaded, "dense", progress)
+            if is_recovered:
+                records += self._judge(self._saved("checkpoint"), texts, "compressed", progress)
+            model = (
+                self._loaded if self._compressor is None else self._saved("recovered" if is_recovered else "checkpoint")
+            )
+            records += self._judge(model, texts, "final", progress)
             if self.config.eval.speed.enabled and self._compressor is not None:
                 speeds = measure_speed(
                     {"dense": self._loaded, "compressed": model}, self.config.eval.speed, self.device, progress
@@ -135,12 +173,62 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         return Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
 
     @property
-    def _compressed(self) -> PreTrainedModel:
-        folder = self._run.path / "checkpoint"
-        if not folder.is_dir():
+    def _recovers(self) -> bool:
+        return self.config.recovery.what != "none"
+
+    @cached_property
+    def _recovery_rows(self) -> datasets.Dataset:
+        return self._data.recovery(self._tokenizer)
+
+    def _saved(self, name: Literal["checkpoint", "recovered"], dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What a stage has left; ``dtype`` None: the run's."""
+        folder = self._run.path / name
+        if name == "checkpoint" and not folder.is_dir():
             self.apply()
         gc.collect()
-        return load_model(ModelSource(str(folder)), "causal", getattr(torch, self.config.dtype), self.device).model
+        dtype = dtype or getattr(torch, self.config.dtype)
+        return load_model(ModelSource(str(folder)), "causal", dtype, self.device).model
+
+    def _judge(
+        self, model: PreTrainedModel, texts: list[EvaluationText], checkpoint: Checkpoint, progress: StageProgress
+    ) -> list[EvalRecord]:
+        size, device = self.task.batch_size, self.device
+        perplexities = [
+            _record(
+                text,
+                perplexity(model, text.windows, size, device, progress, f"{checkpoint} perplexity of {text.name}"),
+                checkpoint,
+            )
+            for text in texts
+        ]
+        return perplexities + self._answers(model, checkpoint, progress)
+
+    @cached_property
+    def _suite(self) -> "Suite | None":
+        """The benchmarks of the task. Raises `ConfigError` for a task or a metric that lm-eval does not have."""
+        if not self._data.benchmarks:
+            return None
+        # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
+        from lowrank_kit.evaluation.harness import Exam
+        from lowrank_kit.stages.suite import Suite
+
+        exams = [Exam(questions) for questions in self._data.benchmarks.values()]
+        tokenizer, limit = self._tokenizer, self.config.model.max_length
+        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+        return Suite(exams, tokenizer, self.config.eval.batch_size, longest, VERSIONS, self._run.path)
+
+    def _answers(self, model: PreTrainedModel, checkpoint: Checkpoint, progress: StageProgress) -> list[EvalRecord]:
+        """The figures of the benchmarks; the dense model's are measured once for all runs that have the same rows."""
+        if self._suite is None:
+            return []
+        key = {
+            "model": fingerprint(model, layout_of(model)),
+            "dtype": self.config.dtype,
+            "device": torch.device(self.device).type,
+            "versions": VERSIONS,
+        }
+        shared = cache_dir() / "benchmarks" if checkpoint == "dense" else None
+        return self._suite.judge(model, checkpoint, key, progress, shared)
 
     def _dense_reference(self, text: EvaluationText, progress: StageProgress) -> Perplexity:
         """The original model's perplexity, measured once for all runs that read the same windows."""

@@ -9,11 +9,9 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -31,36 +29,40 @@ from lowrank_kit.training.progress import ProgressReport
 LOGGING_STEPS = 10
 
 History = list[dict[str, float]]
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def fit(
     model: nn.Module,
     train: datasets.Dataset,
-    evaluation: datasets.Dataset,
     settings: TrainConfig,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    collate: Callable[[list[Any]], Any],
     folder: Path,
     device: str,
     seed: int,
-    eval_batch_size: int,
-    score: Callable[[EvalPrediction], dict[str, float]],
     log: Callable[[Mapping[str, float], int], None],
+    loss: Loss | None = None,
+    evaluation: datasets.Dataset | None = None,
+    eval_batch_size: int = 8,
+    score: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> History:
     """Train whatever of ``model`` requires gradients, in place; return the Trainer's log, a dict an entry.
 
     Args:
         model: on its device already.
         train: encoded rows.
-        evaluation: encoded rows, scored every ``settings.eval_every`` steps.
         settings: the schedule.
-        tokenizer: pads the batches.
+        collate: makes a padded batch of rows.
         folder: checkpoints; a whole one found there is continued from. The caller removes it when the outcome is safe.
         device: where to train.
         seed: data order, dropout.
+        log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
+        loss: what falls, of the model and a batch; None: the model's own loss.
+        evaluation: encoded rows, scored every ``settings.eval_every`` steps; None: no look while training.
         eval_batch_size: rows a forward pass in evaluation.
         score: metrics of predictions.
-        log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
 
     Raises:
         LowRankKitError: the loss, the gradient or a metric is not finite.
@@ -80,7 +82,7 @@ def fit(
         warmup_steps=settings.warmup_ratio,
         lr_scheduler_type=settings.scheduler,
         max_grad_norm=settings.max_grad_norm,
-        eval_strategy="steps" if settings.eval_every else "no",
+        eval_strategy="steps" if settings.eval_every and evaluation is not None else "no",
         eval_steps=settings.eval_every,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 0,
@@ -99,12 +101,13 @@ def fit(
     # The model is on its one device already; more that are visible are left to other runs.
     _ = arguments.device
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = Trainer(
+    trainer = _Trainer(
+        loss,
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collate,
         compute_metrics=score,
         # Encoder-decoders return hidden states beside them.
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
@@ -154,6 +157,22 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return True
+
+
+class _Trainer(Trainer):
+    """The Trainer, with a loss of one's own: the mean over a batch."""
+
+    def __init__(self, loss: Loss | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._loss = loss
+        if loss is not None:
+            self.loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **options: Any) -> Any:
+        """As the Trainer, unless there is a loss of one's own."""
+        return (
+            super().compute_loss(model, inputs, *args, **options) if self._loss is None else self._loss(model, inputs)
+        )
 
 
 class _Watcher(TrainerCallback):

@@ -38,3 +38,17 @@ def test_speed_has_a_table_of_its_own(capsys):
     assert cells(shown, "tokens per second") == ["prefill tokens per second", "2,000", "3,000", "1.50"]
     assert cells(shown, "prefill speedup") == ["prefill speedup", "-", "1.50", "-"]
     assert cells(shown, "glue/rte") == ["glue/rte", "accuracy", "-", "-", "-", "62.5 ± 1.0", "16"]
+
+
+def test_benchmarks_stand_beside_the_dense_model_in_percent(capsys):
+    answered = {"lm_eval": "1"}
+    records = [
+        EvalRecord("piqa", "acc", 0.7, 0.02, 100, 0, "here", answered, "dense"),
+        EvalRecord("piqa", "acc", 0.625, 0.03, 100, 0, "here", answered),
+        record("wikitext2", "perplexity", 20.0),
+    ]
+    print_results(records, "svd")
+    shown = capsys.readouterr().out
+    assert cells(shown, "benchmark") == ["benchmark", "metric", "dense", "final", "± s.e.", "final - dense", "rows"]
+    assert cells(shown, "piqa") == ["piqa", "acc", "70.0", "62.5", "3.0", "-7.5", "100"]
+    assert "majority" not in shown

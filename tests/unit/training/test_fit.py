@@ -3,7 +3,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lowrank_kit.config import TrainConfig
@@ -44,12 +44,12 @@ def train(tokenizer, tmp_path):
         return fit(
             model,
             ROWS,
-            ROWS,
             TrainConfig(**plain),
-            tokenizer=tokenizer,
+            collate=DataCollatorWithPadding(tokenizer),
             folder=tmp_path / "checkpoints",
             device="cpu",
             seed=0,
+            evaluation=ROWS,
             eval_batch_size=8,
             score=lambda prediction: {
                 "accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())

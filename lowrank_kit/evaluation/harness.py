@@ -1,0 +1,276 @@
+"""Benchmarks by lm-eval's own task definitions, which are given our rows: prompts and scoring are lm-eval's."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import numpy as np
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from rich.progress import Progress, TaskID
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.config import Benchmark
+from lowrank_kit.data.benchmarks import Questions, load_benchmarks
+from lowrank_kit.data.sources import Source
+from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.evaluation.glue import score, standard_error
+from lowrank_kit.evaluation.language_model import BoundedLM
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+
+VERSION = version("lm-eval")
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to one benchmark.
+
+    ``figures`` are value and standard error (None for a single row) by metric; ``samples`` one JSON object a row:
+    the log-likelihood of every choice, the right one, every metric, and hashes of row and prompt.
+    """
+
+    name: str
+    figures: Mapping[str, tuple[float, float | None]]
+    samples: Sequence[Sample]
+
+
+class Exam:
+    """One benchmark, ready to be answered by any number of models.
+
+    Raises `ConfigError` where lm-eval has no such task, or not that metric, and `LowRankKitError` where its task
+    cannot read the rows.
+    """
+
+    def __init__(self, questions: Questions) -> None:
+        self.name, self.questions = questions.name, questions
+        self.tasks = _tasks(questions)
+        """Tasks of lm-eval by their names: one, or those of a group."""
+        for task in self.tasks.values():
+            if missing := sorted(set(questions.benchmark.metrics) - set(task.aggregation())):
+                raise ConfigError(
+                    f"task.benchmarks.{self.name}.metrics: lm-eval's {questions.benchmark.task} does not report "
+                    f"{missing[0]}{did_you_mean(missing[0], task.aggregation())}"
+                )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that the answers depend on besides the model: two exams of one key have the same prompts."""
+        rows = [rows.sha256 for rows in (self.questions.rows, self.questions.examples) if rows]
+        settings = self.questions.benchmark.model_dump(mode="json", exclude={"reason", "hub_path", "hub_name"})
+        return {"benchmark": settings, "rows": rows, "lm_eval": VERSION}
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.questions.rows.dataset)
+
+    def answer(self, lm: BoundedLM) -> Answers:
+        """Let a model answer. Raises `LowRankKitError` for prompts longer than it reads."""
+        found = evaluate(lm, {"tasks": self.tasks}, bootstrap_iters=0, log_samples=True)["samples"]
+        metrics = self.questions.benchmark.metrics
+        samples = [_sample(name, sample, metrics) for name in self.tasks for sample in found[name]]
+        return Answers(
+            self.name, {metric: _figure(metric, [s[metric] for s in samples]) for metric in metrics}, samples
+        )
+
+    def records(self, answers: Answers, versions: Mapping[str, str], checkpoint: Checkpoint) -> list[EvalRecord]:
+        """The answers in the form of every other figure."""
+        benchmark, rows = self.questions.benchmark, self.questions.rows
+        note = f", {rows.note}" if rows.note else ""
+        source = f"{rows.source}, {benchmark.split}{note}, {len(self)} rows, {benchmark.task} of lm-eval {VERSION}"
+        return [
+            EvalRecord(
+                self.name, metric, value, stderr, len(answers.samples), benchmark.shots, source,
+                {**versions, "lm_eval": VERSION}, checkpoint,
+            )
+            for metric, (value, stderr) in answers.figures.items()
+        ]  # fmt: skip
+
+
+def evaluate_suite(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Mapping[str, Benchmark],
+    source: Source,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    versions: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> list[EvalRecord]:
+    """Judge a causal model, wherever it is, by every benchmark whose rows the source has.
+
+    Args:
+        model: put into evaluation mode.
+        tokenizer: left as it is; it needs no padding token.
+        benchmarks: by name.
+        source: of the rows.
+        limit: judge on the first so many rows of each.
+        batch_size: most rows per forward pass.
+        max_length: tokens that the model reads; None: what its configuration says.
+        versions: put into every record.
+        progress: shows one bar over all rows.
+
+    Returns:
+        Every benchmark's metrics in the order of `Benchmark.metrics`, then their average.
+    """
+    exams = [Exam(questions) for questions in load_benchmarks(benchmarks, source, limit).values()]
+    answers = answer_all(BoundedLM(model, tokenizer, batch_size, max_length), exams, progress)
+    pairs = zip(exams, answers, strict=True)
+    records = [record for exam, found in pairs for record in exam.records(found, versions or {}, "final")]
+    return [*records, *averages(records)]
+
+
+def answer_all(
+    lm: BoundedLM, exams: Sequence[Exam], progress: Progress | None = None, description: str = "benchmarks"
+) -> Iterator[Answers]:
+    """Let a model answer one benchmark after another: the caller keeps what it is given before the next begins."""
+    bar = progress.add_task(description, total=sum(map(len, exams))) if progress else None
+    for exam in exams:
+        if progress and bar is not None:
+            progress.update(bar, description=f"{description}: {exam.name}")
+            lm.advance = partial(_advance, progress, bar, len(exam))
+        yield exam.answer(lm)
+
+
+def _advance(progress: Progress, bar: TaskID, rows: int, share: float) -> None:
+    progress.advance(bar, rows * share)
+
+
+def averages(records: Sequence[EvalRecord]) -> list[EvalRecord]:
+    """The mean of every benchmark's first metric, for one model; ``n`` counts benchmarks. None of a single one."""
+    first = {record.task: record for record in reversed(records)}.values()
+    if len(first) < 2:
+        return []
+    value = fmean(record.value for record in first)
+    errors = [record.stderr for record in first]
+    known = [error for error in errors if error is not None]
+    stderr = math.sqrt(sum(error**2 for error in known)) / len(first) if len(known) == len(first) else None
+    names = ", ".join(f"{record.task} ({record.metric})" for record in reversed(first))
+    some = records[0]
+    return [
+        EvalRecord(
+            "average", "mean", value, stderr, len(first), some.fewshot, f"of {names}", some.versions, some.checkpoint
+        )
+    ]
+
+
+@cache
+def definitions() -> dict[str, Path]:
+    """Where lm-eval defines its tasks and groups: file by name. `TaskManager` would parse all 14,000 files for that."""
+    line = re.compile(r"""^["']?(?:task|group)["']?: *["']?([^\s"']+)["']?\s*$""", re.MULTILINE)
+    folder = Path(lm_eval.tasks.__file__).parent
+    files = sorted(folder.rglob("*.yaml"), reverse=True)
+    return {name: file for file in files for name in line.findall(file.read_text("utf-8"))}
+
+
+@cache
+def _manager(topic: str) -> TaskManager:
+    folder = Path(lm_eval.tasks.__file__).parent / topic
+    return TaskManager(include_defaults=False, include_path=folder)
+
+
+def _tasks(questions: Questions) -> dict[str, Task]:
+    benchmark = questions.benchmark
+    file = definitions().get(benchmark.task)
+    if file is None:
+        raise ConfigError(
+            f"task.benchmarks.{questions.name}.task: lm-eval {VERSION} has no task '{benchmark.task}'"
+            f"{did_you_mean(benchmark.task, definitions())}"
+        )
+    manager = _manager(file.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0])
+    try:
+        parts = set(questions.rows.dataset[benchmark.part_column]) if benchmark.part_column else None
+        specs = [
+            {"task": name, **_redirected(questions, part)}
+            for name, part in _leaves(manager, benchmark.task)
+            if parts is None or part in parts
+        ]
+        # Inside a group, or lm-eval takes what overrides a task for the whole of a new one.
+        tasks = manager.load([{"group": f"our_{questions.name}", "task": specs}])["tasks"]
+    except Exception as error:
+        columns = ", ".join(questions.rows.dataset.column_names)
+        raise LowRankKitError(
+            f"lm-eval's task '{benchmark.task}' cannot read the rows of '{benchmark.dataset}' "
+            f"({questions.rows.source}), which have the columns {columns}: {type(error).__name__}: {error}"
+        ) from error
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return tasks
+
+
+def _leaves(manager: TaskManager, name: str) -> Iterator[tuple[str, str | None]]:
+    """Names of a task, or of those of a group, with their hub configurations."""
+    entry = manager.task_index[name]
+    children = sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]
+    if isinstance(children, str):
+        yield name, entry.cfg.get("dataset_name")
+    else:
+        for child in children:
+            yield from _leaves(manager, child)
+
+
+def _redirected(questions: Questions, part: str | None) -> dict[str, Any]:
+    benchmark = questions.benchmark
+    splits = {benchmark.split: _part(questions.rows.dataset, benchmark, part)}
+    if questions.examples and benchmark.shots_split:
+        splits[benchmark.shots_split] = _part(questions.examples.dataset, benchmark, part)
+    no_examples: dict[str, Any] = {} if benchmark.shots else {"fewshot_config": {"samples": []}}
+    return {
+        "custom_dataset": _constant(splits),
+        "training_split": None,
+        "validation_split": None,
+        "test_split": benchmark.split,
+        "fewshot_split": benchmark.shots_split if benchmark.shots else None,
+        "num_fewshot": benchmark.shots,
+        **no_examples,
+    }
+
+
+def _constant(value: dict[str, datasets.Dataset]) -> Callable[..., dict[str, datasets.Dataset]]:
+    # lm-eval hands over the task's metadata.
+    return lambda **_: value
+
+
+def _part(rows: datasets.Dataset, benchmark: Benchmark, part: str | None) -> datasets.Dataset:
+    column = benchmark.part_column
+    if column is None:
+        return rows
+    return rows.select([index for index, value in enumerate(rows[column]) if value == part])
+
+
+def _sample(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> Sample:
+    return {
+        "task": task,
+        "row": sample["doc_id"],
+        "row_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "target": sample["target"],
+        "log_likelihoods": [likelihood for likelihood, _ in sample["filtered_resps"]],
+        **{metric: _plain(sample[metric]) for metric in metrics},
+    }
+
+
+def _plain(value: Any) -> float | list[int]:
+    """Right and chosen class, for metrics that are no mean over rows."""
+    return [int(number) for number in value] if isinstance(value, tuple) else float(value)
+
+
+def _figure(metric: str, values: Sequence[Any]) -> tuple[float, float | None]:
+    if metric in ("mcc", "f1"):
+        right, chosen = np.array(values).T
+        name: Any = {"mcc": "matthews"}.get(metric, metric)
+        return score(name, right, chosen), standard_error(name, right, chosen) if len(values) > 1 else None
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

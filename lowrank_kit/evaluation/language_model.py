@@ -1,0 +1,78 @@
+"""A causal model as lm-eval knows one, with a bound on the memory of a forward pass."""
+
+import logging
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import lm_eval.api.task
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.errors import LowRankKitError
+
+# lm-eval keeps all logits of a batch and their log-softmax: at 2^27 of them, twice 512 MiB in float32.
+LOGITS_AT_ONCE = 2**27
+
+# Its warnings tell of overrides that are meant, and one of its bars cannot be switched off.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+
+# The two strings, and the tokens of context and continuation.
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+class BoundedLM(HFLM):
+    """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `LOGITS_AT_ONCE` allow.
+
+    Requests are sorted by length, and those that differ in their last token share a forward pass, as in `HFLM`.
+    A prompt longer than the model reads is an error, where `HFLM` cuts off its beginning. The tokenizer is left as it
+    is: lm-eval would give one without padding token one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size="auto", max_length=max_length)
+        self.advance: Callable[[float], None] = lambda share: None
+        """Called with the share of the present requests that was answered."""
+        self.cache_hook = self
+        self._most_rows, self._first, self._share, self._asking = batch_size, 0, 1.0, ""
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As in `HFLM`, without bars of its own."""
+        self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
+        return super().loglikelihood(list(requests), disable_tqdm=True)
+
+    def add_partial(self, *_: object) -> None:
+        """Take note of an answer: `HFLM` offers each to its ``cache_hook``."""
+        self.advance(self._share)
+
+    def _loglikelihood_tokens(self, requests: list[Request], *rest: Any, **more: Any) -> list[tuple[float, bool]]:
+        lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
+        if (longest := max(lengths)) > self.max_length:
+            too_long = sum(length > self.max_length for length in lengths)
+            raise LowRankKitError(
+                f"{too_long} of {len(lengths)} prompts of {self._asking} are longer than the {self.max_length} tokens "
+                f"that the model reads, the longest has {longest}: use fewer shots, raise model.max_length if it is "
+                "set, or leave that benchmark out (~task.benchmarks.NAME)"
+            )
+        return super()._loglikelihood_tokens(requests, *rest, **more)
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Request]) -> int:
+        """Rows of the batch that the request at ``pos`` belongs to; its first one is its longest."""
+        if pos == 0:
+            self._first = 0
+        _, context, continuation = n_reordered_requests[self._first]
+        logits = (len(context) + len(continuation)) * self.model.config.get_text_config().vocab_size
+        rows = max(1, min(self._most_rows, LOGITS_AT_ONCE // logits))
+        if pos - self._first + 1 == rows:
+            self._first = pos + 1
+        return rows

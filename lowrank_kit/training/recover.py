@@ -1,0 +1,140 @@
+"""Recovery: what a compression has replaced in a model is trained briefly, and nothing else, to win quality back."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from jaxtyping import Float, Int64
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.config import RecoveryConfig, TrainConfig
+from lowrank_kit.data.instructions import IGNORED
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.factored import shared_downs
+from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
+from lowrank_kit.training.fit import Batch, History, fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The trained model, of the same shapes as before and with LoRA merged, and the Trainer's log."""
+
+    model: PreTrainedModel
+    trained_parameters: int
+    history: History
+
+
+def learner(model: PreTrainedModel, settings: RecoveryConfig) -> nn.Module:
+    """Return what `recover` trains: the model itself with gradients where ``settings.what`` says, or a PEFT model.
+
+    `factors`: all of the replaced blocks but their dense linears, that is factors and norms (GRASP, arXiv 2501.00339).
+    `lora`: LoRA on their linears, of a factored one on each half, so that merging it keeps the rank; a ``down`` weight
+    that several linears share is left alone. ``model`` is changed in place.
+
+    Raises `LowRankKitError` for `factors` where no linear is factored.
+    """
+    layout = layout_of(model)
+    model.requires_grad_(False)
+    if settings.what == "lora":
+        targets = [part for ref in replaced_linears(layout) for part in _parts(ref, shared_downs(model))]
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=settings.rank, lora_alpha=settings.alpha)
+        return get_peft_model(model, config)
+    if all(ref.rank is None for ref in layout.linears):
+        raise LowRankKitError(
+            "no linear of the compressed model is factored, so there are no factors to train: use recovery=lora"
+        )
+    dense = {ref.name for ref in layout.linears if ref.rank is None}
+    for block in {layout.blocks[ref.block] for ref in replaced_linears(layout)}:
+        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
+            parameter.requires_grad = name.rpartition(".")[0] not in dense
+    return model
+
+
+def replaced_linears(layout: ModelLayout) -> list[LinearRef]:
+    """The linears of every block that has a factored one; of a model without any, all linears."""
+    blocks = {ref.block for ref in layout.linears if ref.rank is not None}
+    return [ref for ref in layout.linears if ref.block in blocks or not blocks]
+
+
+def recover(
+    model: PreTrainedModel,
+    rows: datasets.Dataset,
+    settings: RecoveryConfig,
+    schedule: TrainConfig,
+    *,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    device: str,
+    seed: int,
+    track: Callable[[Mapping[str, float], int], None],
+) -> Recovered:
+    """Train a compressed model.
+
+    Args:
+        model: compressed, on its device, in float32; changed in place.
+        rows: ``input_ids`` and ``labels``, where -100 is not learnt.
+        settings: what learns, and from which loss.
+        schedule: steps, learning rate.
+        teacher: the original model on the same device, for ``loss=distill``: its weights stay in memory throughout.
+        tokenizer: pads the batches.
+        folder: checkpoints, as in `fit`.
+        device: where to train.
+        seed: data order, dropout, the start of LoRA.
+        track: gets every log entry, as ``log`` of `fit` does.
+
+    Raises:
+        LowRankKitError: of `learner` and of `fit`.
+    """
+    torch.manual_seed(seed)
+    learning = learner(model, settings)
+    trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
+    log.info("recovery trains %s parameters on %d rows", f"{trained:,}", len(rows))
+    history = fit(
+        learning,
+        rows,
+        schedule,
+        collate=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        folder=folder,
+        device=device,
+        seed=seed,
+        log=track,
+        loss=None if teacher is None else partial(_distil, teacher.eval()),
+    )
+    merged = learning.merge_and_unload() if isinstance(learning, PeftModel) else model
+    return Recovered(merged.eval(), trained, history)
+
+
+def distillation_loss(
+    ours: Float[Tensor, "rows tokens vocabulary"],
+    theirs: Float[Tensor, "rows tokens vocabulary"],
+    labels: Int64[Tensor, "rows tokens"],
+) -> Float[Tensor, ""]:
+    """Mean of KL(theirs || ours) over the positions whose next token has a label, in nats, from logits in float32."""
+    predicted = labels[:, 1:] != IGNORED
+    log_p, log_q = (logits[:, :-1][predicted].float().log_softmax(-1) for logits in (theirs, ours))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / predicted.sum()
+
+
+def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    with torch.no_grad():
+        theirs = teacher(**inputs).logits
+    return distillation_loss(model(**inputs).logits, theirs, batch["labels"])
+
+
+def _parts(ref: LinearRef, shared: Mapping[str, str]) -> list[str]:
+    """The modules of a linear that carry LoRA."""
+    if ref.rank is None:
+        return [ref.name]
+    halves = ("up",) if ref.name in {*shared, *shared.values()} else ("up", "down")
+    return [f"{ref.name}.{half}" for half in halves]

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.evaluation.harness import Exam
+from lowrank_kit.evaluation.language_model import BoundedLM
+from lowrank_kit.pipeline import execute
+
+ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
+
+
+def write(file, lines):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Questions and text of words that the tiny tokenizer knows."""
+    root = tmp_path_factory.mktemp("questions")
+    words = [f"w{(7 * n) % 60}" for n in range(700)]
+    for split in ("validation", "test"):
+        write(root / "text/mine" / f"{split}.txt", [" ".join(words)])
+    piqa = [{"goal": words[n], "sol1": words[n + 1], "sol2": f"w{n} w3", "label": n % 2} for n in range(9)]
+    write(root / "piqa/validation.jsonl", map(json.dumps, piqa))
+    winogrande = [
+        {"sentence": f"w1 _ w{n} w{2 * n}", "option1": f"w{n}", "option2": "w9", "answer": str(1 + n % 2)}
+        for n in range(8)
+    ]
+    write(root / "winogrande/validation.jsonl", map(json.dumps, winogrande))
+    return root
+
+
+@pytest.fixture
+def job(checkpoint, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
+    compressed = ("calibration.samples=8", "calibration.seq_len=32", "method.rank_multiple=1", "method.ratio=0.4")
+
+    def build(*more, method="svd_llm"):
+        words = [
+            *(f"method={method}", "task=smoke", "model.name=tiny", f"model.path={checkpoint('llama')}", "data=local"),
+            *(f"data.root={rows}", "task.texts.mine={}", *(f"~task.texts.{name}" for name in ABSENT), "device=cpu"),
+            *(f"run.root={tmp_path / 'runs'}", *(compressed if method != "none" else ()), *more),
+        ]
+        [config] = Composer().jobs(force_dotted(words), multirun=False)
+        return config
+
+    return build
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def values(run, checkpoint="final"):
+    return {(r["task"], r["metric"]): r["value"] for r in read(run / "results.json") if r["checkpoint"] == checkpoint}
+
+
+def test_a_model_as_it_is_answers_the_benchmarks_that_there_are(job, capsys, caplog):
+    run = execute(job(method="none"))
+    found = {(r["task"], r["metric"]): r for r in read(run / "results.json")}
+    assert list(found) == [("winogrande", "acc"), ("piqa", "acc"), ("piqa", "acc_norm"), ("average", "mean")]
+    assert found["piqa", "acc"]["n"] == 9
+    assert found["piqa", "acc"]["source"].startswith("local: piqa/validation.jsonl, validation, 9 rows")
+    assert found["average", "mean"]["value"] == pytest.approx(
+        (found["piqa", "acc"]["value"] + found["winogrande", "acc"]["value"]) / 2
+    )
+    samples = [json.loads(line) for line in (run / "samples/final/piqa.jsonl").read_text().splitlines()]
+    assert sum(sample["acc"] for sample in samples) / 9 == pytest.approx(found["piqa", "acc"]["value"])
+    assert "and not openbookqa" in caplog.text
+    assert "final - dense" in capsys.readouterr().out
+    assert set(read(run / "manifest.json")["data"]) >= {"piqa:validation", "winogrande:validation"}
+
+
+def test_a_compressed_model_stands_beside_the_dense_one_and_beside_perplexity(job):
+    run = execute(job("task.perplexity=true", "task.window=32"))
+    dense, final = values(run, "dense"), values(run)
+    assert (
+        set(dense)
+        == set(final)
+        == {
+            *(("mine", "perplexity"), ("winogrande", "acc"), ("piqa", "acc"), ("piqa", "acc_norm"), ("average", "mean"))
+        }
+    )
+    assert {path.name for path in (run / "samples/dense").iterdir()} == {"piqa.jsonl", "winogrande.jsonl"}
+    alone = values(execute(job(method="none")))
+    assert {line: dense[line] for line in alone} == alone
+    again = execute(job(f"model.path={run / 'checkpoint'}", method="none"))
+    assert values(again) == {line: final[line] for line in alone}
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Names of the benchmarks that a model is asked, as often as it is."""
+    names, answer = [], Exam.answer
+
+    def watched(self, lm):
+        names.append(self.name)
+        return answer(self, lm)
+
+    monkeypatch.setattr(Exam, "answer", watched)
+    return names
+
+
+def test_the_dense_model_answers_once_for_all_runs(job, answered):
+    first, second = execute(job()), execute(job("method.ratio=0.5"))
+    assert sorted(answered) == sorted(["piqa", "winogrande"] * 3)
+    assert values(first, "dense") == values(second, "dense")
+
+
+def test_a_killed_run_goes_on_behind_the_last_benchmark_on_disk(job, answered, monkeypatch):
+    whole, ask = values(execute(job(method="none"))), BoundedLM.loglikelihood
+
+    def dies(self, requests, **more):
+        if requests[0].task_name == "piqa":
+            raise KeyboardInterrupt
+        return ask(self, requests, **more)
+
+    monkeypatch.setattr(BoundedLM, "loglikelihood", dies)
+    with pytest.raises(KeyboardInterrupt):
+        execute(job("run.resume=false", method="none"))
+    monkeypatch.setattr(BoundedLM, "loglikelihood", ask)
+    answered.clear()
+    assert values(execute(job(method="none"))) == whole
+    assert answered == ["piqa"]
+
+
+def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_path, checkpoint, tiny_model):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    for file in checkpoint("llama").glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    again = ("run.stages=[evaluate]", f"model.path={folder}", f"run.dir={tmp_path / 'run'}")
+    run = execute(job(*again, method="none"))
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    (run / "status.json").unlink()
+    execute(job(*again, method="none"))
+    assert answered == ["winogrande", "piqa"] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["task.benchmarks.piqa.task=piqua"], ConfigError, "has no task 'piqua'; did you mean 'piqa'"),
+        (["task.benchmarks.piqa.metrics=[accc]"], ConfigError, "did you mean 'acc'"),
+        (["task.benchmarks.piqa.dataset=winogrande"], LowRankKitError, "columns sentence, option1"),
+        (["eval.held_out=4"], ConfigError, "benchmarks are judged on splits of their own"),
+        (["task=benchmark/pika"], ConfigError, "did you mean 'benchmark/piqa'"),
+        (["task.perplexity=true", "~task.benchmarks"], ConfigError, "task"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_model_is_loaded(words, error, message, job, monkeypatch):
+    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    with pytest.raises(error, match=message):
+        execute(job(*words))
+
+
+def test_a_benchmark_named_alone_has_no_text_to_calibrate_on(job):
+    with pytest.raises(ConfigError, match=r"no text to calibrate on.*task\.texts"):
+        execute(job("~task.texts"))

