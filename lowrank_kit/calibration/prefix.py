@@ -52,7 +52,7 @@ class Prefix:
             if start:
                 known = self._states[start][batch].to(device)
                 for passed in self._blocks[:start]:
-                    stack.enter_context(mock.patch.object(passed, "forward", _handing_over(known)))
+                    stack.enter_context(mock.patch.object(passed, "forward", handing_over(known)))
             yield
 
     def _recorder(self, start: int) -> Callable[..., None]:
@@ -68,7 +68,9 @@ class _Reached(Exception):
     """Unwinds a forward pass whose rest is not needed."""
 
 
-def _handing_over(known: Tensor) -> Callable[..., Tensor]:
+def handing_over(known: Tensor) -> Callable[..., Tensor]:
+    """A block's forward that computes nothing and hands over what is known behind it."""
+
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         return known
 

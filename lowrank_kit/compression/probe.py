@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.prefix import handing_over
 from lowrank_kit.compression.decompose import Decomposition
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
@@ -79,7 +80,7 @@ class LossProbe:
                 if first:
                     known = self._hidden[number][first]
                     for block in self._blocks[:first]:
-                        stack.enter_context(mock.patch.object(block, "forward", _passing(known)))
+                        stack.enter_context(mock.patch.object(block, "forward", handing_over(known)))
                 losses.append(perplexity(self._model, window[None], device=self._model.device).nll)
         return sum(losses) / len(losses)
 
@@ -98,12 +99,3 @@ class LossProbe:
             self._hidden[-1].append(args[0])
 
         return record
-
-
-def _passing(known: Tensor) -> Callable[..., Tensor]:
-    """A block's forward that computes nothing and hands over what is known behind it."""
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return known
-
-    return forward

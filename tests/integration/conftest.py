@@ -106,10 +106,9 @@ def arguments(checkpoint, rows_folder, tmp_path, monkeypatch) -> Callable[..., l
 
 
 @pytest.fixture
-def config(arguments) -> Callable[..., RunConfig]:
+def config(arguments, composed) -> Callable[..., RunConfig]:
     def build(*words: str, **where: str) -> RunConfig:
-        [job] = Composer().jobs(force_dotted(arguments(*words, **where)), multirun=False)
-        return job
+        return composed(arguments(*words, **where))
 
     return build
 
@@ -122,6 +121,48 @@ def command(arguments) -> Callable[..., list[str]]:
         return [sys.executable, "-m", "lowrank_kit.run", *arguments(*words, **where)]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def texts_folder(tmp_path_factory) -> Path:
+    """A local data folder with two texts of random words, `mine` and `other`."""
+    root = tmp_path_factory.mktemp("texts")
+    for seed, (name, split) in enumerate((n, s) for n in ("mine", "other") for s in ("validation", "test")):
+        draw = torch.Generator().manual_seed(seed)
+        file = root / "text" / name / f"{split}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (600,), generator=draw)))
+    return root
+
+
+@pytest.fixture
+def language_arguments(checkpoint, texts_folder, tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """A command line that compresses a tiny causal model, calibrated and judged on the local text `mine` alone."""
+    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
+
+    def build(
+        *words: str, method: str = "svd_llm", family: str = "llama", path: Path | None = None, data: Path | None = None
+    ) -> list[str]:
+        return [
+            *(f"method={method}", "task=perplexity", "model.name=tiny", f"model.path={path or checkpoint(family)}"),
+            *("data=local", f"data.root={data or texts_folder}", "device=cpu", "task.window=32", "task.texts.mine={}"),
+            *(f"~task.texts.{name}" for name in ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")),
+            *("task.calibrate_on=mine", "calibration.samples=8", "calibration.seq_len=32", "calibration.batch_size=4"),
+            *(f"run.root={tmp_path / 'runs'}", *words),
+        ]
+
+    return build
+
+
+@pytest.fixture
+def composed() -> Callable[[list[str]], RunConfig]:
+    """The configuration of a command line."""
+
+    def compose(words: list[str]) -> RunConfig:
+        [job] = Composer().jobs(force_dotted(words), multirun=False)
+        return job
+
+    return compose
 
 
 @pytest.fixture

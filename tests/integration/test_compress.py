@@ -20,42 +20,19 @@ METHODS = [
 ]
 
 
-ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
-
-
-@pytest.fixture(scope="session")
-def texts_folder(tmp_path_factory):
-    """Two texts of words that the tiny tokenizer knows."""
-    root = tmp_path_factory.mktemp("texts")
-    for seed, (name, split) in enumerate((n, s) for n in ("mine", "other") for s in ("validation", "test")):
-        draw = torch.Generator().manual_seed(seed)
-        file = root / "text" / name / f"{split}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(" ".join(f"w{int(i)}" for i in torch.randint(60, (600,), generator=draw)))
-    return root
-
-
 @pytest.fixture
-def words(checkpoint, texts_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-
-    def build(*more, method="svd_llm", family="llama"):
-        return [
-            *(f"method={method}", "task=perplexity", "model.name=tiny", f"model.path={checkpoint(family)}"),
-            *("data=local", f"data.root={texts_folder}", "device=cpu", "task.window=32", "task.calibrate_on=mine"),
-            *("task.texts.mine={}", "task.texts.other={}", *(f"~task.texts.{name}" for name in ABSENT)),
-            *("calibration.samples=8", "calibration.seq_len=32", "calibration.batch_size=4", "method.ratio=0.4"),
-            *("method.rank_multiple=1", "method.probe_seq_len=16", f"run.root={tmp_path / 'runs'}", *more),
-        ]
+def words(language_arguments):
+    def build(*more, **where):
+        usual = ("task.texts.other={}", "method.ratio=0.4", "method.rank_multiple=1", "method.probe_seq_len=16")
+        return language_arguments(*usual, *more, **where)
 
     return build
 
 
 @pytest.fixture
-def job(words):
+def job(words, composed):
     def build(*more, **where):
-        [config] = Composer().jobs(force_dotted(words(*more, **where)), multirun=False)
-        return config
+        return composed(words(*more, **where))
 
     return build
 

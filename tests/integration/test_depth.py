@@ -1,42 +1,25 @@
 import json
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.pipeline import execute
 
-ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
 BLOCKS = 6
 
 
 @pytest.fixture
-def job(tmp_path, tiny_model, checkpoint, monkeypatch):
-    """A run on a tiny model of six blocks and a made-up text."""
-    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-    texts = tmp_path / "texts/text/mine"
-    texts.mkdir(parents=True)
-    for seed, split in enumerate(("validation", "test")):
-        words = torch.randint(60, (400,), generator=torch.Generator().manual_seed(seed))
-        (texts / f"{split}.txt").write_text(" ".join(f"w{int(i)}" for i in words))
+def job(language_arguments, composed, tmp_path, tiny_model, checkpoint):
+    """A run on a tiny model of six blocks."""
 
     def build(method, *more, family="llama"):
         folder = tmp_path / family
         count = {"n_layer": BLOCKS} if family == "gpt2" else {"num_hidden_layers": BLOCKS}
         tiny_model(family, **count).save_pretrained(folder)
         AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(folder)
-        words = [
-            *(f"method={method}", "task=perplexity", "model.name=tiny", f"model.path={folder}", "device=cpu"),
-            *("data=local", f"data.root={tmp_path / 'texts'}", "task.window=32", "task.calibrate_on=mine"),
-            *("task.texts.mine={}", *(f"~task.texts.{name}" for name in ABSENT), "calibration.samples=8"),
-            *("calibration.seq_len=32", "calibration.batch_size=4", "method.ratio=0.3"),
-            *(f"run.root={tmp_path / 'runs'}", *more),
-        ]
-        [config] = Composer().jobs(force_dotted(words), multirun=False)
-        return config
+        return composed(language_arguments("method.ratio=0.3", *more, method=method, path=folder))
 
     return build
 

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.compression.slicegpt import slice_model
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
@@ -146,25 +145,9 @@ def test_the_dense_export_multiplies_out_what_it_can(saved, tmp_path, name):
 
 
 @pytest.fixture
-def job(checkpoint, tmp_path, monkeypatch):
-    """A run on a made-up text of words that the tiny tokenizer knows."""
-    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-    for seed, split in enumerate(("validation", "test")):
-        file = tmp_path / "data/text/mine" / f"{split}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw = torch.Generator().manual_seed(seed)
-        file.write_text(" ".join(f"w{int(i)}" for i in torch.randint(60, (400,), generator=draw)))
-
+def job(language_arguments, composed):
     def build(method, *more, family="llama"):
-        words = [
-            *(f"method={method}", "task=perplexity", "model.name=tiny", f"model.path={checkpoint(family)}"),
-            *("data=local", f"data.root={tmp_path / 'data'}", "device=cpu", "task.window=32"),
-            *("task.calibrate_on=mine", "task.texts.mine={}", "calibration.samples=8", "calibration.seq_len=32"),
-            *(f"~task.texts.{name}" for name in ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")),
-            *("calibration.batch_size=4", f"run.root={tmp_path / 'runs'}", *more),
-        ]
-        [config] = Composer().jobs(force_dotted(words), multirun=False)
-        return config
+        return composed(language_arguments(*more, method=method, family=family))
 
     return build
 
@@ -181,13 +164,13 @@ def read(file):
     ],
     ids=["llm_pruner", "slicegpt"],
 )
-def test_a_method_runs_to_a_checkpoint_that_is_what_was_judged(method, family, job, tmp_path):
+def test_a_method_runs_to_a_checkpoint_that_is_what_was_judged(method, family, job, tmp_path, texts_folder):
     run = execute(job(*method, "method.ratio=0.3", family=family))
     plan = read(run / "plan.json")
     model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
     matrices = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
     assert matrices == plan["parameters_after"] <= 0.7 * plan["parameters_before"]
-    text = (tmp_path / "data/text/mine/test.txt").read_text()
+    text = (texts_folder / "text/mine/test.txt").read_text()
     ids = torch.tensor(AutoTokenizer.from_pretrained(run / "checkpoint")(text)["input_ids"])
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
     with torch.no_grad():

@@ -15,7 +15,6 @@ from lowrank_kit.export import checkpoint_in
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import read_status
 
-ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
 # A language that can be learnt: every word is followed by the next one.
 TEXT = " ".join(f"w{i % 60}" for i in range(1200))
 
@@ -23,9 +22,9 @@ TEXT = " ".join(f"w{i % 60}" for i in range(1200))
 @pytest.fixture(scope="session")
 def learnable_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("learnable")
-    (root / "count").mkdir()
+    (root / "mine").mkdir()
     for split in ("validation", "test"):
-        (root / "count" / f"{split}.txt").write_text(TEXT)
+        (root / "mine" / f"{split}.txt").write_text(TEXT)
     rows = [{"instruction": f"w{i} w{i + 1}", "input": "", "output": f"w{i + 2} w{i + 3}"} for i in range(40)]
     (root / "alpaca").mkdir()
     (root / "alpaca/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,27 +41,21 @@ def sharp_checkpoint(checkpoint, tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def words(sharp_checkpoint, learnable_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-
+def words(language_arguments, sharp_checkpoint, learnable_folder):
     def build(*more, method="svd_llm", recovery="factors"):
-        return [
-            *(f"method={method}", f"recovery={recovery}", "task=perplexity", f"model.path={sharp_checkpoint}"),
-            *("data=local", f"data.root={learnable_folder}", "device=cpu", "task.window=32"),
-            *("task.texts.count={}", *(f"~task.texts.{name}" for name in ABSENT), "recovery.max_length=40"),
-            *("calibration.samples=16", "calibration.seq_len=32", "method.ratio=0.4", "recovery.data=text"),
-            *("train.max_steps=20", "train.batch_size=4", "train.learning_rate=1e-2", f"run.root={tmp_path / 'runs'}"),
-            *more,
+        usual = [
+            *(f"recovery={recovery}", "recovery.max_length=40", "recovery.data=text", "method.ratio=0.4"),
+            *("calibration.samples=16", "train.max_steps=20", "train.batch_size=4", "train.learning_rate=1e-2"),
         ]
+        return language_arguments(*usual, *more, method=method, path=sharp_checkpoint, data=learnable_folder)
 
     return build
 
 
 @pytest.fixture
-def job(words):
+def job(words, composed):
     def build(*more, **where):
-        [config] = Composer().jobs(force_dotted(words(*more, **where)), multirun=False)
-        return config
+        return composed(words(*more, **where))
 
     return build
 
@@ -168,7 +161,7 @@ def test_stages_apart_start_from_the_compressed_checkpoint(job, tmp_path, caplog
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["recovery.data=piqa"], r"recovery\.data=piqa: .*sets here: alpaca, count.*recovery\.data=text"),
+        (["recovery.data=piqa"], r"recovery\.data=piqa: .*sets here: alpaca, mine.*recovery\.data=text"),
         (["recovery.data=alpaca", "recovery.sets.alpaca.output_columns=[outputs]"], "did you mean 'output'"),
         (["recovery.data=alpaca", "recovery.max_length=100000"], r"recovery\.max_length=100000 is longer than"),
         (["recovery.data=alpaca", "recovery.max_length=20"], r"all 40 rows of alpaca fill recovery\.max_length=20"),

@@ -2,13 +2,10 @@ import json
 
 import pytest
 
-from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.harness import Exam
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.pipeline import execute
-
-ABSENT = ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")
 
 
 def write(file, lines):
@@ -34,18 +31,12 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def job(checkpoint, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-    compressed = ("calibration.samples=8", "calibration.seq_len=32", "method.rank_multiple=1", "method.ratio=0.4")
+def job(language_arguments, composed, rows):
+    compressed = ("method.rank_multiple=1", "method.ratio=0.4")
 
     def build(*more, method="svd_llm"):
-        words = [
-            *(f"method={method}", "task=smoke", "model.name=tiny", f"model.path={checkpoint('llama')}", "data=local"),
-            *(f"data.root={rows}", "task.texts.mine={}", *(f"~task.texts.{name}" for name in ABSENT), "device=cpu"),
-            *(f"run.root={tmp_path / 'runs'}", *(compressed if method != "none" else ()), *more),
-        ]
-        [config] = Composer().jobs(force_dotted(words), multirun=False)
-        return config
+        words = ("task=smoke", *(compressed if method != "none" else ()), *more)
+        return composed(language_arguments(*words, method=method, data=rows))
 
     return build
 
