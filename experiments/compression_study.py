@@ -3,8 +3,8 @@
     python experiments/compression_study.py STUDY.yaml --wikitext FOLDER [--workers 2] [--runs FOLDER]
         [--only ARM ...] [OVERRIDE ...]
 
-A study is a YAML file: `common` overrides, `ratios`, `benchmarks` (packaged sets by split, if any), and `arms`, each a
-name and its own overrides (`method=NAME` is understood where they name no method). FOLDER holds WikiText-2 as
+A study is a YAML file: `common` overrides, `ratios`, `benchmarks` (packaged sets and their splits, if any), and `arms`,
+each a name and its own overrides (`method=NAME` is understood where they name no method). FOLDER holds WikiText-2 as
 validation.jsonl and test.jsonl, an article a row (key `text`); the second text, which nothing is calibrated on, is the
 packaged Wikipedia text. An arm's ratios run one after another in a process of its own. Every run has a directory of its
 own, found again by its configuration: a killed study continues where it was. Writes `results.json`, `table.md` and a
@@ -53,7 +53,7 @@ def main() -> None:
     print(table)
 
 
-def prepare(wikitext: Path, benchmarks: dict[str, str], root: Path) -> Path:
+def prepare(wikitext: Path, benchmarks: dict[str, list[str]], root: Path) -> Path:
     """A folder of both texts and the benchmarks, in the form that `data=local` reads."""
     from lowrank_kit.data.sources import DatasetRef, PackagedSource
 
@@ -65,9 +65,10 @@ def prepare(wikitext: Path, benchmarks: dict[str, str], root: Path) -> Path:
     other.parent.mkdir(parents=True, exist_ok=True)
     rows = PackagedSource().load(DatasetRef("text/wikipedia"), "test").dataset
     other.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows["text"]))
-    for name, split in benchmarks.items():
+    for name, splits in benchmarks.items():
         (root / name).mkdir(exist_ok=True)
-        PackagedSource().load(DatasetRef(name), split).dataset.to_json(root / name / f"{split}.jsonl")
+        for split in splits:
+            PackagedSource().load(DatasetRef(name), split).dataset.to_json(root / name / f"{split}.jsonl")
     return root.resolve()
 
 

@@ -95,6 +95,10 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
             f"recovery.what={config.recovery.what} trains what a compression left, and method={method.name} compresses "
             "nothing: choose a method that does, or recovery=none"
         )
+    if config.recovery.what == "factors" and isinstance(method, Compressor) and not method.factorises:
+        raise ConfigError(
+            f"recovery.what=factors trains low-rank factors, and method={method.name} leaves none: use recovery=lora"
+        )
     if isinstance(method, Compressor) and not isinstance(task, PerplexityTask):
         raise ConfigError(
             f"method={method.name} compresses causal language models, and task={task.name} judges classifiers: "

@@ -44,9 +44,7 @@ class Instructions:
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size, for the manifest."""
-        rows = self._rows
-        facts = {"source": rows.source, "note": rows.note, "sha256": rows.sha256, "rows": len(rows.dataset)}
-        return {f"{self._name}:{self._columns.split}": facts}
+        return {f"{self._name}:{self._columns.split}": self._rows.facts()}
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on_prompt: bool = False

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field, field_validator
@@ -157,6 +157,9 @@ class InitialisedAdapter(Adapter):
 
 class Compressor(Method):
     """Makes the model smaller, without training."""
+
+    factorises: ClassVar[bool] = False
+    """Whether some linears become products of two, which recovery may train."""
 
     ratio: float = Field(default=0.2, gt=0, lt=1)
     """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""

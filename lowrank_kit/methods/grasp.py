@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float64
@@ -33,6 +33,8 @@ class Grasp(Compressor):
     - ``share``: of every matrix the smallest set whose scores sum to `share` of the total; a set that saves no
       parameters leaves its matrix dense. ``ratio`` then only says how many blocks, and is reported against.
     """
+
+    factorises: ClassVar[bool] = True
 
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     """The redundant blocks, counted from 0; null: found by block influence."""

@@ -7,7 +7,7 @@ peers differ in nothing else.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,8 @@ WHAT_SPECTRA_NEED: dict[Quantity, StatisticsRequest] = {
 
 class TruncatedSVD(Compressor):
     """A truncation and an allocation under one exact budget."""
+
+    factorises: ClassVar[bool] = True
 
     truncation: AnyTruncation
     """How a matrix is cut: the metric of the approximation."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.compose import Composer, force_dotted
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.export import checkpoint_in
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import read_status
@@ -183,7 +183,7 @@ def test_a_model_that_was_not_compressed_has_nothing_to_recover(job, words, tmp_
 
 
 def test_a_model_without_factors_says_to_use_lora(job):
-    with pytest.raises(LowRankKitError, match="recovery=lora"):
+    with pytest.raises(ConfigError, match="recovery=lora"):
         execute(job("method.ratio=0.34", method="shortgpt"))
     run = execute(job("method.ratio=0.34", method="shortgpt", recovery="lora"))
     assert figures(run)["final"] < figures(run)["compressed"]
