@@ -23,7 +23,9 @@ from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.explain import explain
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
-BenchmarkMetric = Literal["acc", "acc_norm", "mcc", "f1"]
+BenchmarkMetric = Literal[
+    "acc", "acc_norm", "mcc", "f1", "strict_match", "flexible_match", "math_verify", "pass@1", "pass@10", "pass@100"
+]
 Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
@@ -159,9 +161,18 @@ class Benchmark(Section):
     shots: int = Field(default=0, ge=0)
     """Solved examples before every question."""
     shots_split: str | None = None
-    """Split that the examples are drawn from."""
+    """Split that the examples are drawn from; null: lm-eval's task has examples of its own."""
     metrics: tuple[BenchmarkMetric, ...] = Field(min_length=1)
-    """Metrics to report; the first one is quoted and averaged. `acc_norm`: log-likelihoods per character."""
+    """Metrics to report; the first one is quoted and averaged. `acc_norm`: log-likelihoods per character;
+    `strict_match`, `flexible_match`: lm-eval's exact match behind its filter of that name; `pass@k`: one of k programs
+    passes its tests."""
+    # Left out where they say nothing, so that what was measured before there were such benchmarks is found again.
+    samples: int = Field(default=1, ge=1, exclude_if=lambda samples: samples == 1)
+    """Programs written for every row, for pass@k."""
+    temperature: float = Field(default=0.0, ge=0, exclude_if=lambda temperature: not temperature)
+    """Of drawing the tokens of a text that is generated; 0: always the likeliest one."""
+    max_new_tokens: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
+    """Longest text to generate, in tokens; null: what lm-eval's task says."""
     columns: dict[str, str] = {}
     """Another name that the rows may have for a column which lm-eval reads."""
     part_column: str | None = None
@@ -169,10 +180,24 @@ class Benchmark(Section):
     reason: str
     """Where the choice of split, shots and metrics comes from."""
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether programs that the model wrote are run."""
+        return any(metric.startswith("pass@") for metric in self.metrics)
+
     @model_validator(mode="after")
     def _examples_come_from_another_split(self) -> "Benchmark":
-        if self.shots and self.shots_split in (None, self.split):
+        if self.shots and self.shots_split == self.split:
             raise ValueError(f"shots={self.shots} needs shots_split, a split other than '{self.split}'")
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_programs_enough(self) -> "Benchmark":
+        needed = max([int(metric[5:]) for metric in self.metrics if metric.startswith("pass@")], default=1)
+        if self.samples < needed:
+            raise ValueError(f"pass@{needed} needs samples={needed} or more, not {self.samples}")
+        if self.samples > 1 and not (self.runs_code and self.temperature):
+            raise ValueError(f"samples={self.samples} is for pass@k, with a temperature above 0: all would be the same")
         return self
 
 
@@ -350,6 +375,9 @@ class EvalConfig(Section):
     behind those calibrated on."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of labelled text per forward pass."""
+    # Left out where it says nothing, so that older run directories are found again.
+    allow_code_execution: bool = Field(default=False, exclude_if=lambda allowed: not allowed)
+    """Run programs that the model wrote (benchmarks scored by pass@k), in a sandbox."""
     speed: SpeedConfig = SpeedConfig()
     """Speed and memory."""
 

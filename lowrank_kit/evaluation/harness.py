@@ -24,13 +24,13 @@ from lowrank_kit.config import Benchmark
 from lowrank_kit.data.benchmarks import Questions, load_benchmarks
 from lowrank_kit.data.sources import Source
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.evaluation import generation
+from lowrank_kit.evaluation.generation import Sample
 from lowrank_kit.evaluation.glue import score, standard_error
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 
 VERSION = version("lm-eval")
-
-Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Answers:
     """What a model answered to one benchmark.
 
     ``figures`` are value and standard error (None for a single row) by metric; ``samples`` one JSON object a row:
-    the log-likelihood of every choice, the right one, every metric, and hashes of row and prompt.
+    the log-likelihood of every choice or the texts that were generated, what is right, every metric, and hashes of
+    row and prompt.
     """
 
     name: str
@@ -49,19 +50,20 @@ class Answers:
 class Exam:
     """One benchmark, ready to be answered by any number of models.
 
-    Raises `ConfigError` where lm-eval has no such task, or not that metric, and `LowRankKitError` where its task
-    cannot read the rows.
+    Raises `ConfigError` where lm-eval has no such task, or not that metric, or where programs would be run without
+    ``allow_code_execution``, and `LowRankKitError` where its task cannot read the rows.
     """
 
-    def __init__(self, questions: Questions) -> None:
+    def __init__(self, questions: Questions, allow_code_execution: bool = False) -> None:
+        generation.check_code_execution(questions.name, questions.benchmark, allow_code_execution)
         self.name, self.questions = questions.name, questions
         self.tasks = _tasks(questions)
         """Tasks of lm-eval by their names: one, or those of a group."""
         for task in self.tasks.values():
-            if missing := sorted(set(questions.benchmark.metrics) - set(task.aggregation())):
+            if missing := sorted(set(questions.benchmark.metrics) - generation.metrics_of(task)):
                 raise ConfigError(
                     f"task.benchmarks.{self.name}.metrics: lm-eval's {questions.benchmark.task} does not report "
-                    f"{missing[0]}{did_you_mean(missing[0], task.aggregation())}"
+                    f"{missing[0]}{did_you_mean(missing[0], generation.metrics_of(task))}"
                 )
 
     @property
@@ -69,7 +71,8 @@ class Exam:
         """All that the answers depend on besides the model: two exams of one key have the same prompts."""
         rows = [rows.sha256 for rows in (self.questions.rows, self.questions.examples) if rows]
         settings = self.questions.benchmark.model_dump(mode="json", exclude={"reason", "hub_path", "hub_name"})
-        return {"benchmark": settings, "rows": rows, "lm_eval": VERSION}
+        scoring = generation.scoring_key(self.questions.benchmark)
+        return {"benchmark": settings, "rows": rows, "lm_eval": VERSION, **scoring}
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -79,7 +82,12 @@ class Exam:
         """Let a model answer. Raises `LowRankKitError` for prompts longer than it reads."""
         found = evaluate(lm, {"tasks": self.tasks}, bootstrap_iters=0, log_samples=True)["samples"]
         metrics = self.questions.benchmark.metrics
-        samples = [_sample(name, sample, metrics) for name in self.tasks for sample in found[name]]
+        samples: list[Sample] = []
+        for name, task in self.tasks.items():
+            if _generates(task):
+                samples += generation.samples_of(name, self.questions.benchmark, found[name])
+            else:
+                samples += [_sample(name, sample, metrics) for sample in found[name]]
         return Answers(
             self.name, {metric: _figure(metric, [s[metric] for s in samples]) for metric in metrics}, samples
         )
@@ -107,6 +115,7 @@ def evaluate_suite(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    allow_code_execution: bool = False,
     versions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[EvalRecord]:
@@ -120,16 +129,18 @@ def evaluate_suite(
         limit: judge on the first so many rows of each.
         batch_size: most rows per forward pass.
         max_length: tokens that the model reads; None: what its configuration says.
+        allow_code_execution: run the programs that it writes, in a sandbox.
         versions: put into every record.
         progress: shows one bar over all rows.
 
     Returns:
         Every benchmark's metrics in the order of `Benchmark.metrics`, then their average.
     """
-    exams = [Exam(questions) for questions in load_benchmarks(benchmarks, source, limit).values()]
+    found = load_benchmarks(benchmarks, source, limit).values()
+    exams = [Exam(questions, allow_code_execution) for questions in found]
     answers = answer_all(BoundedLM(model, tokenizer, batch_size, max_length), exams, progress)
     pairs = zip(exams, answers, strict=True)
-    records = [record for exam, found in pairs for record in exam.records(found, versions or {}, "final")]
+    records = [record for exam, its_answers in pairs for record in exam.records(its_answers, versions or {}, "final")]
     return [*records, *averages(records)]
 
 
@@ -194,12 +205,13 @@ def _tasks(questions: Questions) -> dict[str, Task]:
     try:
         parts = set(questions.rows.dataset[benchmark.part_column]) if benchmark.part_column else None
         specs = [
-            {"task": name, **_redirected(questions, part)}
+            {"task": name, **_redirected(questions, part), **generation.overrides(benchmark)}
             for name, part in _leaves(manager, benchmark.task)
             if parts is None or part in parts
         ]
         # Inside a group, or lm-eval takes what overrides a task for the whole of a new one.
-        tasks = manager.load([{"group": f"our_{questions.name}", "task": specs}])["tasks"]
+        with generation.prompts_alone():
+            tasks = manager.load([{"group": f"our_{questions.name}", "task": specs}])["tasks"]
     except Exception as error:
         columns = ", ".join(questions.rows.dataset.column_names)
         raise LowRankKitError(
@@ -207,8 +219,19 @@ def _tasks(questions: Questions) -> dict[str, Task]:
             f"({questions.rows.source}), which have the columns {columns}: {type(error).__name__}: {error}"
         ) from error
     for task in tasks.values():
+        if benchmark.shots and not (benchmark.shots_split or task.fewshot_cfg.samples):
+            raise ConfigError(
+                f"task.benchmarks.{questions.name}.shots_split: lm-eval's {benchmark.task} has no solved examples of "
+                f"its own, so shots={benchmark.shots} needs a split to draw them from"
+            )
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        if _generates(task):
+            generation.set_generation(task, benchmark)
     return tasks
+
+
+def _generates(task: Task) -> bool:
+    return task.OUTPUT_TYPE == "generate_until"
 
 
 def _leaves(manager: TaskManager, name: str) -> Iterator[tuple[str, str | None]]:
@@ -253,11 +276,7 @@ def _part(rows: datasets.Dataset, benchmark: Benchmark, part: str | None) -> dat
 
 def _sample(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> Sample:
     return {
-        "task": task,
-        "row": sample["doc_id"],
-        "row_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
-        "target": sample["target"],
+        **generation.identity_of(task, sample),
         "log_likelihoods": [likelihood for likelihood, _ in sample["filtered_resps"]],
         **{metric: _plain(sample[metric]) for metric in metrics},
     }

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import lm_eval.api.task
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -51,20 +52,41 @@ class BoundedLM(HFLM):
         self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
         return super().loglikelihood(list(requests), disable_tqdm=True)
 
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
+        """As in `HFLM`, in batches of ``batch_size``; where tokens are drawn, the same ones every time."""
+        self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
+        arguments = [request.args for request in requests]
+        room = [settings.get("max_gen_toks", self.max_gen_toks) for _, settings in arguments]
+        lengths = [len(self.tok_encode(prompt)) + new for (prompt, _), new in zip(arguments, room, strict=True)]
+        self._refuse_longer(
+            lengths, f"(with the {max(room)} to be generated) ", " or task.benchmarks.NAME.max_new_tokens"
+        )
+        chosen: Any = self.batch_size
+        self.batch_size_per_gpu = self._most_rows
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return super().generate_until(list(requests), disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = chosen
+
     def add_partial(self, *_: object) -> None:
         """Take note of an answer: `HFLM` offers each to its ``cache_hook``."""
         self.advance(self._share)
 
     def _loglikelihood_tokens(self, requests: list[Request], *rest: Any, **more: Any) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
+        self._refuse_longer(lengths)
+        return super()._loglikelihood_tokens(requests, *rest, **more)
+
+    def _refuse_longer(self, lengths: Sequence[int], counted: str = "", less: str = "") -> None:
         if (longest := max(lengths)) > self.max_length:
             too_long = sum(length > self.max_length for length in lengths)
             raise LowRankKitError(
-                f"{too_long} of {len(lengths)} prompts of {self._asking} are longer than the {self.max_length} tokens "
-                f"that the model reads, the longest has {longest}: use fewer shots, raise model.max_length if it is "
-                "set, or leave that benchmark out (~task.benchmarks.NAME)"
+                f"{too_long} of {len(lengths)} prompts of {self._asking} {counted}are longer than the "
+                f"{self.max_length} tokens that the model reads, the longest has {longest}: use fewer shots{less}, "
+                "raise model.max_length if it is set, or leave that benchmark out (~task.benchmarks.NAME)"
             )
-        return super()._loglikelihood_tokens(requests, *rest, **more)
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Request]) -> int:
         """Rows of the batch that the request at ``pos`` belongs to; its first one is its longest."""

@@ -108,6 +108,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
     def evaluate(self) -> None:
         """Measure the saved models, and the dense one beside them: ``results.json``."""
         texts, is_recovered = self._data.evaluation(self._tokenizer), (self._run.path / "recovered").is_dir()
+        # Whatever is wrong with it is found out before a model is loaded.
+        _ = self._suite
         if self._recovers and not is_recovered:
             log.warning("evaluating the compressed model as it is: it was not recovered")
         records = []
@@ -205,14 +207,15 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _suite(self) -> "Suite | None":
-        """The benchmarks of the task. Raises `ConfigError` for a task or a metric that lm-eval does not have."""
+        """The benchmarks of the task. Errors: see `Exam`."""
         if not self._data.benchmarks:
             return None
         # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
         from lowrank_kit.evaluation.harness import Exam
         from lowrank_kit.stages.suite import Suite
 
-        exams = [Exam(questions) for questions in self._data.benchmarks.values()]
+        allowed = self.config.eval.allow_code_execution
+        exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self.config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
         return Suite(exams, tokenizer, self.config.eval.batch_size, longest, VERSIONS, self._run.path)

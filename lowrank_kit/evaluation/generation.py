@@ -1,0 +1,149 @@
+"""Benchmarks whose answers are texts: lm-eval's prompts and filters; mathematics and programs are judged by ours."""
+
+import importlib.metadata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import evaluate
+from lm_eval.api.task import Task
+
+from lowrank_kit.config import Benchmark
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.evaluation.mathematics import is_right
+from lowrank_kit.evaluation.programs import pass_at_k, program_of, run_all
+from lowrank_kit.evaluation.sandbox import LIMITS, check_sandbox
+
+Sample = dict[str, Any]
+
+# lm-eval reports one exact match for each of its filters.
+FILTERS = {"strict_match": "strict-match", "flexible_match": "flexible-extract"}
+
+
+def check_code_execution(name: str, benchmark: Benchmark, is_allowed: bool) -> None:
+    """Refuse to run a model's programs.
+
+    Raises `ConfigError` unless it was allowed, and `LowRankKitError` where there is no sandbox to run them in.
+    """
+    if not benchmark.runs_code:
+        return
+    if not is_allowed:
+        raise ConfigError(
+            f"the benchmark {name} runs programs that the model wrote: allow it with eval.allow_code_execution=true "
+            f"(they run in a sandbox), or leave it out with ~task.benchmarks.{name}"
+        )
+    check_sandbox()
+
+
+@contextmanager
+def prompts_alone() -> Iterator[None]:
+    """Lets lm-eval define tasks whose scorers cannot be had, and are not wanted.
+
+    Those of HumanEval and MBPP download code that runs programs unguarded. That of MATH insists on antlr 4.11, which
+    Hydra excludes.
+    """
+    versions = importlib.metadata.version
+    none_of_it = SimpleNamespace(compute=lambda **_: None)
+    with (
+        patch.object(evaluate, "load", lambda *_, **__: none_of_it),
+        patch.object(importlib.metadata, "version", lambda n: "4.11" if n.startswith("antlr4") else versions(n)),
+    ):
+        yield
+
+
+def overrides(benchmark: Benchmark) -> dict[str, Any]:
+    """What to change in lm-eval's task so that it leaves the judging to `samples_of`."""
+    if not (benchmark.runs_code or "math_verify" in benchmark.metrics):
+        return {}
+    everything = {"function": "custom", "filter_fn": lambda responses, docs: responses}
+    return {
+        "process_results": lambda doc, results: {},
+        "filter_list": [{"name": "none", "filter": [everything]}],
+        "repeats": benchmark.samples,
+        "unsafe_code": False,
+    }
+
+
+def set_generation(task: Task, benchmark: Benchmark) -> None:
+    """Let the benchmark decide how long a text is, and how its tokens are drawn."""
+    settings = task.config.generation_kwargs
+    if benchmark.max_new_tokens is not None:
+        settings["max_gen_toks"] = benchmark.max_new_tokens
+    if benchmark.temperature:
+        settings |= {"do_sample": True, "temperature": benchmark.temperature}
+
+
+def metrics_of(task: Task) -> set[str]:
+    """The metrics that a task of lm-eval has, by our names."""
+    names = {metric if isinstance(metric, str) else metric.__name__ for metric in task.aggregation()}
+    if "exact_match" in names:
+        filters = {found.name for found in task._filters}
+        names |= {ours for ours, theirs in FILTERS.items() if theirs in filters}
+    if any(name.startswith("pass_at") for name in names):
+        names |= {"pass@1", "pass@10", "pass@100"}
+    return names
+
+
+def scoring_key(benchmark: Benchmark) -> dict[str, Any]:
+    """What the scores of given texts depend on."""
+    if benchmark.runs_code:
+        return {"limits": asdict(LIMITS)}
+    return {"math_verify": importlib.metadata.version("math-verify")} if "math_verify" in benchmark.metrics else {}
+
+
+def identity_of(task: str, sample: Mapping[str, Any]) -> Sample:
+    """Which row and which prompt it was."""
+    return {
+        "task": task,
+        "row": sample["doc_id"],
+        "row_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "target": sample["target"],
+    }
+
+
+def samples_of(task: str, benchmark: Benchmark, found: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """One sample a row, of what lm-eval noted of each row and filter: the texts, with every metric.
+
+    Raises `LowRankKitError` where programs cannot be kept apart from the machine.
+    """
+    rows: dict[int, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for sample in found:
+        rows[sample["doc_id"]][sample["filter"]] = sample
+    first = [next(iter(by_filter.values())) for by_filter in rows.values()]
+    texts = [list(sample["resps"][0]) for sample in first]
+    scores = _scores(benchmark, list(rows.values()), [sample["doc"] for sample in first], texts)
+    return [
+        {**identity_of(task, sample), "answers": its_texts, **score}
+        for sample, its_texts, score in zip(first, texts, scores, strict=True)
+    ]
+
+
+def _scores(
+    benchmark: Benchmark,
+    filtered: Sequence[Mapping[str, Mapping[str, Any]]],
+    rows: Sequence[Mapping[str, Any]],
+    texts: Sequence[Sequence[str]],
+) -> list[Sample]:
+    if benchmark.runs_code:
+        return _programs(benchmark, rows, texts)
+    if "math_verify" in benchmark.metrics:
+        pairs = zip(rows, texts, strict=True)
+        return [{"math_verify": float(is_right(text, row["solution"]))} for row, [text] in pairs]
+    return [{m: float(by_filter[FILTERS[m]]["exact_match"]) for m in benchmark.metrics} for by_filter in filtered]
+
+
+def _programs(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]]) -> list[Sample]:
+    programs = [program_of(row, text) for row, its in zip(rows, texts, strict=True) for text in its]
+    outcomes, n = run_all(programs), benchmark.samples
+    scores = []
+    for start in range(0, len(outcomes), n):
+        of_row = outcomes[start : start + n]
+        passed = sum(outcome.status == "passed" for outcome in of_row)
+        figures: Sample = {m: pass_at_k(n, passed, int(m.removeprefix("pass@"))) for m in benchmark.metrics}
+        scores.append(figures | {"outcomes": [asdict(outcome) for outcome in of_row]})
+    return scores
