@@ -124,7 +124,7 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
     recovered = any("compressed" in found for row in rows for found in row["figures"].values())
     yield (
         f"| removed | arm | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
-        f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | left dense "
+        f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | not factored "
         f"| calibrate s | plan + apply{' + train' * recovered} s | peak GB |"
     )
     yield "|---" * (11 + recovered + len(answered)) + "|"

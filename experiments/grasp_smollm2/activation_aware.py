@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN.json")
     arguments = parser.parse_args()
-    calibration, test = windows(arguments.wikitext, "validation", 16, 512), windows(arguments.wikitext, "test", 16, 1024)
+    calibration = windows(arguments.wikitext, "validation", 16, 512)
+    test = windows(arguments.wikitext, "test", 16, 1024)
     samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration))
     method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=0.2)
     for file in arguments.plans:
