@@ -28,27 +28,24 @@ class Decomposition:
         self,
         method: TruncatedSVD,
         layout: ModelLayout,
+        spans: Collection[int],
         store: CalibrationStore,
         gradients: CalibrationStore | None,
         keeps_alive: object,
     ) -> None:
         self._method, self._store, self._keeps_alive = method, store, keeps_alive
         self.gradients, self.folder = gradients, store.folder
-        self.groups = method.groups(layout)
-        spans = sorted({self._span_of(group[0]) for group in self.groups})
+        self.groups = [group for group in method.groups(layout) if _span_of(method, group[0]) in spans]
         kept = {name: _spectra(entry) for first in spans for name, entry in store.load(first).items()}
         self.candidates = [method.candidate(group, kept[group[0].name]) for group in self.groups]
         self._read: tuple[int, dict[str, Kept]] = (-1, {})
 
     def projection(self, name: str) -> Projection:
         """The projection of the group whose first linear this is; ask in execution order to read every file once."""
-        first = self._span_of(next(group[0] for group in self.groups if group[0].name == name))
+        first = _span_of(self._method, next(group[0] for group in self.groups if group[0].name == name))
         if self._read[0] != first:
             self._read = (first, self._store.load(first))
         return unpack(self._read[1][name])
-
-    def _span_of(self, ref: LinearRef) -> int:
-        return ref.block - ref.block % self._method.truncation.span
 
 
 def decompose(
@@ -58,6 +55,7 @@ def decompose(
     *,
     batch_size: int,
     cache: Path | None,
+    blocks: Collection[int] | None = None,
     progress: Progress | None = None,
 ) -> Decomposition:
     """Decompose the targets of `method`; ratio, rule and ranks play no part in it.
@@ -68,6 +66,7 @@ def decompose(
         samples: calibration windows.
         batch_size: windows a batch.
         cache: folder of the content-keyed cache; None: a temporary one, gone with the `Decomposition`.
+        blocks: decompose only in these spans of blocks, by their first; None: in all.
         progress: shows a bar a pass.
 
     Raises:
@@ -84,6 +83,7 @@ def decompose(
     key = calibration_key(model, layout, samples, refs, batch_size)
     store = CalibrationStore(root, {**key, "request": asdict(request), "reduction": method.reduction_key()})
     finished = store.finished_blocks()
+    spans = sorted({_span_of(method, ref) for ref in refs if blocks is None or _span_of(method, ref) in blocks})
     gradients = _gradient_store(root, key, request, {ref.block for ref in refs})
 
     def reduce(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
@@ -106,11 +106,15 @@ def decompose(
         batch_size=batch_size,
         span=method.truncation.span,
         gradients=gradients,
-        skip=finished,
+        skip=finished | ({_span_of(method, ref) for ref in refs} - set(spans)),
         progress=progress,
     ):
         store.save(first, results)
-    return Decomposition(method, layout, store, gradients, keeps_alive)
+    return Decomposition(method, layout, spans, store, gradients, keeps_alive)
+
+
+def _span_of(method: TruncatedSVD, ref: LinearRef) -> int:
+    return ref.block - ref.block % method.truncation.span
 
 
 def _layer(model: PreTrainedModel, statistics: LayerStatistics) -> Layer:

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.backward import frozen
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.influence import block_influence
@@ -21,27 +21,29 @@ from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
-from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.base import LowRankFactors, Plan
+from lowrank_kit.compression.decompose import Decomposition, decompose
+from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.grasp import Grasp
+from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.models.linear import check_linear, weight_of
+from lowrank_kit.models.linear import weight_of
 from lowrank_kit.plots.influence import plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
-from lowrank_kit.spectral.attribution import sigma_gradient
-from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.spectral.attribution import drop_change
+from lowrank_kit.spectral.truncate import Projection
 
 
 class GraspCompression(Compression[Grasp]):
     """See `Compression`. The scores of a single pass are cached by block, for every ratio and both gradient metrics."""
 
     _progress: Progress | None = None
+    _decomposition: Decomposition | None = None
 
     def calibrate(self, progress: Progress | None = None) -> None:
         """Measure block influence; score the redundant blocks, unless that is a matter of the order of `plan`."""
         self._progress = progress
-        _ = self._influence
+        self._decompose(self._candidates)
         if self._in_one_pass and self.method.metric != "magnitude":
             self._score(self._redundant)
 
@@ -53,14 +55,13 @@ class GraspCompression(Compression[Grasp]):
 
     def apply(self, plan: Plan, progress: Progress | None = None) -> PreTrainedModel:
         """Replace every matrix of which components were chosen by these, in place."""
-        model = self.bench.model
-        bar = progress.add_task("factorise", total=len(plan.kept)) if progress else None
+        self._progress = progress
+        self._decompose({ref.block for ref in self.bench.layout.linears if ref.name in plan.kept})
+        advance = self._bar("factorise", len(plan.kept))
         for name, kept in plan.kept.items():
-            factors = _Components(model, name).factors(kept)
-            replace_linear(model, name, factors.up, factors.down)
-            if progress and bar is not None:
-                progress.advance(bar)
-        return model
+            self._replace(name, kept)
+            advance()
+        return self.bench.model
 
     def plot(self, plan: Plan, folder: Path) -> None:
         """Influence of the blocks, and ranks."""
@@ -77,6 +78,11 @@ class GraspCompression(Compression[Grasp]):
         """Singular values do not change when other blocks do: by magnitude, the order matters only to iteration."""
         method = self.method
         return not method.propagate or (method.metric == "magnitude" and not method.iterative)
+
+    @property
+    def _candidates(self) -> Collection[int]:
+        """The blocks in which components may be chosen."""
+        return range(len(self.bench.layout.blocks)) if self.method.iterative else self._redundant
 
     @cached_property
     def _redundant(self) -> list[int]:
@@ -104,7 +110,8 @@ class GraspCompression(Compression[Grasp]):
 
     def _score(self, blocks: Collection[int]) -> CalibrationStore:
         """One backward pass over the calibration set for all of these blocks that the cache does not have."""
-        bench, store = self.bench, self._store(quantity="dL/dsigma", ahead=self.method.ahead)
+        bench, truncation = self.bench, self.method.truncation.model_dump(mode="json")
+        store = self._store(quantity="drop change", ahead=self.method.ahead, truncation=truncation)
         missing = sorted(set(blocks) - store.finished_blocks(), reverse=True)
         if not missing:
             return store
@@ -115,32 +122,29 @@ class GraspCompression(Compression[Grasp]):
             found = {}
             for ref in refs:
                 if ref.block == block:
-                    components = _Components(bench.model, ref.name)
-                    derivative = components.derivative(gradients.pop(ref.name))
-                    found[ref.name] = {"sigma": components.sigma.cpu(), "derivative": derivative.cpu()}
+                    found[ref.name] = {"change": self._change(ref.name, gradients.pop(ref.name)).cpu()}
                     advance()
             store.save(block, found)
         return store
 
     def _kept_of_one_pass(self) -> dict[str, list[int]]:
-        method, model = self.method, self.bench.model
+        method = self.method
+        self._decompose(self._redundant)
         store = None if method.metric == "magnitude" else self._score(self._redundant)
         kept = {}
         ranks = method.ranks(self.bench.layout, self._redundant)
         for block in self._redundant:
             known = {} if store is None else store.load(block)
             for ref in _linears(self.bench.layout, block):
-                if store is None:
-                    score = method.score(_Components(model, ref.name).sigma, None)
-                else:
-                    score = method.score(known[ref.name]["sigma"], known[ref.name]["derivative"])
-                kept[ref.name] = method.keep(ref, score, ranks[ref.name])
+                change = known[ref.name]["change"] if ref.name in known else None
+                kept[ref.name] = method.keep(ref, method.score(self._sigma(ref.name), change), ranks[ref.name])
         return {name: components for name, components in kept.items() if components is not None}
 
     def _kept_in_turn(self) -> dict[str, list[int]]:
         """The published loop: what has been compressed stays in the model until all is."""
         method, model, layout = self.method, self.bench.model, self.bench.layout
         order, ranks = self._redundant[::-1], method.ranks(layout, self._redundant)
+        self._decompose(self._candidates)
         kept: dict[str, list[int]] = {}
         with frozen(model), ExitStack() as original:
             # From the last block on, those before the one at work are still the original's.
@@ -154,15 +158,46 @@ class GraspCompression(Compression[Grasp]):
                 for refs in _sublayers(_linears(layout, order[turn])):
                     gradients = self._gradients(refs, prefix, advance)
                     for ref in refs:
-                        components = _Components(model, ref.name)
-                        derivative = components.derivative(gradients.pop(ref.name)) if gradients else None
-                        chosen = method.keep(ref, method.score(components.sigma, derivative), ranks[ref.name])
+                        change = self._change(ref.name, gradients.pop(ref.name)) if gradients else None
+                        chosen = method.keep(ref, method.score(self._sigma(ref.name), change), ranks[ref.name])
                         if chosen is not None:
                             kept[ref.name] = chosen
                             original.callback(model.set_submodule, ref.name, model.get_submodule(ref.name))
-                            factors = components.factors(chosen)
-                            replace_linear(model, ref.name, factors.up, factors.down)
+                            self._replace(ref.name, chosen)
         return {ref.name: kept[ref.name] for ref in layout.linears if ref.name in kept}
+
+    def _decompose(self, blocks: Collection[int]) -> None:
+        """Find the components of the matrices in these blocks, unless that was done."""
+        bench, method = self.bench, self.method
+        if self._decomposition is None:
+            svd = TruncatedSVD(name=method.name, ratio=method.ratio, truncation=method.truncation, allocation=Uniform())
+            self._decomposition = decompose(
+                bench.model,
+                svd,
+                bench.samples,
+                batch_size=bench.batch_size,
+                cache=self._root,
+                blocks=blocks,
+                progress=self._progress,
+            )
+
+    def _components(self, name: str) -> Projection:
+        assert self._decomposition is not None
+        return self._decomposition.projection(name)
+
+    def _sigma(self, name: str) -> Float64[Tensor, " r"]:
+        return self._components(name).values.sqrt()
+
+    def _change(self, name: str, gradient: Float32[Tensor, "out in"]) -> Float64[Tensor, " r"]:
+        """The loss's first-order change when a component is dropped, from ``dL/dW``."""
+        weight = weight_of(self.bench.model.get_submodule(name))
+        return drop_change(*self._components(name).components(weight), gradient.double())
+
+    def _replace(self, name: str, kept: Sequence[int]) -> None:
+        """Leave these components of a matrix."""
+        model = self.bench.model
+        up, down = self._components(name).only(kept).factors(weight_of(model.get_submodule(name)), len(kept))
+        replace_linear(model, name, up, down)
 
     def _gradients(
         self, refs: Sequence[LinearRef], prefix: Prefix | None, on_batch: Callable[[], object]
@@ -200,26 +235,6 @@ class GraspCompression(Compression[Grasp]):
             return lambda: None
         progress, task = self._progress, self._progress.add_task(description, total=total)
         return lambda: progress.advance(task)
-
-
-class _Components:
-    """The singular components of a weight in the model."""
-
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
-        try:
-            self._u, self.sigma, self._vh = svd(weight_of(check_linear(model.get_submodule(name), name)))
-        except ValueError as error:
-            raise LowRankKitError(f"{name} cannot be decomposed: {error}") from error
-
-    def derivative(self, gradient: Tensor) -> Float64[Tensor, " r"]:
-        """``dL/dsigma`` from ``dL/dW``."""
-        return sigma_gradient(self._u, self._vh.T, gradient.double())
-
-    def factors(self, kept: Sequence[int]) -> LowRankFactors:
-        """These components, the root of sigma in either factor."""
-        index = torch.tensor(kept, device=self.sigma.device)
-        root = self.sigma[index].sqrt()
-        return LowRankFactors(up=self._u[:, index] * root, down=root[:, None] * self._vh[index])
 
 
 def _linears(layout: ModelLayout, block: int) -> list[LinearRef]:

@@ -14,6 +14,9 @@ from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.truncation import AnyTruncation
+from lowrank_kit.truncation.base import check_tokens
+from lowrank_kit.truncation.weights import Plain
 
 
 class Grasp(Compressor):
@@ -21,7 +24,8 @@ class Grasp(Compressor):
 
     The component's score is the first-order change of the calibration loss when it is dropped,
     ``|sigma_k dL/dsigma_k|`` with ``dL/dsigma_k = u_k^T G v_k`` and G = dL/dW over the whole calibration set (the
-    paper's score is three times that). Biases stay.
+    paper's score is three times that). Biases stay. Of another ``truncation`` than the plain one, u_k, sigma_k and
+    v_k are those of its metric (ours): for ``optimal``, sigma_k u_k is what the component adds to the outputs.
 
     There are n redundant blocks, the smallest number that meets the ratio if each loses ``removed_share``. How many
     components are kept there is the ``selection``:
@@ -47,7 +51,11 @@ class Grasp(Compressor):
     share: float | None = Field(default=None, gt=0, le=1)
     """For `selection=share`: the share of a matrix's total score that its kept components reach."""
     metric: Literal["taylor", "gradient", "magnitude"] = "taylor"
-    """Score of a component: |sigma dL/dsigma|, |dL/dsigma|, or sigma (plain SVD; needs no gradient)."""
+    """Score of a component: |sigma dL/dsigma|, |dL/dsigma|, or sigma (needs no gradient)."""
+    # Left out where it is as published, so that older run directories are found again.
+    truncation: AnyTruncation = Field(default=Plain(), exclude_if=lambda truncation: truncation.kind == "plain")
+    """What the components of a matrix are: its singular ones (`plain`, as published), or those of the metric of
+    another truncation, measured on the original model."""
     propagate: bool = False
     """As published: block by block from the last, MLP before attention, each scored with those before it compressed.
     Otherwise one backward pass scores all."""
@@ -71,6 +79,11 @@ class Grasp(Compressor):
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for blocks, or a ratio, that this layout cannot have. Reads shapes, no weights."""
         layout.select()
+        if self.truncation.span > 1:
+            raise ConfigError(
+                f"method.truncation={self.truncation.kind} joins neighbouring blocks, and redundant ones need not be "
+                "neighbours: choose a truncation of single blocks, for example truncation=optimal"
+            )
         total = len(layout.blocks)
         if outside := [block for block in self.blocks or () if block >= total]:
             raise ConfigError(f"method.blocks: there is no block {outside[0]}; this model has 0 to {total - 1}")
@@ -120,11 +133,15 @@ class Grasp(Compressor):
         budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
         return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
 
-    def score(self, sigma: Float64[Tensor, " r"], gradient: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
-        """Score of every component from its singular value and ``dL/dsigma``."""
-        if gradient is None:
+    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
+        """Raise `ConfigError` for too few calibration tokens to measure components of this truncation by."""
+        check_tokens(self.truncation.needs(), layout.select(), tokens)
+
+    def score(self, sigma: Float64[Tensor, " r"], change: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
+        """Score of every component from its singular value and the loss's first-order change when it is dropped."""
+        if change is None:
             return sigma
-        return (sigma * gradient if self.metric == "taylor" else gradient).abs()
+        return change.abs() if self.metric == "taylor" else torch.where(sigma > 0, (change / sigma).abs(), 0.0)
 
     def keep(self, ref: LinearRef, score: Float64[Tensor, " r"], rank: int | None) -> list[int] | None:
         """The components of highest score, in ascending order; None where they would save no parameters."""

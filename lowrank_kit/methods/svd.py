@@ -21,11 +21,12 @@ from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.decompose import eigenvalues
 from lowrank_kit.spectral.truncate import Projection
 from lowrank_kit.truncation import AnyTruncation
 from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.base import Layer
+from lowrank_kit.truncation.base import Layer, check_tokens
 from lowrank_kit.truncation.two_sided import TwoSided
 
 WHAT_SPECTRA_NEED: dict[Quantity, StatisticsRequest] = {
@@ -102,14 +103,7 @@ class TruncatedSVD(Compressor):
 
     def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
         """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
-        if self.needs().moments is None:
-            return
-        largest = max(self.targets(layout), key=lambda ref: ref.full_rank)
-        if tokens < (side := largest.full_rank):
-            raise ConfigError(
-                f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
-                f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
-            )
+        check_tokens(self.needs(), self.targets(layout), tokens)
 
     def needs(self) -> StatisticsRequest:
         """What the truncation and the spectra of the allocation need."""
@@ -214,9 +208,5 @@ def _first_order_changes(projection: Projection, layers: Sequence[Layer]) -> Ten
         gradient = layer.statistics.gradient
         assert gradient is not None
         assert gradient.mean is not None
-        mean, weight = gradient.mean.double(), layer.weight.detach().double()
-        if projection.side == "output":
-            changes -= ((projection.reduce @ weight) * (projection.expand.T @ mean)).sum(1)
-        else:
-            changes -= ((weight @ projection.expand) * (mean @ projection.reduce.T)).sum(0)
+        changes += drop_change(*projection.components(layer.weight), gradient.mean.double())
     return changes

@@ -11,18 +11,11 @@ def sigma_gradient(
     return (u * (gradient @ v)).sum(0)
 
 
-def singular_drop_change(
-    u: Float[Tensor, "out r"],
-    sigma: Float[Tensor, " r"],
-    v: Float[Tensor, "in r"],
-    gradient: Float[Tensor, "out in"],
+def drop_change(
+    up: Float[Tensor, "out r"], down: Float[Tensor, "r in"], gradient: Float[Tensor, "out in"]
 ) -> Float[Tensor, " r"]:
-    """First-order change of the loss when component k is dropped: `-sigma_k u_k^T G v_k`."""
-    return -sigma * sigma_gradient(u, v, gradient)
+    """First-order change of the loss when component k is dropped from `W = sum_k up_k down_k`: `-up_k^T G down_k^T`.
 
-
-def projection_drop_change(
-    u: Float[Tensor, "out r"], weight: Float[Tensor, "out in"], gradient: Float[Tensor, "out in"]
-) -> Float[Tensor, " r"]:
-    """First-order change when `u_k u_k^T W` is dropped from `W = U U^T W`: `-(u_k^T W)(G^T u_k)`."""
-    return -((u.T @ weight) * (u.T @ gradient)).sum(1)
+    Of a singular component that is `-sigma_k u_k^T G v_k`, of the projection on u_k `-(u_k^T W)(G^T u_k)`.
+    """
+    return -sigma_gradient(up, down.T, gradient)

@@ -5,6 +5,7 @@ metric on the outputs (identity, diagonal, or the second moment of the loss's gr
 reached by projecting W on k directions, whose choice one symmetric eigenproblem gives for every k at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,14 +30,22 @@ class Projection:
     expand: Float[Tensor, "n p"]
     reduce: Float[Tensor, "p n"]
 
+    def only(self, kept: Sequence[int]) -> "Projection":
+        """The projection on these directions alone."""
+        index = torch.tensor(kept, dtype=torch.long, device=self.values.device)
+        return Projection(self.side, self.values[index], self.expand[:, index], self.reduce[index])
+
+    def components(self, weight: Float[Tensor, "out in"]) -> tuple[Float64[Tensor, "out p"], Float64[Tensor, "p in"]]:
+        """The parts of W that stand for the directions, `W_k = up[:, k] down[k]`, in float64."""
+        weight = weight.detach().double()
+        expand, reduce = (part.to(weight.device, torch.float64) for part in (self.expand, self.reduce))
+        return (expand, reduce @ weight) if self.side == "output" else (weight @ expand, reduce)
+
     def factors(
         self, weight: Float[Tensor, "out in"], rank: int
     ) -> tuple[Float64[Tensor, "out k"], Float64[Tensor, "k in"]]:
         """Return `up, down` of rank k in float64, their components equally long on both sides, zero beyond p."""
-        weight = weight.detach().double()
-        expand = self.expand[:, :rank].to(weight.device, torch.float64)
-        reduce = self.reduce[:rank].to(weight.device, torch.float64)
-        up, down = (expand, reduce @ weight) if self.side == "output" else (weight @ expand, reduce)
+        up, down = self.only(range(min(rank, len(self.values)))).components(weight)
         # Half precision keeps the factors only where neither is much larger than the other.
         lengths = up.norm(dim=0), down.norm(dim=1)
         balance = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1.0)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Section
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection
@@ -46,6 +47,16 @@ class Truncation(Section):
         The projection's `values` are in per-token units. Raises `ValueError` for non-finite entries.
         """
         raise NotImplementedError
+
+
+def check_tokens(request: StatisticsRequest, refs: Sequence[LinearRef], tokens: int) -> None:
+    """Raise `ConfigError` where moments are asked for over fewer tokens than a matrix's smaller side has directions."""
+    largest = max(refs, key=lambda ref: ref.full_rank)
+    if request.moments is not None and tokens < (side := largest.full_rank):
+        raise ConfigError(
+            f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
+            f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
+        )
 
 
 def mean_inputs(layer: Layer) -> Moments:

@@ -23,8 +23,10 @@ from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
-from lowrank_kit.spectral.attribution import singular_drop_change
+from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncation.two_sided import TwoSided
 
 BLOCKS, ATTENTION, MLP = (1, 2), ("q", "k", "v", "o"), ("gate", "up", "down")
 RATIOS = {"llama": 0.4, "opt": 0.4}
@@ -123,6 +125,8 @@ SETTINGS = [
     {"selection": "share", "share": 0.6, "propagate": True},
     {"selection": "removed", "removed_share": 0.7},
     {"label_shift": "legacy"},
+    {"truncation": Optimal()},
+    {"truncation": TwoSided(), "propagate": True},
 ]
 
 
@@ -166,6 +170,59 @@ def test_kept_components_are_those_of_the_original_weight_and_the_bias_stays(liv
         torch.testing.assert_close(layer.dense_weight(), u[:, kept] * s[kept] @ vh[kept], atol=1e-6, rtol=0)
         torch.testing.assert_close(layer.down.weight.norm(dim=1), layer.up.weight.norm(dim=0))
         assert torch.equal(layer.up.bias, dense.bias)
+
+
+def test_the_largest_components_of_the_optimal_truncation_are_the_optimal_truncation(lively, work, samples):
+    task = work(lively(), blocks=BLOCKS, truncation=Optimal(), metric="magnitude")
+    plan = task.plan()
+    model, inputs = task.apply(plan), inputs_of(lively(), samples)
+    for name, kept in plan.kept.items():
+        assert kept == list(range(len(kept)))
+        weight = lively().get_submodule(name).weight.detach().double()
+        found = model.get_submodule(name).dense_weight().double()
+        best = torch.linalg.svdvals(inputs[name] @ weight.T)[len(kept) :].square().sum()
+        assert float((inputs[name] @ (weight - found).T).square().sum()) == pytest.approx(float(best), rel=1e-5)
+
+
+def inputs_of(model, samples):
+    found = {}
+    for ref in layout_of(model).linears:
+        module = model.get_submodule(ref.name)
+        module.register_forward_pre_hook(
+            lambda _, args, name=ref.name: found.setdefault(name, []).append(args[0].flatten(0, 1).double())
+        )
+    with torch.no_grad():
+        for sequence in samples.sequences:
+            model(input_ids=sequence["input_ids"][None])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("truncation", [Optimal(), TwoSided()])
+def test_components_of_any_truncation_are_scored_by_what_the_loss_loses(truncation, lively, work, samples):
+    """Autograd through a factor on every component of every matrix of the blocks."""
+    task = work(lively(), blocks=BLOCKS, truncation=truncation, selection="removed", removed_share=0.7)
+    plan, model = task.plan(), lively()
+    names = [ref.name for ref in layout_of(model).linears if ref.block in BLOCKS]
+    gates = {}
+    for name in names:
+        up, down = (part.float() for part in task._components(name).components(weight_of(model.get_submodule(name))))
+        gates[name] = torch.ones(len(down), requires_grad=True)
+        weight = weight_of(model.get_submodule(name)).detach()
+        torch.testing.assert_close(up @ down, weight, atol=1e-5, rtol=0)
+        model.get_submodule(name).forward = gated(model.get_submodule(name), up, down, gates[name])
+    losses = [loss_sum(model, sequence["input_ids"][None]) for sequence in samples.sequences]
+    sum(losses).backward()
+    for name in names:
+        rank = len(plan.kept[name])
+        assert plan.kept[name] == sorted(gates[name].grad.abs().topk(rank).indices.tolist())
+
+
+def gated(layer, up, down, gate):
+    return lambda x: linear(linear(x, down) * gate, up, layer.bias)
+
+
+def loss_sum(model, ids):
+    return cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
 
 
 def test_redundant_blocks_are_those_of_least_influence(lively, work, samples):
@@ -256,7 +313,7 @@ def test_on_a_real_model_the_first_order_change_is_that_of_dropping_a_component(
     module = model.get_submodule(ref.name)
     weight = weight_of(module).detach().clone()
     u, s, vh = svd(weight)
-    predicted = singular_drop_change(u, s, vh.T, gradient)
+    predicted = drop_change(u * s, vh, gradient)
 
     def loss(weight):
         set_weight(module, weight.float())

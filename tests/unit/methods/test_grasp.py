@@ -5,6 +5,8 @@ from pydantic import ValidationError
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.grasp import Grasp
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncation.joint import Joint
 
 ROOMY = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
 
@@ -80,10 +82,18 @@ def test_blocks_of_least_influence_or_the_run_of_least():
 
 
 def test_scores():
-    sigma, derivative = (torch.tensor(x, dtype=torch.float64) for x in ([3.0, 2.0, 1.0], [-0.1, 1.0, -4.0]))
-    assert grasp().score(sigma, derivative).tolist() == pytest.approx([0.3, 2.0, 4.0])
-    assert grasp(metric="gradient").score(sigma, derivative).tolist() == [0.1, 1.0, 4.0]
-    assert grasp(metric="magnitude").score(sigma, None).tolist() == [3.0, 2.0, 1.0]
+    sigma, change = (torch.tensor(x, dtype=torch.float64) for x in ([3.0, 2.0, 1.0, 0.0], [-0.3, 2.0, -4.0, 0.0]))
+    assert grasp().score(sigma, change).tolist() == [0.3, 2.0, 4.0, 0.0]
+    assert grasp(metric="gradient").score(sigma, change).tolist() == pytest.approx([0.1, 1.0, 4.0, 0.0])
+    assert grasp(metric="magnitude").score(sigma, None) is sigma
+
+
+def test_components_are_of_single_blocks_and_determined_by_enough_tokens(layout):
+    with pytest.raises(ConfigError, match="truncation=joint joins neighbouring blocks"):
+        grasp(truncation=Joint()).check(layout)
+    grasp().check_tokens(layout, 1)
+    with pytest.raises(ConfigError, match="1 calibration tokens cannot determine"):
+        grasp(truncation=Optimal()).check_tokens(layout, 1)
 
 
 @pytest.mark.parametrize(
