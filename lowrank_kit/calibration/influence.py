@@ -57,9 +57,10 @@ def block_influence(
         return _measured(model, layout, samples, batch_size, distance, span, progress)
     key = calibration_key(model, layout, samples, (), batch_size)
     store = CalibrationStore(cache, {**key, "influence": {"distance": distance, "span": span}})
-    if not store.finished_blocks():
-        found = _measured(model, layout, samples, batch_size, distance, span, progress)
-        store.save(0, {"blocks": {"influence": found}})
+    with store.missing([0]) as missing:
+        if missing:
+            found = _measured(model, layout, samples, batch_size, distance, span, progress)
+            store.save(0, {"blocks": {"influence": found}})
     return store.load(0)["blocks"]["influence"]
 
 

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lowrank_kit import distributed
+from lowrank_kit.lock import exclusively
 
 # Raise it when the numbers that calibration gives change: older caches are then not found any more.
 CODE_VERSION = 1
@@ -17,7 +21,7 @@ BlockResults = dict[str, dict[str, Tensor]]
 
 
 class CalibrationStore:
-    """Results of calibration on disk; a killed run finds the blocks it had finished.
+    """Results of calibration on disk; a killed run finds the blocks it had finished, and other runs find them too.
 
     Args:
         root: the folder of all caches.
@@ -36,8 +40,28 @@ class CalibrationStore:
         """Indices of the blocks that are whole on disk."""
         return {int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-*.safetensors")}
 
+    @contextmanager
+    def missing(self, blocks: Collection[int]) -> Iterator[set[int]]:
+        """Yield those of these blocks that are not on disk, for this process alone to compute and `save`.
+
+        Waits while another process computes; of several jobs that need the same, one does the work. The processes of
+        one job enter and leave together, and its first one holds the lock.
+        """
+        with ExitStack() as held:
+
+            def absent() -> set[int]:
+                if self.finished_blocks() >= set(blocks):
+                    return set()
+                held.enter_context(exclusively(self.folder / "lock.json", "calibration"))
+                return set(blocks) - self.finished_blocks()
+
+            yield distributed.on_main(absent)
+            distributed.wait()
+
     def save(self, block: int, results: BlockResults) -> None:
-        """Write one block's results, ``{linear name: {quantity: tensor}}``."""
+        """Write one block's results, ``{linear name: {quantity: tensor}}``; of several processes, the first does."""
+        if not distributed.is_main():
+            return
         flat = {
             f"{linear}|{quantity}": tensor.contiguous()
             for linear, quantities in results.items()

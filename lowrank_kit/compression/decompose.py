@@ -82,7 +82,6 @@ def decompose(
         root = Path(keeps_alive.name)
     key = calibration_key(model, layout, samples, refs, batch_size)
     store = CalibrationStore(root, {**key, "request": asdict(request), "reduction": method.reduction_key()})
-    finished = store.finished_blocks()
     spans = sorted({_span_of(method, ref) for ref in refs if blocks is None or _span_of(method, ref) in blocks})
     gradients = _gradient_store(root, key, request, {ref.block for ref in refs})
 
@@ -96,20 +95,21 @@ def decompose(
                 raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
         return found
 
-    for first, results in reduce_spans(
-        model,
-        layout,
-        samples,
-        refs,
-        request,
-        reduce,
-        batch_size=batch_size,
-        span=method.truncation.span,
-        gradients=gradients,
-        skip=finished | ({_span_of(method, ref) for ref in refs} - set(spans)),
-        progress=progress,
-    ):
-        store.save(first, results)
+    with store.missing(spans) as missing:
+        for first, results in reduce_spans(
+            model,
+            layout,
+            samples,
+            refs,
+            request,
+            reduce,
+            batch_size=batch_size,
+            span=method.truncation.span,
+            gradients=gradients,
+            skip={_span_of(method, ref) for ref in refs} - missing,
+            progress=progress,
+        ):
+            store.save(first, results)
     return Decomposition(method, layout, spans, store, gradients, keeps_alive)
 
 

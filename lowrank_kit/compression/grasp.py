@@ -28,7 +28,7 @@ from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.influence import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.truncate import Projection
@@ -51,7 +51,10 @@ class GraspCompression(Compression[Grasp]):
         """Choose blocks and components."""
         self._progress = progress
         kept = self._kept_of_one_pass() if self._in_one_pass else self._kept_in_turn()
-        return self.method.plan(self.bench.layout, kept, self._influence)
+        plan = self.method.plan(self.bench.layout, kept, self._influence)
+        if progress and plan.scores:
+            progress.console.print(influence_table(*self._outcome(plan), chosen="redundant"))
+        return plan
 
     def apply(self, plan: Plan, progress: Progress | None = None) -> PreTrainedModel:
         """Replace every matrix of which components were chosen by these, in place."""
@@ -67,11 +70,15 @@ class GraspCompression(Compression[Grasp]):
         """Influence of the blocks, and ranks."""
         linears = self.bench.layout.linears
         if plan.scores:
-            influence = [plan.scores.get(path, math.nan) for path in self.bench.layout.blocks]
-            redundant = {ref.block for ref in linears if ref.name in plan.kept}
-            plot_influence(influence, redundant, folder / "influence.png", chosen="redundant")
+            plot_influence(*self._outcome(plan), folder / "influence.png", chosen="redundant")
         plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
         plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
+
+    def _outcome(self, plan: Plan) -> tuple[list[float], set[int]]:
+        """Every block's influence, nan where runs of blocks were measured and none begins; the redundant blocks."""
+        layout = self.bench.layout
+        redundant = {ref.block for ref in layout.linears if ref.name in plan.kept}
+        return [plan.scores.get(path, math.nan) for path in layout.blocks], redundant
 
     @property
     def _in_one_pass(self) -> bool:
@@ -98,8 +105,9 @@ class GraspCompression(Compression[Grasp]):
             return []
         span = self.method.count(self.bench.layout) if self.method.choice == "contiguous" else 1
         store = self._store(quantity="block influence", span=span)
-        if not store.finished_blocks():
-            store.save(0, {"model": {"influence": self._measured_influence(span)}})
+        with store.missing([0]) as missing:
+            if missing:
+                store.save(0, {"model": {"influence": self._measured_influence(span)}})
         return store.load(0)["model"]["influence"].tolist()
 
     def _measured_influence(self, span: int = 1) -> Tensor:
@@ -112,19 +120,17 @@ class GraspCompression(Compression[Grasp]):
         """One backward pass over the calibration set for all of these blocks that the cache does not have."""
         bench, truncation = self.bench, self.method.truncation.model_dump(mode="json")
         store = self._store(quantity="drop change", ahead=self.method.ahead, truncation=truncation)
-        missing = sorted(set(blocks) - store.finished_blocks(), reverse=True)
-        if not missing:
-            return store
-        refs = [ref for ref in bench.layout.linears if ref.block in missing]
-        gradients = self._gradients(refs, None, self._bar("gradients", len(self._batches)))
-        advance = self._bar("scores", len(refs))
-        for block in missing:
-            found = {}
-            for ref in refs:
-                if ref.block == block:
-                    found[ref.name] = {"change": self._change(ref.name, gradients.pop(ref.name)).cpu()}
-                    advance()
-            store.save(block, found)
+        with store.missing(blocks) as missing:
+            refs = [ref for ref in bench.layout.linears if ref.block in missing]
+            gradients = self._gradients(refs, None, self._bar("gradients", len(self._batches))) if refs else {}
+            advance = self._bar("scores", len(refs))
+            for block in sorted(missing, reverse=True):
+                found = {}
+                for ref in refs:
+                    if ref.block == block:
+                        found[ref.name] = {"change": self._change(ref.name, gradients.pop(ref.name)).cpu()}
+                        advance()
+                store.save(block, found)
         return store
 
     def _kept_of_one_pass(self) -> dict[str, list[int]]:

@@ -59,21 +59,17 @@ class PrunerCompression(Compression[LLMPruner]):
         if self.method.importance == "magnitude":
             return {u.name: u.scores({ref.name: self._weight(ref.name) ** 2 for ref in u.linears}) for u in self._units}
         by_block = {block: list(units) for block, units in groupby(self._units, lambda u: u.block)}
-        bench, store = self.bench, None
-        if bench.cache is not None:
-            refs = [ref for u in self._units for ref in u.linears]
-            key = calibration_key(bench.model, bench.layout, bench.samples, refs, bench.batch_size)
-            store = CalibrationStore(bench.cache, {**key, "units": self.method.importance})
-        finished = store.finished_blocks() if store else set()
-        found: dict[str, Tensor] = {}
-        for block in sorted(finished):
-            assert store is not None
-            found |= {name: kept["scores"] for name, kept in store.load(block).items()}
-        for units, scores in self._taylor([by_block[block] for block in by_block if block not in finished]):
-            if store:
+        bench = self.bench
+        if bench.cache is None:
+            passes = self._taylor(list(by_block.values()))
+            return {name: values for _, scores in passes for name, values in scores.items()}
+        refs = [ref for u in self._units for ref in u.linears]
+        key = calibration_key(bench.model, bench.layout, bench.samples, refs, bench.batch_size)
+        store = CalibrationStore(bench.cache, {**key, "units": self.method.importance})
+        with store.missing(by_block) as missing:
+            for units, scores in self._taylor([by_block[block] for block in by_block if block in missing]):
                 store.save(units[0].block, {name: {"scores": values} for name, values in scores.items()})
-            found |= scores
-        return found
+        return {name: kept["scores"] for block in by_block for name, kept in store.load(block).items()}
 
     def _taylor(self, blocks: Sequence[list[Units]]) -> Iterator[tuple[list[Units], dict[str, Tensor]]]:
         """Score block by block; one backward pass over the calibration set gives as many as fit in memory."""

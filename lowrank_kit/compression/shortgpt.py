@@ -13,7 +13,7 @@ from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.shortgpt import ShortGPT
 from lowrank_kit.models.depth import drop_blocks
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.influence import influence_table, plot_influence
 
 
 class ShortGPTCompression(Compression[ShortGPT]):
@@ -29,7 +29,10 @@ class ShortGPTCompression(Compression[ShortGPT]):
     def plan(self, progress: Progress | None = None) -> Plan:
         """Choose the blocks to drop."""
         self._progress = progress
-        return self.method.plan(self.bench.layout, self._influence, self._distances)
+        plan = self.method.plan(self.bench.layout, self._influence, self._distances)
+        if progress:
+            progress.console.print(influence_table(*self._outcome(plan)))
+        return plan
 
     def apply(self, plan: Plan, progress: Progress | None = None) -> PreTrainedModel:
         """Drop them, in place."""
@@ -38,9 +41,12 @@ class ShortGPTCompression(Compression[ShortGPT]):
 
     def plot(self, plan: Plan, folder: Path) -> None:
         """Every block's influence."""
+        plot_influence(*self._outcome(plan), folder / "influence.png")
+
+    def _outcome(self, plan: Plan) -> tuple[list[float], set[int]]:
+        """Every block's influence, and the blocks to drop."""
         blocks = range(len(self.bench.layout.blocks))
-        influence = [plan.scores[f"block {block}"] for block in blocks]
-        plot_influence(influence, set(blocks) - set(plan.kept_blocks), folder / "influence.png")
+        return [plan.scores[f"block {block}"] for block in blocks], set(blocks) - set(plan.kept_blocks)
 
     @cached_property
     def _influence(self) -> Float64[Tensor, " blocks"]:

@@ -6,25 +6,23 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import psutil
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from lowrank_kit import distributed
 from lowrank_kit.config import RunConfig
 from lowrank_kit.errors import ConfigError, LowRankKitError
-
-HEARTBEAT_SECONDS = 20.0
-# A process on another host cannot be looked up; it is dead after this many seconds of silence.
-SILENCE_SECONDS = 15 * HEARTBEAT_SECONDS
+from lowrank_kit.lock import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lock, process_alive
 
 # What the stages leave; a run directory may hold other people's files too.
 WORK = (
@@ -38,6 +36,8 @@ WORK = (
     "history.json",
     "benchmarks",
     "samples",
+    "energy.json",
+    "effects.json",
     "results.json",
 )
 
@@ -62,12 +62,7 @@ class Status:
         """Whether the recorded process still runs; from another host, whether it was heard of lately."""
         if self.hostname != socket.gethostname():
             return time.time() - self.updated < SILENCE_SECONDS
-        # A pid is reused; a pid together with its start time is not. The clock may be adjusted by a little.
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_started) < 2.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        return False
+        return process_alive(self.pid, self.process_started)
 
 
 def read_status(path: Path | str) -> Status | None:
@@ -85,17 +80,28 @@ def read_status(path: Path | str) -> Status | None:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the resolved configuration without what cannot change results: `run` and `tracker`."""
-    return {key: value for key, value in config.resolved().items() if key not in ("run", "tracker")}
+    """Return the resolved configuration without what cannot change results: `run`, `tracker` and `runtime`."""
+    return {key: value for key, value in config.resolved().items() if key not in ("run", "tracker", "runtime")}
+
+
+def run_path(config: RunConfig) -> Path:
+    """Return where a configuration's run directory is: `run.dir`, or ROOT/NAME."""
+    return Path(config.run.dir) if config.run.dir else Path(config.run.root) / run_name(config)
+
+
+def without_seed(plain: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return what runs that differ in their seed alone have in common, and the seed."""
+    rest = {**plain, "method": {**plain["method"]}}
+    seed = rest.pop("seed")
+    # A method's own seed follows the run's unless it was chosen apart.
+    if rest["method"].get("seed") == seed:
+        del rest["method"]["seed"]
+    return rest, seed
 
 
 def run_name(config: RunConfig) -> str:
     """Return METHOD-MODEL-TASK-HASH-sSEED; runs that differ in their seed alone share the hash."""
-    plain = identity(config)
-    seed = plain.pop("seed")
-    # A method's own seed follows the run's unless it was chosen apart.
-    if plain["method"].get("seed") == seed:
-        del plain["method"]["seed"]
+    plain, seed = without_seed(identity(config))
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
     words = (str(plain[section]["name"]) for section in ("method", "model", "task"))
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_") for word in words)
@@ -112,16 +118,9 @@ class RunDirectory:
         """Hold `path`; raises `LowRankKitError` if a living process already does."""
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        # Locked by the kernel: the lock of a killed process is free again, with nothing to clean up.
-        self._lock = FileLock(path / ".lock", blocking=False, is_singleton=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            holder = read_status(path)
-            who = f"process {holder.pid} on {holder.hostname}" if holder else "another process"
-            raise LowRankKitError(
-                f"{path} is in use by {who}; wait for it, end it, or choose another run.dir"
-            ) from None
+        self._lock = Lock(path / "lock.json")
+        if (holder := self._lock.try_acquire()) is not None:
+            raise LowRankKitError(f"{path} is in use by {holder}; wait for it, end it, or choose another run.dir")
         earlier = read_status(path)
         self._write_lock = threading.Lock()
         self._closing = threading.Event()
@@ -133,16 +132,26 @@ class RunDirectory:
 
         With `run.resume=false` that work is removed. Raises `ConfigError` if `run.dir` holds a run of
         another configuration, naming the keys that differ, and `LowRankKitError` if a process works there.
+        Of several processes of one job the first holds the directory, and the others follow it.
         """
-        settings = config.run
-        path = Path(settings.dir) if settings.dir else Path(settings.root) / run_name(config)
-        run = cls(path)
+        opened: list[RunDirectory] = []
+
+        def hold() -> tuple[str, ...]:
+            opened.append(cls._hold(config))
+            return opened[0]._status.stages_done
+
+        done = distributed.on_main(hold)
+        return opened[0] if opened else FollowedRun(run_path(config), done)
+
+    @classmethod
+    def _hold(cls, config: RunConfig) -> "RunDirectory":
+        run = cls(run_path(config))
         try:
             run._check_configuration(config)
         except BaseException:
             run._lock.release()
             raise
-        if not settings.resume:
+        if not config.run.resume:
             run._status = replace(run._status, stages_done=())
             run.remove(*WORK)
         run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
@@ -153,9 +162,9 @@ class RunDirectory:
         file = self.path / "config.yaml"
         if not file.is_file():
             return
-        earlier = _flatten(OmegaConf.to_container(OmegaConf.load(file)))
-        now = _flatten(identity(config))
-        keys = [k for k in {**now, **earlier} if not re.match(r"(run|tracker)\.", k)]
+        earlier = flatten(OmegaConf.to_container(OmegaConf.load(file)))
+        now = flatten(identity(config))
+        keys = [k for k in {**now, **earlier} if not re.match(r"(run|tracker|runtime)\.", k)]
         if changed := [k for k in keys if earlier.get(k) != now.get(k)]:
             lines = [f"{k}: {earlier.get(k)!r} there, {now.get(k)!r} now" for k in changed]
             heading = f"{self.path} holds a run of another configuration; choose another run.dir. Different:"
@@ -242,6 +251,37 @@ class RunDirectory:
             self._update()
 
 
+class FollowedRun(RunDirectory):
+    """The run's folder in the other processes of a job: they read it, know what is done, and write nothing there."""
+
+    def __init__(self, path: Path, stages_done: tuple[str, ...]) -> None:
+        self.path = path
+        self._status = Status("running", stages_done=stages_done)
+
+    def __enter__(self) -> "FollowedRun":
+        """Nothing to start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The first process tells how the run ended."""
+
+    def remove(self, *names: str) -> None:
+        """Left to the first process."""
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Left to the first process."""
+        return self.path / name
+
+    @contextmanager
+    def write_folder(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder that is thrown away."""
+        with tempfile.TemporaryDirectory(prefix="lowrank_kit-") as folder:
+            yield Path(folder)
+
+    def _update(self, **changes: Any) -> None:
+        self._status = replace(self._status, **changes)
+
+
 def write_atomically(target: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,8 +293,9 @@ def write_atomically(target: Path, text: str) -> None:
     temporary.replace(target)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key; an empty mapping is a leaf."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    items = (_flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    items = (flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
     return {key: leaf for part in items for key, leaf in part.items()}

@@ -129,7 +129,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         with run.write_folder("adapter") as folder:
             (folder / "new").touch()
         assert [p.name for p in (run.path / "adapter").iterdir()] == ["new"]
-    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "adapter", "status.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == ["adapter", "status.json"]
 
 
 def test_name_tells_results_apart_and_nothing_else(make):

@@ -1,0 +1,64 @@
+"""What a command of ours does with signals, errors and other libraries' chatter."""
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from lowrank_kit.errors import LowRankKitError
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Run a command: status 2 if it is wrong, 1 if its work failed, after one message and no traceback.
+
+    An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the work and exit with 130 and 143.
+    """
+    # What a scheduler sends before it kills: unwinding records the interruption.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except LowRankKitError as error:
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def set_up_console(quiet: bool = False) -> None:
+    """Our own lines on stderr, and nothing of the libraries' that is no concern of the person who waits.
+
+    ``quiet``: errors alone, as from all but the first of several processes.
+    """
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    set_up_log()
+    if quiet:
+        warnings.simplefilter("ignore")
+        logging.getLogger("lowrank_kit").setLevel(logging.ERROR)
+
+
+def set_up_log() -> None:
+    """Our own lines on stderr."""
+    logger, console = logging.getLogger("lowrank_kit"), Console(stderr=True)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s", "%H:%M:%S"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler]
