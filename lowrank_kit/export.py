@@ -1,9 +1,15 @@
-"""Rewrite a compressed checkpoint: dense multiplies the factors out (a stock checkpoint), lowrank keeps them."""
+"""Write a run's model for others to load, with a model card: dense, lowrank, or lora for an adapter.
+
+dense multiplies the factors out (a stock checkpoint), lowrank keeps them, lora is plain PEFT on the original base.
+"""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 
@@ -14,16 +20,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser("python -m lowrank_kit.export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
-    parser.add_argument("--format", choices=("dense", "lowrank"), required=True, help="what to write")
+    parser.add_argument("--format", choices=("dense", "lowrank", "lora"), required=True, help="what to write")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     options = parser.parse_args(arguments)
     try:
-        _export(checkpoint_in(options.source), options.format, options.output, options.dtype)
+        _check_output(options.output)
+        source = adapter_in(options.source) if options.format == "lora" else checkpoint_in(options.source)
+        if options.push_to_hub:
+            # A hub that cannot be written to is found out before anything is.
+            _check_hub()
+        _export(source, options.format, options.output, options.dtype, options.push_to_hub)
+        print(f"{options.format} checkpoint: {options.output}")
+        if options.push_to_hub:
+            print(f"pushed: {_push(options.output, options.push_to_hub, options.private)}")
     except LowRankKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    print(f"{options.format} checkpoint: {options.output}")
     return 0
 
 
@@ -35,12 +50,12 @@ def checkpoint_in(source: Path) -> Path:
     for folder in (source / "recovered", source / "checkpoint", source):
         if (folder / "config.json").is_file():
             return folder
-    for folder in (source / "adapter", source):
-        if (folder / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"'{source}' holds an adapter, no model: '{folder}' is plain PEFT LoRA already, which "
-                f"PeftModel.from_pretrained(base, '{folder}') loads on the original base"
-            )
+    if (adapter := _adapter(source)) is not None:
+        raise ConfigError(
+            f"'{source}' holds an adapter, no model: '{adapter}' is plain PEFT LoRA already, which "
+            f"PeftModel.from_pretrained(base, '{adapter}') loads on the original base; --format lora writes it with a "
+            "model card"
+        )
     if not source.is_dir():
         raise ConfigError(f"'{source}' is not a folder: give a run directory or a checkpoint folder")
     raise ConfigError(
@@ -48,10 +63,44 @@ def checkpoint_in(source: Path) -> Path:
     )
 
 
-def _export(source: Path, style: str, output: Path, dtype_name: str | None) -> None:
+def adapter_in(source: Path) -> Path:
+    """Find the adapter of a run directory, or the adapter folder itself; `ConfigError` where there is none."""
+    if (folder := _adapter(source)) is None:
+        raise ConfigError(f"'{source}' has no adapter: --format lora is for runs of a method that adapts")
+    return folder
+
+
+def _adapter(source: Path) -> Path | None:
+    folders = (source / "adapter", source)
+    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
+
+
+def _check_output(output: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"--output '{output}' exists and is not an empty folder: choose another")
+
+
+def _export(source: Path, style: str, output: Path, dtype: str | None, repository: str | None) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
+    from lowrank_kit.runs.card import write_card
+
+    runs = [folder for folder in (source, source.parent) if (folder / "config.yaml").is_file()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling of the target: a rename is atomic only within one file system.
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        whole = Path(temporary, "whole")
+        if style == "lora":
+            shutil.copytree(source, whole, ignore=shutil.ignore_patterns("README.md"))
+        else:
+            _save_model(source, style, whole, dtype)
+        # Asked for by its own folder, the model from before a recovery may be written too.
+        before_recovery = (source.parent / "recovered").is_dir() and source.name == "checkpoint"
+        measured: Literal["compressed", "final"] = "compressed" if before_recovery else "final"
+        write_card(whole, runs[0] if runs else None, repository or output.name, measured)
+        whole.replace(output)
+
+
+def _save_model(source: Path, style: str, output: Path, dtype_name: str | None) -> None:
     import torch
     from transformers import AutoTokenizer
 
@@ -63,6 +112,40 @@ def _export(source: Path, style: str, output: Path, dtype_name: str | None) -> N
     tokenizer = AutoTokenizer.from_pretrained(source) if (source / "tokenizer_config.json").is_file() else None
     save = {"dense": save_dense, "lowrank": save_compressed}[style]
     save(model, output, tokenizer, dtype=getattr(torch, dtype_name) if dtype_name else None)
+
+
+def _check_hub() -> None:
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.is_offline_mode():
+        raise LowRankKitError(
+            "--push-to-hub: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or leave it out"
+        )
+    if get_token() is None:
+        raise LowRankKitError("--push-to-hub needs an account: run `hf auth login`, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    # Its client raises what its own clients raise.
+    except Exception as error:
+        raise LowRankKitError(f"--push-to-hub: the hub does not let us in: {_first_line(error)}") from error
+
+
+def _push(folder: Path, repository: str, private: bool) -> str:
+    """Upload in one commit; returns the address."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=private, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder))
+    except Exception as error:
+        raise LowRankKitError(
+            f"--push-to-hub: '{folder}' is written, but not on the hub: {_first_line(error)}; "
+            f"try `hf upload {repository} {folder}`"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 if __name__ == "__main__":

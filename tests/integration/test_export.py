@@ -78,3 +78,47 @@ def test_wrong_commands_say_what_to_do_and_write_nothing(run, tmp_path, capsys):
     assert main([str(run), "--format", "dense", "--output", str(output)]) == 1
     assert "model.safetensors' is damaged" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_an_adapter_is_written_with_its_card(tmp_path, capsys):
+    adapter = tmp_path / "run/adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    assert main([str(tmp_path / "run"), "--format", "lora", "--output", str(tmp_path / "out")]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    assert not (adapter / "README.md").exists()
+    assert main([str(tmp_path), "--format", "lora", "--output", str(tmp_path / "other")]) == 2
+    assert "has no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("offline", "token", "message"), [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "run `hf auth login`")]
+)
+def test_a_hub_that_cannot_be_written_to_is_found_out_before_anything_is_written(
+    run, tmp_path, capsys, monkeypatch, offline, token, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    words = ["--format", "lowrank", "--output", str(tmp_path / "out"), "--push-to-hub", "me/small"]
+    assert main([str(run), *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_upload_that_breaks_says_where_the_model_lies(run, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", broken)
+    words = ["--format", "lowrank", "--output", str(tmp_path / "out"), "--push-to-hub", "me/small"]
+    assert main([str(run), *words]) == 1
+    error = capsys.readouterr().err
+    assert "reset by peer" in error
+    assert f"hf upload me/small {tmp_path / 'out'}" in error
+    assert (tmp_path / "out/README.md").is_file()

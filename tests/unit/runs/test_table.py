@@ -1,4 +1,9 @@
+import pytest
+import yaml
+
+from lowrank_kit.compose import Composer
 from lowrank_kit.evaluation.records import EvalRecord
+from lowrank_kit.runs.published import FILE, Published, published_for
 from lowrank_kit.runs.table import print_results
 
 
@@ -52,3 +57,54 @@ def test_benchmarks_stand_beside_the_dense_model_in_percent(capsys):
     assert cells(shown, "benchmark") == ["benchmark", "metric", "dense", "final", "± s.e.", "final - dense", "rows"]
     assert cells(shown, "piqa") == ["piqa", "acc", "70.0", "62.5", "3.0", "-7.5", "100"]
     assert "majority" not in shown
+
+
+def test_a_papers_figures_stand_beside_ones_own_where_it_has_them(capsys):
+    records = [record("wikitext2", "perplexity", 8.0), record("wikitext2", "perplexity", 5.7, "dense")]
+    papers = Published({("wikitext2", "perplexity"): 5.68}, {("wikitext2", "perplexity"): 7.94}, "a paper")
+    print_results([*records, record("ptb", "perplexity", 9.0)], "svd_llm", published=papers)
+    shown = capsys.readouterr().out
+    assert cells(shown, "perplexity of")[-3:] == ["windows", "paper, dense", "paper"]
+    assert cells(shown, "wikitext2")[-2:] == ["5.68", "7.94"]
+    assert cells(shown, "│ ptb")[-2:] == ["-", "-"]
+    assert "paper: a paper" in shown
+    print_results([record("ptb", "perplexity", 9.0)], "svd_llm", published=papers)
+    assert "paper" not in capsys.readouterr().out
+
+
+def words(method, *more):
+    return [f"method={method}", "task=perplexity/wikitext2", *more]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dense", "final"),
+    [
+        (words("svd_llm", "model.path=huggyllama/llama-7b"), 5.68, 7.94),
+        (words("svd_llm", "model.path=/weights/LLaMA-7B", "method.ratio=0.4"), 5.68, 13.11),
+        (words("svd_llm", "model.path=huggyllama/llama-7b", "method.ratio=0.3"), 5.68, None),
+        (words("svd_llm", "model=llama2_7b"), None, None),
+        (words("svd_llm", "model.path=huggyllama/llama-7b", "recovery=lora"), None, None),
+        (words("none", "model.path=huggyllama/llama-7b"), 5.68, 5.68),
+    ],
+)
+def test_a_papers_figures_are_those_of_the_same_model_method_and_ratio(overrides, dense, final):
+    [config] = Composer().jobs(overrides, multirun=False)
+    found, line = published_for(config), ("wikitext2", "perplexity")
+    assert (found.dense.get(line), found.final.get(line)) == (dense, final)
+
+
+def test_a_papers_average_is_that_of_the_same_benchmarks():
+    overrides = ["method=grasp", "method.ratio=0.2", "model.path=meta-llama/Llama-3.1-8B-Instruct"]
+    [same] = Composer().jobs([*overrides, "task=commonsense7"], multirun=False)
+    [other] = Composer().jobs([*overrides, "task=commonsense"], multirun=False)
+    assert published_for(same).final == {("average", "mean"): 0.471}
+    assert published_for(other) == Published()
+
+
+def test_every_published_figure_names_a_method_and_a_task_that_there_are():
+    options = Composer().options
+    for group in yaml.safe_load(FILE.read_text()):
+        assert group.get("average_of", "commonsense7") in options["task"]
+        for figure in group["figures"]:
+            assert figure["method"] in options["method"]
+            assert figure["task"] == "average" or f"perplexity/{figure['task']}" in options["task"]

@@ -1,0 +1,1 @@
+"""Any set of run directories as one table: `python -m lowrank_kit.report RUNS`."""

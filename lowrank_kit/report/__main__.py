@@ -1,0 +1,67 @@
+"""Lay any runs out in one table: terminal, Markdown, LaTeX, CSV, and an HTML page that needs no network."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowrank_kit.errors import ConfigError, LowRankKitError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser("python -m lowrank_kit.report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders of them")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report"), metavar="DIR",
+        help="folder for report.html, report.md, table.tex, table.csv and the plots (default: report)",
+    )  # fmt: skip
+    parser.add_argument("--level", type=float, default=0.05, help="of significance, for bold (default: 0.05)")
+    parser.add_argument(
+        "--ignore", nargs="+", default=[], metavar="KEY",
+        help="settings that make no row of their own, such as train.learning_rate where it is chosen for each task",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        _report(options.runs, options.output, options.level, options.ignore)
+    except LowRankKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequence[str]) -> None:
+    if not 0 < level < 1:
+        raise ConfigError(f"--level {level} is not between 0 and 1")
+    # Imported only now: a wrong command is answered before scipy and matplotlib are loaded.
+    from lowrank_kit.report import render
+    from lowrank_kit.report.facts import commands
+    from lowrank_kit.report.find import find_runs, without
+    from lowrank_kit.report.pareto import plot_pareto
+    from lowrank_kit.report.table import build
+    from lowrank_kit.runs.directory import write_atomically
+
+    # Wide enough for every column: a table in a log file must not be cut to the width of no terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    with console.status("reading the runs"):
+        runs, left_out = find_runs(folders)
+        report = build(without(runs, ignored), left_out, level)
+    render.print_report(report, console)
+    with console.status("composing the commands"):
+        made = list(commands(report))
+    output.mkdir(parents=True, exist_ok=True)
+    plots = plot_pareto(report, output)
+    for name, text in (
+        ("report.md", render.markdown(report, made, plots)),
+        ("table.tex", render.latex(report)),
+        ("table.csv", render.tidy(report, made)),
+        ("report.html", render.html(report, made, plots)),
+    ):
+        write_atomically(output / name, text)
+    print(f"report: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The model card (README.md) of an exported checkpoint or adapter: how it was made, what it scores, how to load it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from omegaconf import OmegaConf
+
+from lowrank_kit.assets import CATALOGUE
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.models.load import PACKAGED
+
+UNKNOWN = "unknown"
+STATES = {"dense": "base model", "majority_class": "majority class", "compressed": "before recovery"}
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+- Base model: {{ base }}
+- Licence of the base: {{ base_licence }}
+{{ facts }}
+
+## How to load it
+
+```python
+{{ loading }}
+```
+
+## Measured results
+
+{{ results }}
+
+## Recipe
+
+{{ recipe }}
+"""
+DENSE = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")"""
+LOWRANK = """\
+import lowrank_kit  # or: trust_remote_code=True below, without lowrank_kit
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")"""
+ADAPTER = """\
+from peft import PeftModel
+from transformers import {head}
+
+base = {head}.from_pretrained("{base}"{labels})
+model = PeftModel.from_pretrained(base, "{name}")"""
+HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
+
+
+def write_card(folder: Path, run: Path | None, name: str, measured: Checkpoint = "final") -> None:
+    """Write ``folder/README.md`` for the checkpoint or PEFT adapter that lies there.
+
+    ``run`` is the directory of the run that made it; None: the card says only what the weights do. ``name`` is what
+    the reader will load it by, a hub id or a folder. ``measured`` says which of the run's figures are this one's.
+    """
+    config = _read_yaml(run / "config.yaml") if run else {}
+    records = [EvalRecord(**record) for record in _read_json(run / "results.json") or []] if run else []
+    plan = (_read_json(run / "plan.json") if run else None) or {}
+    adapter = _read_json(folder / "adapter_config.json")
+    base, licence = _base(config.get("model", {}))
+    method = config.get("method", {}).get("name", "a low-rank method")
+    data = ModelCardData(
+        license=licence[0],
+        base_model=base if _on_hub(config.get("model", {})) else None,
+        library_name="peft" if adapter else "transformers",
+        tags=["lowrank_kit", "low-rank", *([config["method"]["name"]] if config else [])],
+    )
+    ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=Path(name).name,
+        summary=_summary(method, base, adapter is not None),
+        base=base,
+        base_licence=licence[1],
+        facts="\n".join(f"- {line}" for line in _facts(plan, folder)),
+        loading=_loading(folder, adapter, base, name),
+        results=_results(records, measured),
+        recipe=_recipe(config),
+    ).save(folder / "README.md")
+
+
+def _summary(method: str, base: str, is_adapter: bool) -> str:
+    done = "A PEFT LoRA adapter for" if is_adapter else "A compressed form of"
+    return f"{done} {base}, made with `{method}` by lowrank_kit."
+
+
+def _base(model: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
+    """The base as the reader knows it, and its licence: the hub's identifier, and in words."""
+    path = str(model.get("path", ""))
+    if path.startswith(PACKAGED):
+        asset = CATALOGUE[path.removeprefix(PACKAGED)]
+        return f"{asset.note} (packaged with lowrank_kit)", (asset.licence.split()[0].lower(), asset.licence)
+    if not path:
+        return UNKNOWN, (UNKNOWN, UNKNOWN)
+    licence = _licence_of(path, model.get("revision"))
+    shown = path if _on_hub(model) else f"{model['name']} (a local folder)"
+    words = licence or f"{UNKNOWN}: the base's card was not found or names none; find out before you share this"
+    return shown, (licence or UNKNOWN, words)
+
+
+def _licence_of(path: str, revision: str | None) -> str | None:
+    """What the card of a hub repository or a folder says; None if there is no card, or no way to it."""
+    try:
+        file = (
+            Path(path) / "README.md" if Path(path).exists() else hf_hub_download(path, "README.md", revision=revision)
+        )
+        found = ModelCard.load(file).data.to_dict().get("license")
+    except (OSError, ValueError):
+        return None
+    return str(found) if found else None
+
+
+def _on_hub(model: Mapping[str, Any]) -> bool:
+    path = str(model.get("path", ""))
+    return bool(path) and not path.startswith(PACKAGED) and not Path(path).exists() and path.count("/") <= 1
+
+
+def _facts(plan: Mapping[str, Any], folder: Path) -> list[str]:
+    lines = []
+    if plan:
+        before, after = plan["parameters_before"], plan["parameters_after"]
+        ranks = sorted(plan["ranks"].values())
+        lines.append(
+            f"Parameters of the block linears: {before:,} before, {after:,} after ({100 * (after / before - 1):+.1f} %)"
+        )
+        lines.append(f"Ranks of {len(ranks)} matrices: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}")
+    config = _read_json(folder / "config.json") or {}
+    if factored := (config.get("lowrank") or {}).get("ranks"):
+        lines.append(f"Stored as two factors: {len(factored)} matrices")
+    return lines
+
+
+def _loading(folder: Path, adapter: Mapping[str, Any] | None, base: str, name: str) -> str:
+    if adapter is None:
+        config = _read_json(folder / "config.json") or {}
+        return (LOWRANK if "auto_map" in config else DENSE).format(name=name)
+    head = HEADS.get(str(adapter.get("task_type")), "AutoModel")
+    where = str(adapter.get("base_model_name_or_path") or base)
+    # A folder on the machine that trained it says nothing to others.
+    shown = where if not Path(where).is_absolute() else "PATH_OF_THE_BASE_MODEL"
+    labels = ", num_labels=NUMBER_OF_CLASSES" if head.endswith("SequenceClassification") else ""
+    return ADAPTER.format(head=head, base=shown, labels=labels, name=name)
+
+
+def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
+    states = {**STATES, "final": "after recovery", measured: "this model"}
+    shown = [record for record in records if record.checkpoint in states]
+    if not shown:
+        return "None: the run was not evaluated, or this checkpoint is of no run directory."
+    lines = ["| task | metric | of | value | ± s.e. | n | source |", "|---|---|---|---:|---:|---:|---|"]
+    for record in shown:
+        error = "" if record.stderr is None else f"{record.stderr:.4g}"
+        lines.append(
+            f"| {record.task} | {record.metric} | {states[record.checkpoint]} | {record.value:.4g} | {error} "
+            f"| {record.n} | {record.source} |"
+        )
+    return "\n".join([*lines, "", "Measured on the checkpoint of the run, in the run's number format."])
+
+
+def _recipe(config: Mapping[str, Any]) -> str:
+    if not config:
+        return "Unknown: this checkpoint is of no run directory."
+    plain = {key: value for key, value in config.items() if key not in ("run", "tracker")}
+    return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain)).strip()}\n```"
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return found
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None

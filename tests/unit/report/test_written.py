@@ -1,0 +1,112 @@
+"""What is written, read by the programs that will read it."""
+
+import csv
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from lowrank_kit.report.__main__ import main
+
+TASK = ("model=smollm2_135m", "task=perplexity/wikitext2")
+FRAME = r"""\documentclass{article}
+\usepackage{booktabs,graphicx}
+\begin{document}
+\input{table.tex}
+\end{document}
+"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def written(leave_run, tmp_path, capsys):
+    """The folder that a report of two methods, three seeds, an unfinished run and a strange name was written to."""
+    for seed in range(3):
+        for method, worse in (("svd_llm", 0.0), ("asvd", 4.0)):
+            figures = [("wiki_2 & 50%#", "perplexity", 20 + seed + worse + 0.1 * seed * worse), ("piqa", "acc", 0.5)]
+            line = [f"method={method}", *TASK, f"seed={seed}"]
+            leave_run(f"{method}{seed}", figures, line, parameters=10**8 + int(worse), dense=figures[:1])
+    leave_run("broken", None, ["method=asvd", *TASK, "seed=9"], "failed", error="ValueError: <b>&_{~^\\")
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "broken: failed: ValueError: <b>&_{~^\\" in printed
+    assert "21.00 ± 1.00" in printed
+    return tmp_path / "out"
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.bold: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "action", "data")]
+        if tag == "b":
+            self.bold.append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.bold and not self.bold[-1]:
+            self.bold[-1] = data
+
+
+def test_the_page_needs_nothing_but_itself(written):
+    text = (written / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert len(page.links) > 1
+    assert all(link.startswith("data:") for link in page.links)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    assert page.bold == ["21.00 ± 1.00"]
+    # What an error said is text, never a tag of the page.
+    assert "ValueError: <b>&_{~^\\" in page.text
+
+
+def test_every_figure_has_its_command_in_the_csv(written):
+    rows = list(csv.DictReader((written / "table.csv").open()))
+    measured = [row for row in rows if row["kind"] == "measured"]
+    assert len(measured) == 4
+    for row in measured:
+        assert row["command"].startswith(f"python -m lowrank_kit.run -m method={row['method']} ")
+        assert row["command"].endswith("seed=0,1,2")
+    [best] = [row for row in measured if row["significant"] == "True"]
+    assert (best["method"], best["test"], float(best["mean"])) == ("svd_llm", "paired t-test over seeds", 21.0)
+
+
+def test_markdown_has_one_width(written):
+    lines = [line for line in (written / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert sum("**21.00 ± 1.00**" in line for line in lines) == 1
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="compiling the LaTeX table needs pdflatex")
+def test_the_latex_table_compiles(written):
+    (written / "paper.tex").write_text(FRAME)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=written, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert r"\textbf{21.00 $\pm$ 1.00}" in (written / "table.tex").read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="opening the page needs Chromium")
+def test_a_browser_opens_the_page_without_an_error(written, tmp_path):
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--enable-logging=stderr"]
+    where = [f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={tmp_path / 'page.png'}"]
+    done = subprocess.run(
+        [*command, *where, (written / "report.html").resolve().as_uri()], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_wrong_commands_say_what_to_do(tmp_path, capsys):
+    assert main([str(tmp_path / "absent")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert main([str(tmp_path), "--level", "5"]) == 2
+    assert "--level 5.0 is not between 0 and 1" in capsys.readouterr().err
