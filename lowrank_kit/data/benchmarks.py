@@ -31,10 +31,10 @@ class Questions:
 def load_benchmarks(
     benchmarks: Mapping[str, Benchmark], source: Source, limit: int | None = None
 ) -> dict[str, Questions]:
-    """Load the first ``limit`` rows of every benchmark that the source has; the others are named in a warning.
+    """Load the first rows of every benchmark that the source has; the others are named in a warning.
 
-    Of a benchmark in parts the rows are taken from all parts in turn. Raises `ConfigError` where the source has none
-    of them.
+    Their number is a benchmark's `max_rows`, or else ``limit``. Of a benchmark in parts the rows are taken from all
+    parts in turn. Raises `ConfigError` where the source has none of them.
     """
     there = {name: b for name, b in benchmarks.items() if has(source, _ref(b), _splits(b))}
     absent = [name for name in benchmarks if name not in there]
@@ -45,7 +45,7 @@ def load_benchmarks(
             source.load(_ref(first), split)
     if absent:
         log.warning("the data source has the benchmarks %s and not %s", ", ".join(there), ", ".join(absent))
-    return {name: _load(name, benchmark, source, limit) for name, benchmark in there.items()}
+    return {name: _load(name, benchmark, source, benchmark.max_rows or limit) for name, benchmark in there.items()}
 
 
 def _ref(benchmark: Benchmark, max_rows: int | None = None) -> DatasetRef:
@@ -66,8 +66,8 @@ def _load(name: str, benchmark: Benchmark, source: Source, limit: int | None) ->
         raise ConfigError(f"the rows of '{benchmark.dataset}' have no column '{parts}' (part_column of {name})")
     if parts and limit is not None:
         rows = _in_turn(rows, parts, limit)
-    examples = _named(source.load(_ref(benchmark), shots[0]), benchmark) if shots else None
-    return Questions(name, benchmark, _named(rows, benchmark), examples)
+    examples = in_lm_evals_columns(source.load(_ref(benchmark), shots[0]), benchmark) if shots else None
+    return Questions(name, benchmark, in_lm_evals_columns(rows, benchmark), examples)
 
 
 def _in_turn(rows: Rows, column: str, limit: int) -> Rows:
@@ -81,7 +81,8 @@ def _in_turn(rows: Rows, column: str, limit: int) -> Rows:
     return replace(rows, dataset=chosen, sha256=content_hash(chosen))
 
 
-def _named(rows: Rows, benchmark: Benchmark) -> Rows:
+def in_lm_evals_columns(rows: Rows, benchmark: Benchmark) -> Rows:
+    """Rename the columns that the rows call otherwise than lm-eval does (`Benchmark.columns`)."""
     have = rows.dataset.column_names
     other = {mine: wanted for wanted, mine in benchmark.columns.items() if wanted not in have and mine in have}
     return replace(rows, dataset=rows.dataset.rename_columns(other)) if other else rows

@@ -1,11 +1,12 @@
 """Benchmarks whose answers are texts: lm-eval's prompts and filters; mathematics and programs are judged by ours."""
 
 import importlib.metadata
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ from lm_eval.api.task import Task
 
 from lowrank_kit.config import Benchmark
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.evaluation import words
 from lowrank_kit.evaluation.mathematics import is_right
 from lowrank_kit.evaluation.programs import pass_at_k, program_of, run_all
 from lowrank_kit.evaluation.sandbox import LIMITS, check_sandbox
@@ -41,14 +43,18 @@ def check_code_execution(name: str, benchmark: Benchmark, is_allowed: bool) -> N
 
 @contextmanager
 def prompts_alone() -> Iterator[None]:
-    """Lets lm-eval define tasks whose scorers cannot be had, and are not wanted.
+    """Lets lm-eval define tasks whose scorers cannot be had.
 
-    Those of HumanEval and MBPP download code that runs programs unguarded. That of MATH insists on antlr 4.11, which
-    Hydra excludes.
+    Those of HumanEval and MBPP, which are not wanted, download code that runs programs unguarded; that of MATH insists
+    on antlr 4.11, which Hydra excludes. That of CoQA takes its counts from a module that transformers 5 dropped.
     """
     versions = importlib.metadata.version
     none_of_it = SimpleNamespace(compute=lambda **_: None)
+    package: Any = ModuleType("transformers.data.metrics")
+    package.squad_metrics = words
+    dropped = {package.__name__: package, f"{package.__name__}.squad_metrics": words}
     with (
+        patch.dict(sys.modules, dropped),
         patch.object(evaluate, "load", lambda *_, **__: none_of_it),
         patch.object(importlib.metadata, "version", lambda n: "4.11" if n.startswith("antlr4") else versions(n)),
     ):
@@ -134,7 +140,14 @@ def _scores(
     if "math_verify" in benchmark.metrics:
         pairs = zip(rows, texts, strict=True)
         return [{"math_verify": float(is_right(text, row["solution"]))} for row, [text] in pairs]
-    return [{m: float(by_filter[FILTERS[m]]["exact_match"]) for m in benchmark.metrics} for by_filter in filtered]
+    return [{m: _of_lm_eval(m, by_filter) for m in benchmark.metrics} for by_filter in filtered]
+
+
+def _of_lm_eval(metric: str, by_filter: Mapping[str, Mapping[str, Any]]) -> float:
+    if metric in FILTERS:
+        return float(by_filter[FILTERS[metric]]["exact_match"])
+    [sample] = by_filter.values()
+    return float(sample[metric])
 
 
 def _programs(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]]) -> list[Sample]:

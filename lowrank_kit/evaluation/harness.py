@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,6 +33,9 @@ from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 
 VERSION = version("lm-eval")
 
+# Value and standard error.
+Figure = tuple[float, float | None]
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -39,12 +43,13 @@ class Answers:
 
     ``figures`` are value and standard error (None for a single row) by metric; ``samples`` one JSON object a row:
     the log-likelihood of every choice or the texts that were generated, what is right, every metric, and hashes of
-    row and prompt.
+    row and prompt. ``seconds`` is what it took, None where that was not noted.
     """
 
     name: str
-    figures: Mapping[str, tuple[float, float | None]]
+    figures: Mapping[str, Figure]
     samples: Sequence[Sample]
+    seconds: float | None
 
 
 class Exam:
@@ -70,7 +75,9 @@ class Exam:
     def key(self) -> dict[str, Any]:
         """All that the answers depend on besides the model: two exams of one key have the same prompts."""
         rows = [rows.sha256 for rows in (self.questions.rows, self.questions.examples) if rows]
-        settings = self.questions.benchmark.model_dump(mode="json", exclude={"reason", "hub_path", "hub_name"})
+        settings = self.questions.benchmark.model_dump(
+            mode="json", exclude={"reason", "hub_path", "hub_name", "max_rows"}
+        )
         scoring = generation.scoring_key(self.questions.benchmark)
         return {"benchmark": settings, "rows": rows, "lm_eval": VERSION, **scoring}
 
@@ -80,17 +87,17 @@ class Exam:
 
     def answer(self, lm: BoundedLM) -> Answers:
         """Let a model answer. Raises `LowRankKitError` for prompts longer than it reads."""
+        start, metrics = time.perf_counter(), self.questions.benchmark.metrics
+        lm.cut_middle = self.questions.benchmark.cut_middle
         found = evaluate(lm, {"tasks": self.tasks}, bootstrap_iters=0, log_samples=True)["samples"]
-        metrics = self.questions.benchmark.metrics
         samples: list[Sample] = []
         for name, task in self.tasks.items():
             if _generates(task):
                 samples += generation.samples_of(name, self.questions.benchmark, found[name])
             else:
                 samples += [_sample(name, sample, metrics) for sample in found[name]]
-        return Answers(
-            self.name, {metric: _figure(metric, [s[metric] for s in samples]) for metric in metrics}, samples
-        )
+        figures: dict[str, Figure] = {metric: _figure(metric, [s[metric] for s in samples]) for metric in metrics}
+        return Answers(self.name, figures, samples, time.perf_counter() - start)
 
     def records(self, answers: Answers, versions: Mapping[str, str], checkpoint: Checkpoint) -> list[EvalRecord]:
         """The answers in the form of every other figure."""
@@ -203,7 +210,7 @@ def _tasks(questions: Questions) -> dict[str, Task]:
         )
     manager = _manager(file.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0])
     try:
-        parts = set(questions.rows.dataset[benchmark.part_column]) if benchmark.part_column else None
+        parts = set(questions.rows.dataset[benchmark.part_column][:]) if benchmark.part_column else None
         specs = [
             {"task": name, **_redirected(questions, part), **generation.overrides(benchmark)}
             for name, part in _leaves(manager, benchmark.task)
@@ -212,6 +219,11 @@ def _tasks(questions: Questions) -> dict[str, Task]:
         # Inside a group, or lm-eval takes what overrides a task for the whole of a new one.
         with generation.prompts_alone():
             tasks = manager.load([{"group": f"our_{questions.name}", "task": specs}])["tasks"]
+    except ImportError as error:
+        raise ConfigError(
+            f"lm-eval's task '{benchmark.task}' needs packages that are not here; those of LongBench come with "
+            f"`pip install 'lowrank-kit[longbench]'`: {error}"
+        ) from error
     except Exception as error:
         columns = ", ".join(questions.rows.dataset.column_names)
         raise LowRankKitError(
@@ -271,7 +283,7 @@ def _part(rows: datasets.Dataset, benchmark: Benchmark, part: str | None) -> dat
     column = benchmark.part_column
     if column is None:
         return rows
-    return rows.select([index for index, value in enumerate(rows[column]) if value == part])
+    return rows.select([index for index, value in enumerate(rows[column][:]) if value == part])
 
 
 def _sample(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> Sample:
@@ -287,8 +299,9 @@ def _plain(value: Any) -> float | list[int]:
     return [int(number) for number in value] if isinstance(value, tuple) else float(value)
 
 
-def _figure(metric: str, values: Sequence[Any]) -> tuple[float, float | None]:
-    if metric in ("mcc", "f1"):
+def _figure(metric: str, values: Sequence[Any]) -> Figure:
+    # Elsewhere, f1 is of the words of one answer.
+    if isinstance(values[0], list):
         right, chosen = np.array(values).T
         name: Any = {"mcc": "matthews"}.get(metric, metric)
         return score(name, right, chosen), standard_error(name, right, chosen) if len(values) > 1 else None

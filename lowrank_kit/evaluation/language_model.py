@@ -1,8 +1,10 @@
 """A causal model as lm-eval knows one, with a bound on the memory of a forward pass."""
 
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,8 @@ lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 # The two strings, and the tokens of context and continuation.
 Request = tuple[tuple[str, str], list[int], list[int]]
+# Of context and continuation; an array takes a ninth of the memory of a list of numbers.
+Tokens = dict[tuple[str, str], "tuple[array[int], array[int]]"]
 
 
 class BoundedLM(HFLM):
@@ -31,7 +35,8 @@ class BoundedLM(HFLM):
 
     Requests are sorted by length, and those that differ in their last token share a forward pass, as in `HFLM`.
     A prompt longer than the model reads is an error, where `HFLM` cuts off its beginning. The tokenizer is left as it
-    is: lm-eval would give one without padding token one.
+    is: lm-eval would give one without padding token one. What ``tokens`` holds is not tokenised again: models with one
+    tokenizer share it.
     """
 
     def __init__(
@@ -40,11 +45,15 @@ class BoundedLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         max_length: int | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size="auto", max_length=max_length)
         self.advance: Callable[[float], None] = lambda share: None
         """Called with the share of the present requests that was answered."""
+        self.cut_middle = False
+        """Whether a prompt that leaves no room for what is to be generated loses its middle, or is an error."""
         self.cache_hook = self
+        self._tokens: Tokens = {} if tokens is None else tokens
         self._most_rows, self._first, self._share, self._asking = batch_size, 0, 1.0, ""
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -55,12 +64,15 @@ class BoundedLM(HFLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         """As in `HFLM`, in batches of ``batch_size``; where tokens are drawn, the same ones every time."""
         self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
-        arguments = [request.args for request in requests]
-        room = [settings.get("max_gen_toks", self.max_gen_toks) for _, settings in arguments]
-        lengths = [len(self.tok_encode(prompt)) + new for (prompt, _), new in zip(arguments, room, strict=True)]
-        self._refuse_longer(
-            lengths, f"(with the {max(room)} to be generated) ", " or task.benchmarks.NAME.max_new_tokens"
-        )
+        room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        if self.cut_middle and max(room) < self.max_length:
+            requests = [self._cut(*asked) for asked in zip(requests, prompts, room, strict=True)]
+        else:
+            lengths = [len(prompt) + new for prompt, new in zip(prompts, room, strict=True)]
+            self._refuse_longer(
+                lengths, f"(with the {max(room)} to be generated) ", " or task.benchmarks.NAME.max_new_tokens"
+            )
         chosen: Any = self.batch_size
         self.batch_size_per_gpu = self._most_rows
         try:
@@ -74,10 +86,26 @@ class BoundedLM(HFLM):
         """Take note of an answer: `HFLM` offers each to its ``cache_hook``."""
         self.advance(self._share)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        known = self._tokens.get((context, continuation))
+        if known is None:
+            first, second = super()._encode_pair(context, continuation)
+            known = self._tokens[context, continuation] = array("i", first), array("i", second)
+        return known[0].tolist(), known[1].tolist()
+
     def _loglikelihood_tokens(self, requests: list[Request], *rest: Any, **more: Any) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
         self._refuse_longer(lengths)
         return super()._loglikelihood_tokens(requests, *rest, **more)
+
+    def _cut(self, request: Instance, prompt: list[int], room: int) -> Instance:
+        """A prompt that is too long, without its middle, as LongBench does it (arXiv 2308.14508)."""
+        if len(prompt) + room <= self.max_length:
+            return request
+        kept = self.max_length - room
+        # Two texts, as there: a word that is cut in two at the seam is two halves of words.
+        head, tail = prompt[: kept // 2], prompt[len(prompt) - kept // 2 :]
+        return replace(request, arguments=(self.tok_decode(head) + self.tok_decode(tail), request.args[1]))
 
     def _refuse_longer(self, lengths: Sequence[int], counted: str = "", less: str = "") -> None:
         if (longest := max(lengths)) > self.max_length:

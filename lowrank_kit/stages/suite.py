@@ -3,19 +3,21 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.evaluation.harness import Answers, Exam, answer_all, averages
-from lowrank_kit.evaluation.language_model import BoundedLM
+from lowrank_kit.evaluation.language_model import BoundedLM, Tokens
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
 
 Key = Mapping[str, Any]
+
+DENSE: Checkpoint = "dense"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Suite:
 
     Below ``folder`` lie ``benchmarks/CHECKPOINT/NAME.json``, figures with the key of all that they depend on, and
     ``samples/CHECKPOINT/NAME.jsonl``, one line a row. What lies there with the same key is not measured again.
+    ``tokens`` are those of the questions, which all models share.
     """
 
     exams: Sequence[Exam]
@@ -32,6 +35,7 @@ class Suite:
     max_length: int
     versions: Mapping[str, str]
     folder: Path
+    tokens: Tokens = field(default_factory=dict)
 
     def judge(
         self,
@@ -44,23 +48,25 @@ class Suite:
         """The records of one model, and their average.
 
         ``key`` says what the answers depend on besides the benchmark. ``shared`` is a folder where other runs, too,
-        leave and find answers.
+        leave and find answers of the dense model.
         """
         keys = {exam.name: {**key, **exam.key, "max_length": self.max_length} for exam in self.exams}
+        shelves: dict[str, list[tuple[Path, Checkpoint]]] = {
+            name: [(self.folder, checkpoint), *([(shared / _digest(whole), DENSE)] if shared else [])]
+            for name, whole in keys.items()
+        }
         found: dict[str, Answers] = {}
         for name, whole in keys.items():
-            shelves = [self.folder, *([shared / _digest(whole)] if shared else [])]
-            kept = [answers for shelf in shelves if (answers := _read(shelf, checkpoint, name, whole))]
+            kept = [answers for shelf in shelves[name] if (answers := _read(*shelf, name, whole))]
             if kept:
                 found[name] = kept[0]
                 _write(self.folder, checkpoint, kept[0], whole)
         if todo := [exam for exam in self.exams if exam.name not in found]:
-            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length)
+            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens)
             for answers in answer_all(lm, todo, progress, f"{checkpoint} model"):
-                found[answers.name], whole = answers, keys[answers.name]
-                _write(self.folder, checkpoint, answers, whole)
-                if shared:
-                    _write(shared / _digest(whole), checkpoint, answers, whole)
+                found[answers.name] = answers
+                for shelf in shelves[answers.name]:
+                    _write(*shelf, answers, keys[answers.name])
         records = [r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint)]
         return [*records, *averages(records)]
 
@@ -77,15 +83,20 @@ def _write(folder: Path, checkpoint: Checkpoint, answers: Answers, key: Key) -> 
     figures, samples = _files(folder, checkpoint, answers.name)
     write_atomically(samples, "".join(json.dumps(sample) + "\n" for sample in answers.samples))
     # Last: where there are figures, the samples are whole.
-    write_atomically(figures, json.dumps({"figures": answers.figures, "key": key}, indent=2) + "\n")
+    write_atomically(
+        figures, json.dumps({"figures": answers.figures, "seconds": answers.seconds, "key": key}, indent=2) + "\n"
+    )
 
 
 def _read(folder: Path, checkpoint: Checkpoint, name: str, key: Key) -> Answers | None:
     figures, samples = _files(folder, checkpoint, name)
-    if not figures.is_file():
+    try:
+        kept = json.loads(figures.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        # A file system that lost its end is no worse than one that never had it.
         return None
-    kept = json.loads(figures.read_text("utf-8"))
     if _digest(kept["key"]) != _digest(key):
         return None
     lines = samples.read_text("utf-8").splitlines()
-    return Answers(name, {m: (v, e) for m, (v, e) in kept["figures"].items()}, [json.loads(line) for line in lines])
+    found = {metric: (value, error) for metric, (value, error) in kept["figures"].items()}
+    return Answers(name, found, [json.loads(line) for line in lines], kept.get("seconds"))

@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from lm_eval.models.huggingface import HFLM
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.harness import Exam
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.pipeline import execute
+from lowrank_kit.runs.directory import write_atomically
 
 
 def write(file, lines):
@@ -65,7 +67,13 @@ def test_a_model_as_it_is_answers_the_benchmarks_that_there_are(job, capsys, cap
     assert set(read(run / "manifest.json")["data"]) >= {"piqa:validation", "winogrande:validation"}
 
 
-def test_a_compressed_model_stands_beside_the_dense_one_and_beside_perplexity(job):
+@pytest.fixture
+def nothing_known(monkeypatch, tmp_path):
+    """Call it, and answers of other runs are no longer found."""
+    return lambda: monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "another cache"))
+
+
+def test_a_compressed_model_stands_beside_the_dense_one_and_beside_perplexity(job, nothing_known):
     run = execute(job("task.perplexity=true", "task.window=32"))
     dense, final = values(run, "dense"), values(run)
     assert (
@@ -76,6 +84,7 @@ def test_a_compressed_model_stands_beside_the_dense_one_and_beside_perplexity(jo
         }
     )
     assert {path.name for path in (run / "samples/dense").iterdir()} == {"piqa.jsonl", "winogrande.jsonl"}
+    nothing_known()
     alone = values(execute(job(method="none")))
     assert {line: dense[line] for line in alone} == alone
     again = execute(job(f"model.path={run / 'checkpoint'}", method="none"))
@@ -97,12 +106,28 @@ def answered(monkeypatch):
 
 def test_the_dense_model_answers_once_for_all_runs(job, answered):
     first, second = execute(job()), execute(job("method.ratio=0.5"))
+    as_it_came = execute(job(method="none"))
     assert sorted(answered) == sorted(["piqa", "winogrande"] * 3)
-    assert values(first, "dense") == values(second, "dense")
+    assert values(first, "dense") == values(second, "dense") == values(as_it_came)
 
 
-def test_a_killed_run_goes_on_behind_the_last_benchmark_on_disk(job, answered, monkeypatch):
+def test_all_models_of_a_run_share_the_tokens_of_the_questions(job, monkeypatch):
+    texts, encode = [], HFLM.tok_encode
+
+    def watched(self, text, *rest, **more):
+        texts.append(text)
+        return encode(self, text, *rest, **more)
+
+    monkeypatch.setattr(HFLM, "tok_encode", watched)
+    execute(job())
+    # Once for two models; of a question and its answer, the whole and the question.
+    questions = 2 * (9 + 8)
+    assert len(texts) == 2 * questions
+
+
+def test_a_killed_run_goes_on_behind_the_last_benchmark_on_disk(job, answered, monkeypatch, nothing_known):
     whole, ask = values(execute(job(method="none"))), BoundedLM.loglikelihood
+    nothing_known()
 
     def dies(self, requests, **more):
         if requests[0].task_name == "piqa":
@@ -116,6 +141,44 @@ def test_a_killed_run_goes_on_behind_the_last_benchmark_on_disk(job, answered, m
     answered.clear()
     assert values(execute(job(method="none"))) == whole
     assert answered == ["piqa"]
+
+
+def test_what_was_killed_between_samples_and_figures_is_asked_again(job, answered, monkeypatch, nothing_known):
+    whole = values(execute(job(method="none")))
+    nothing_known()
+
+    def dies(path, text):
+        if path.name == "piqa.json":
+            raise KeyboardInterrupt
+        write_atomically(path, text)
+
+    monkeypatch.setattr("lowrank_kit.stages.suite.write_atomically", dies)
+    with pytest.raises(KeyboardInterrupt):
+        execute(job("run.resume=false", method="none"))
+    monkeypatch.setattr("lowrank_kit.stages.suite.write_atomically", write_atomically)
+    answered.clear()
+    run = execute(job(method="none"))
+    assert answered == ["piqa"]
+    assert values(run) == whole
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_file_that_lost_its_end_counts_as_absent(left, job, answered, nothing_known):
+    run = execute(job(method="none"))
+    whole, file = values(run), run / "benchmarks/final/piqa.json"
+    nothing_known()
+    file.write_text(file.read_text()[:left])
+    (run / "status.json").unlink()
+    answered.clear()
+    assert values(execute(job(method="none"))) == whole
+    assert answered == ["piqa"]
+
+
+def test_a_model_whose_context_is_too_short_is_told_what_to_do(job):
+    with pytest.raises(
+        LowRankKitError, match=r"18 of 18 prompts of piqa are longer than the 2 tokens .*~task\.benchmarks"
+    ):
+        execute(job("model.max_length=2", "~task.benchmarks.winogrande", method="none"))
 
 
 def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_path, checkpoint, tiny_model):

