@@ -1,6 +1,7 @@
 """Astra's initialisation against PEFT's CorDA, the nearest maintained relative: time and memory as ratios.
 
     python benchmarks/astra_init.py [--repeats 3] [--samples 64] [--tokens 512] [--ranks 32 128]
+                                    [--threads 2]
 
 Both calibrate SmolLM2-135M (float32) on the same token sequences and end with a PEFT model ready to train, all
 seven linears of a block adapted. Every measurement is a fresh process that loads the model first; what is measured
@@ -11,36 +12,34 @@ that a drift of the machine's speed hits both. `--blocks` cuts the model, to see
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import threading
 import time
 
-import psutil
 import torch
+from fresh import SMOLLM2, PeakMemory, in_fresh_process, smollm2
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.methods.astra import Astra
-from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
+from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.training.initialise import adapt
-
-SMOLLM2 = ModelSource("packaged://smollm2_135m")
 
 
 def main() -> None:
     arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.ranks[0], arguments)))
         return
     methods = ["astra", "corda"]
-    print(f"{arguments.samples} samples x {arguments.tokens} tokens, {torch.get_num_threads()} threads")
+    print(f"{arguments.samples} samples x {arguments.tokens} tokens, {arguments.threads} threads")
     for rank in arguments.ranks:
         runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
         for _ in range(arguments.repeats):
             for method in methods:
-                runs[method].append(_in_fresh_process(method, rank, arguments))
+                runs[method].append(
+                    in_fresh_process(method, argparse.Namespace(**{**vars(arguments), "ranks": [rank]}))
+                )
         for method in methods:
             seconds = [run["seconds"] for run in runs[method]]
             extra = statistics.median(run["extra_mib"] for run in runs[method])
@@ -55,14 +54,8 @@ def main() -> None:
 
 
 def measure(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
-    model = load_model(SMOLLM2, "causal").model
-    if arguments.blocks:
-        model.model.layers = model.model.layers[: arguments.blocks]
-        model.config.num_hidden_layers = arguments.blocks
+    model = smollm2(arguments.blocks)
     sequences = _sequences(arguments.samples, arguments.tokens)
-    # Checkpoints are mapped into memory: without a look at every weight, reading them would count as extra.
-    for parameter in model.parameters():
-        parameter.sum()
     initialise = {"astra": initialise_astra, "corda": initialise_corda}[method]
     with PeakMemory() as memory:
         started = time.perf_counter()
@@ -100,41 +93,10 @@ def initialise_corda(model: torch.nn.Module, sequences: list[torch.Tensor], rank
     get_peft_model(model, config)
 
 
-class PeakMemory:
-    """Highest resident memory while entered, above what it was at entry, sampled every 5 ms."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._process = psutil.Process()
-        self._start = self._peak = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def extra_bytes(self) -> int:
-        return self._peak - self._start
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-
 def _sequences(samples: int, tokens: int) -> list[torch.Tensor]:
     rows = PackagedSource().load(DatasetRef("text/wikipedia"), "validation").dataset
     ids = load_tokenizer(SMOLLM2)("\n\n".join(rows["text"]), return_tensors="pt")["input_ids"][0]
     return list(ids[: samples * tokens].split(tokens))
-
-
-def _in_fresh_process(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, float]:
-    options = ["--measure", method, "--ranks", str(rank), "--samples", str(arguments.samples)]
-    options += ["--tokens", str(arguments.tokens), "--blocks", str(arguments.blocks)]
-    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments() -> argparse.Namespace:
@@ -143,6 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--blocks", type=int, default=0, help="use the first so many blocks; 0: all")
     parser.add_argument("--measure", choices=["astra", "corda"], help=argparse.SUPPRESS)
     require("smollm2_135m")

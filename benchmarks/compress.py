@@ -18,10 +18,8 @@ the model, for a quick look; perplexities then mean nothing. `--profile` shows w
 import argparse
 import cProfile
 import json
-import os
 import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from astra_init import SMOLLM2, PeakMemory
+from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,13 +46,11 @@ from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import load_model, load_tokenizer
+from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.truncation.activations import Optimal
 
 PERPLEXITY_WINDOW = 1024
 FORWARD, DECOMPOSITION, CACHE, FACTORS = "forward and Grams", "decomposition", "cache", "factors"
-
-Run = dict[str, Any]
 
 
 def main() -> None:
@@ -73,7 +69,7 @@ def compare(arguments: argparse.Namespace) -> None:
     runs: dict[str, list[Run]] = {"ours": [], "published": []}
     for _ in range(arguments.repeats):
         for name, found in runs.items():
-            found.append(_in_fresh_process(name, arguments))
+            found.append(in_fresh_process(name, arguments))
     text = "packaged Wikipedia text" if arguments.data_root is None else "WikiText-2"
     print(f"{arguments.samples} x {arguments.seq_len} tokens of {text}, {arguments.threads} threads, "
           f"ratio {arguments.ratios[0]}, {arguments.repeats} runs each; medians (least to most)\n")  # fmt: skip
@@ -125,7 +121,7 @@ class Clock:
 def measure_ours(arguments: argparse.Namespace) -> Run:
     calibration, held_out = _windows(arguments)
     first, *others = arguments.ratios
-    model, clock = _model(arguments), Clock()
+    model, clock = smollm2(arguments.blocks), Clock()
     model_bytes = _bytes(model)
     with tempfile.TemporaryDirectory() as cache:
         with PeakMemory() as memory, clock("all"):
@@ -137,7 +133,7 @@ def measure_ours(arguments: argparse.Namespace) -> Run:
             for ratio in others:
                 # Not two models at once.
                 del model
-                model = _model(arguments)
+                model = smollm2(arguments.blocks)
                 compress(model, calibration, ratio, arguments.batch_size, Path(cache), Clock())
     phases[FORWARD] -= phases[DECOMPOSITION] + phases[CACHE]
     return {
@@ -164,7 +160,7 @@ def compress(model: PreTrainedModel, windows: Tensor, ratio: float, batch_size: 
 
 def measure_published(arguments: argparse.Namespace) -> Run:
     calibration, held_out = _windows(arguments)
-    model, clock = _model(arguments), Clock()
+    model, clock = smollm2(arguments.blocks), Clock()
     model_bytes = _bytes(model)
     with PeakMemory() as memory, clock("all"):
         shifted = compress_as_published(model, calibration, arguments.ratios[0], clock)
@@ -232,7 +228,7 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, bool]:
 def profile(arguments: argparse.Namespace) -> None:
     """Print where our time goes; products written with an operator count to the function that has them."""
     calibration, _ = _windows(arguments)
-    model, clock, profiler = _model(arguments), Clock(), cProfile.Profile()
+    model, clock, profiler = smollm2(arguments.blocks), Clock(), cProfile.Profile()
     with tempfile.TemporaryDirectory() as cache, profiler:
         compress(model, calibration, arguments.ratios[0], arguments.batch_size, Path(cache), clock)
     clock.seconds[FORWARD] -= clock.seconds[DECOMPOSITION] + clock.seconds[CACHE]
@@ -257,18 +253,6 @@ def _windows(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return calibration, windows("test", arguments.perplexity_windows, PERPLEXITY_WINDOW)
 
 
-def _model(arguments: argparse.Namespace) -> PreTrainedModel:
-    model = load_model(SMOLLM2, "causal").model
-    if arguments.blocks:
-        model.model.layers = model.model.layers[: arguments.blocks]
-        model.config.num_hidden_layers = arguments.blocks
-    # Checkpoints are mapped into memory, and a mapping stays whole while one tensor of it lives: weights that are
-    # replaced would still count, and reading the others would count as extra.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
 def _bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
@@ -276,20 +260,6 @@ def _bytes(model: nn.Module) -> int:
 def _spread(values: list[float], digits: int = 1) -> str:
     least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return f"{statistics.median(values):.{digits}f} ({least} to {most})"
-
-
-def _in_fresh_process(name: str, arguments: argparse.Namespace) -> Run:
-    options = ["--measure", name, "--ratios", *map(str, arguments.ratios)]
-    for key in ("samples", "seq_len", "batch_size", "threads", "blocks", "perplexity_windows"):
-        options += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
-    if arguments.data_root is not None:
-        options += ["--data-root", str(arguments.data_root)]
-    # Every linear algebra library in the process has threads of its own.
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
-    done = subprocess.run(
-        [sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,18 +20,15 @@ drift of the machine's speed hits all. Perplexity is that of windows of 1024 tok
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from astra_init import SMOLLM2, PeakMemory
+from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from transformers import PreTrainedModel
@@ -45,14 +42,12 @@ from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.grasp import Grasp
 from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import load_model, load_tokenizer
+from lowrank_kit.models.load import load_tokenizer
 
 PERPLEXITY_WINDOW = 1024
 REMOVED_SHARE = 0.9
 SUBLAYERS = (("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), tuple(f"self_attn.{x}_proj" for x in "qkvo"))
 NAMES = {"published": "published loop", "propagate": "ours, propagate=true", "one_pass": "ours, propagate=false"}
-
-Run = dict[str, Any]
 
 
 def main() -> None:
@@ -69,9 +64,9 @@ def compare(arguments: argparse.Namespace) -> None:
     runs: dict[str, list[Run]] = {name: [] for name in NAMES}
     for _ in range(arguments.repeats):
         for name, found in runs.items():
-            found.append(_in_fresh_process(name, arguments))
+            found.append(in_fresh_process(name, arguments))
     text = "packaged Wikipedia text" if arguments.data_root is None else "WikiText-2"
-    dense = _judged(_model(), arguments)
+    dense = _judged(smollm2(), arguments)
     print(
         f"{arguments.samples} x {arguments.seq_len} tokens of {text}, batches of {arguments.batch_size}, "
         f"{arguments.threads} threads, redundant blocks {runs['published'][0]['blocks']}, {arguments.repeats} runs "
@@ -98,7 +93,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> Run:
-    calibration, model = _windows("validation", arguments.samples, arguments.seq_len, arguments), _model()
+    calibration, model = _windows("validation", arguments.samples, arguments.seq_len, arguments), smollm2()
     with PeakMemory() as memory:
         started, cpu_started = time.perf_counter(), time.process_time()
         if name == "published":
@@ -199,30 +194,6 @@ def _windows(split: str, count: int, length: int, arguments: argparse.Namespace)
 
 def _judged(model: PreTrainedModel, arguments: argparse.Namespace) -> float:
     return perplexity(model, _windows("test", arguments.perplexity_windows, PERPLEXITY_WINDOW, arguments)).value
-
-
-def _model() -> PreTrainedModel:
-    model = load_model(SMOLLM2, "causal").model
-    # Checkpoints are mapped into memory: reading the weights would count as extra.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def _in_fresh_process(name: str, arguments: argparse.Namespace) -> Run:
-    options = ["--measure", name]
-    for key in ("samples", "seq_len", "batch_size", "redundant", "threads", "perplexity_windows"):
-        options += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
-    if arguments.full_backward:
-        options.append("--full-backward")
-    if arguments.data_root is not None:
-        options += ["--data-root", str(arguments.data_root)]
-    # Every linear algebra library in the process has threads of its own.
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
-    done = subprocess.run(
-        [sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,21 +2,26 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_kit.config import RunConfig, load
+from lowrank_kit.config.sweeps import Launcher, Optuna, load_launcher, load_search
 from lowrank_kit.errors import ConfigError, did_you_mean
 
 PARTS_OF_METHODS = ("truncation", "allocation")
@@ -35,9 +40,37 @@ def options(folders: Sequence[Path]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for folder in folders:
         for file in folder.glob("*/**/*.yaml"):
-            group, *name = file.relative_to(folder).with_suffix("").parts
-            found[group].add("/".join(name))
+            parts = file.relative_to(folder).with_suffix("").parts
+            depth = 2 if parts[0] == "hydra" else 1
+            found["/".join(parts[:depth])].add("/".join(parts[depth:]))
     return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration of a sweep."""
+
+    overrides: tuple[str, ...]
+    """All of them but Hydra's own, as typed."""
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every combination of a grid, and how to start them."""
+
+    jobs: list[Job]
+    launcher: Launcher
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search: what does not vary, what does, and how to start the points that it proposes."""
+
+    fixed: list[str]
+    space: list[Override]
+    settings: Optuna
+    launcher: Launcher
 
 
 class Composer:
@@ -48,16 +81,27 @@ class Composer:
         self.folder = (folder or conf_folder()).resolve()
         self.extra = extra.resolve() if extra else None
         self.options = options([self.folder, *([self.extra] if self.extra else [])])
+        _forget_namesakes(self.options)
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """Compose one configuration, not yet checked against the schema; `ConfigError` if it cannot be."""
         return self._compose(overrides, return_hydra_config=False)
 
     def jobs(self, overrides: Sequence[str], multirun: bool) -> list[RunConfig]:
-        """Check and return every configuration that this command line stands for.
+        """Check and return every configuration that this command line stands for; of a search, where it begins.
 
-        A sweep (`multirun`, or `hydra.mode: MULTIRUN` in an experiment) is expanded as by Hydra's sweeper.
         Raises one `ConfigError` for everything that is wrong in any combination.
+        """
+        planned = self.planned(overrides, multirun)
+        if isinstance(planned, Search):
+            return [self.point(planned, [f"{o.get_key_element()}={ends(o)[0]}" for o in planned.space]).config]
+        return [job.config for job in planned.jobs] if isinstance(planned, Sweep) else planned
+
+    def planned(self, overrides: Sequence[str], multirun: bool) -> Sweep | Search | list[RunConfig]:
+        """What this command line asks for, checked as by `jobs`.
+
+        A sweep (`multirun`, or `hydra.mode: MULTIRUN` in an experiment) is expanded as by Hydra's sweeper. A list:
+        one run, or what a launcher or sweeper that is not ours makes its jobs of.
         """
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -65,19 +109,57 @@ class Composer:
         hydra = self._compose(fixed if multirun else overrides, return_hydra_config=True).hydra
         if not multirun and hydra.mode != RunMode.MULTIRUN:
             return [load(self.compose(overrides))]
-        if not hydra.sweeper._target_.endswith(".BasicSweeper"):
+        with self._readable_errors():
+            sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
+            launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True, throw_on_missing=True)
+        swept = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*force_dotted(swept), *overrides])
+        ours = "kind" in launcher or launcher["_target_"].endswith(".BasicLauncher")
+        if sweeper.get("kind") == "optuna" and ours:
+            search = Search(
+                _without_hydra(fixed),
+                [o for o in parsed if o.is_sweep_override()],
+                load_search(sweeper),
+                load_launcher(launcher),
+            )
+            self._check_search(search)
+            return search
+        if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
             # Another sweeper chooses its points while it runs; what does not vary can still be checked.
             return [load(self.compose(fixed))]
-        swept = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-        return self._check_all(OverridesParser.create().parse_overrides([*swept, *overrides]))
+        jobs = self._check_all(parsed)
+        return Sweep(jobs, load_launcher(launcher)) if ours else [job.config for job in jobs]
 
-    def _check_all(self, parsed: list[Override]) -> list[RunConfig]:
-        [combinations] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        good: list[RunConfig] = []
+    def point(self, search: Search, chosen: Sequence[str]) -> Job:
+        """The configuration at one point of a search."""
+        overrides = [*search.fixed, *chosen]
+        return Job(_as_typed_all(overrides), load(self.compose(overrides)))
+
+    def _check_search(self, search: Search) -> None:
+        """Raise `ConfigError` where either end of any dimension cannot be, or a test split would be searched on."""
+        if not search.space:
+            raise ConfigError("a search needs something to vary, for example 'method.ratio=interval(0.2,0.5)'")
+        names = [o.get_key_element() for o in search.space]
+        first = [f"{name}={ends(o)[0]}" for name, o in zip(names, search.space, strict=True)]
+        for index, dimension in enumerate(search.space):
+            for value in ends(dimension):
+                config = self.point(search, [*first[:index], f"{names[index]}={value}", *first[index + 1 :]]).config
+                if config.eval.held_out is None:
+                    raise ConfigError(
+                        "a search that reads the evaluation split chooses on the rows it is judged by: "
+                        "add eval.held_out=N to choose on N training rows (or windows) that training does not see"
+                    )
+
+    def _check_all(self, parsed: list[Override]) -> list[Job]:
+        try:
+            [combinations] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        except HydraException as error:
+            raise ConfigError(f"a sweep takes lists of values: {error}; a search (hydra/sweeper=optuna) too") from error
+        good: list[Job] = []
         bad: dict[str, list[str]] = defaultdict(list)
-        for overrides in combinations:
+        for overrides in map(_without_hydra, combinations):
             try:
-                good.append(load(self.compose(overrides)))
+                good.append(Job(_as_typed_all(overrides), load(self.compose(overrides))))
             except ConfigError as error:
                 bad[str(error)].append(_as_typed(" ".join(overrides)))
         if bad:
@@ -105,7 +187,8 @@ class Composer:
         try:
             yield
         except MissingConfigException as error:
-            group, _, name = (error.missing_cfg_file or self.name).partition("/")
+            missing = error.missing_cfg_file or self.name
+            group, _, name = missing.rpartition("/") if missing.startswith("hydra/") else missing.partition("/")
             legal = self.options.get(group, error.options or ())
             raise ConfigError(f"{group}={name} is not an option{did_you_mean(name, legal)}") from error
         except OverrideParseException as error:
@@ -138,10 +221,38 @@ def force_dotted(overrides: Sequence[str]) -> list[str]:
     """Write `a.b=c` as `++a.b=c`, so that Hydra lets every key through and the schema alone judges them all.
 
     The schema then lists a misspelt key together with every other problem, and open dictionaries such as
-    `method.rank_pattern` take new keys without a plus sign.
+    `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`.
     """
     plain = re.compile(r"(?!hydra\.)[A-Za-z_]\w*\.[^=@]+=")
-    return [f"++{override}" if plain.match(override) else override for override in overrides]
+    named = (re.sub(r"^recovery\.method=(?=\w+$)", "method@recovery.method=", override) for override in overrides)
+    return [f"++{override}" if plain.match(override) else override for override in named]
+
+
+def _forget_namesakes(ours: Mapping[str, Sequence[str]]) -> None:
+    """Let our launchers and sweepers be found where a plug-in of Hydra's registers one of the same name."""
+    Plugins.instance()
+    groups: Any = ConfigStore.instance().repo["hydra"]
+    for group in ("launcher", "sweeper"):
+        for name in ours.get(f"hydra/{group}", ()):
+            groups[group].pop(f"{name}.yaml", None)
+
+
+def ends(dimension: Override) -> list[str]:
+    """Return the values at which a dimension of a search is checked: every choice, or both ends."""
+    value: Any = dimension.value()
+    if dimension.is_interval_sweep():
+        return [str(value.start), str(value.end)]
+    if dimension.is_discrete_sweep():
+        return list(dimension.sweep_string_iterator())
+    raise ConfigError(f"{dimension.get_key_element()}: a dimension of a search is a list of values, range or interval")
+
+
+def _without_hydra(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if not re.match(r"[+~]*hydra[./]", override)]
+
+
+def _as_typed_all(overrides: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_as_typed(override) for override in overrides)
 
 
 def _as_typed(text: str) -> str:

@@ -36,7 +36,8 @@ def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
 
 def _typed_steps(schema: type[BaseModel], steps: tuple[int | str, ...]) -> Iterator[str]:
     # pydantic puts the tag of a discriminated union between the key and its fields; nobody typed that.
-    kinds = [kind for task in get_args(schema.model_fields["task"].annotation) for kind in _tags(task)]
+    tasks = get_args(schema.model_fields["task"].annotation) if "task" in schema.model_fields else ()
+    kinds = [kind for task in tasks for kind in _tags(task)]
     for index, step in enumerate(steps):
         if not (index == 1 and steps[0] == "task" and step in kinds):
             yield str(step)

@@ -27,6 +27,7 @@ Examples
   python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
   python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
   python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
+  python -m lowrank_kit.run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
   python -m lowrank_kit.run method=none data=local data.root=my_rows task=glue/cola
   python -m lowrank_kit.run debug=fast tracker=wandb tracker.mode=offline
   python -m lowrank_kit.run method=astra method.subspace=top --cfg job --resolve    show, do not run
@@ -34,7 +35,8 @@ Examples
 
 FOOTER = """\
 Flags
-  -m, --multirun      sweep over comma-separated values; every combination is checked before the first runs
+  -m, --multirun      sweep over comma-separated values; every combination is checked before the first runs;
+                      hydra/launcher= says where they run, hydra/sweeper=optuna makes it a search
   --cfg job --resolve print the configuration and stop
   --config-dir DIR    a folder with more YAMLs: DIR/method/mine.yaml makes method=mine an option
   --hydra-help        everything Hydra itself can do"""

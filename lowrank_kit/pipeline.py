@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,22 +10,27 @@ from typing import Any
 
 import torch
 
+from lowrank_kit import distributed
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord
-from lowrank_kit.methods.base import Adapter, Compressor, Method
+from lowrank_kit.methods.base import Adapter, Compressor, FineTuning, Method
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, skeleton
+from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
+from lowrank_kit.runs.published import published_for
 from lowrank_kit.runs.table import print_results
 from lowrank_kit.runs.tracking import NullTracker, open_tracker
 from lowrank_kit.stages.base import Stages
 from lowrank_kit.stages.classification import ClassificationStages
+from lowrank_kit.stages.instructions import InstructionStages
 from lowrank_kit.stages.perplexity import PerplexityStages
+from lowrank_kit.training.processes import rows_per_pass
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +44,18 @@ def execute(config: RunConfig) -> Path:
     Raises `ConfigError` before a run directory is made or any weight is loaded where configuration, shapes and
     data cannot go together.
     """
-    source = open_source(config.data.source, config.data.root, config.data.revision)
     device = _resolve_device(config.device)
+    _check_machine(config, device)
+    source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
     _check_method(config, tasks[0])
     found = [_open_data(config, task, source) for task in tasks]
-    with RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
+    with distributed.together(device), RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
         log.info(
             "%s on %s (%s), %s, %s", _method(config).name, config.model.name, config.model.path, config.dtype, device
         )
+        if distributed.size() > 1:
+            log.info("%d processes, %s", distributed.size(), config.runtime.kind)
         if isinstance(config.task, TaskGroup):
             records = []
             for number, (task, its_data) in enumerate(zip(tasks, found, strict=True), start=1):
@@ -56,9 +64,10 @@ def execute(config: RunConfig) -> Path:
             run.write_json("results.json", [asdict(record) for record in records])
         else:
             records = _execute_task(config, tasks[0], found[0], device, run)
-        if records:
+        if records and distributed.is_main():
             notes = sorted({f"{r.task}: {r.source}" for r in records})
-            print_results(records, f"{_method(config).name} on {config.model.name}", notes)
+            title = f"{_method(config).name} on {config.model.name}"
+            print_results(records, title, notes, published_for(config))
     return run.path
 
 
@@ -79,26 +88,22 @@ def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
 
 
 def _open_data(config: RunConfig, task: SingleTask, source: Source) -> TaskRows | TaskTexts:
-    return TaskTexts(config, task, source) if isinstance(task, PerplexityTask) else TaskRows(config, task, source)
+    if isinstance(task, ClassificationTask):
+        return TaskRows(config, task, source)
+    learns = isinstance(config.method, FineTuning) or config.recovery.learns_the_task
+    return TaskTexts(config, task, source, learns)
 
 
 def _check_method(config: RunConfig, task: SingleTask) -> None:
     """Let the method look at the task and at the model's shapes: no weight is read for this."""
     method = _method(config)
-    if isinstance(method, Adapter) and isinstance(task, PerplexityTask):
+    if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
         raise ConfigError(
-            f"method={method.name} is trained on labelled rows, which task={task.name} does not have: choose a task "
-            "such as glue/sst2, or a method that compresses, or method=none"
+            f"method={method.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
+            "choose a task that has, such as commonsense, math, code or glue/sst2, or a method that compresses, or "
+            "method=none"
         )
-    if config.recovery.what != "none" and not isinstance(method, Compressor):
-        raise ConfigError(
-            f"recovery.what={config.recovery.what} trains what a compression left, and method={method.name} compresses "
-            "nothing: choose a method that does, or recovery=none"
-        )
-    if config.recovery.what == "factors" and isinstance(method, Compressor) and not method.factorises:
-        raise ConfigError(
-            f"recovery.what=factors trains low-rank factors, and method={method.name} leaves none: use recovery=lora"
-        )
+    _check_recovery(config, task)
     if isinstance(method, Compressor) and not isinstance(task, PerplexityTask):
         raise ConfigError(
             f"method={method.name} compresses causal language models, and task={task.name} judges classifiers: "
@@ -119,9 +124,38 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
             layout = layout_of(skeleton(model_config, "classification", task.labels))
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
+    if config.model.quantization != "none":
+        layout = as_quantised(layout)
     method.check(layout)
+    if isinstance(recovering := config.recovery.method, Adapter):
+        recovering.check(layout)
     if isinstance(method, Compressor):
         method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
+
+
+def _check_recovery(config: RunConfig, task: SingleTask) -> None:
+    method, recovery = _method(config), config.recovery
+    if recovery.what == "none":
+        return
+    if not isinstance(method, Compressor):
+        raise ConfigError(
+            f"recovery.what={recovery.what} trains what a compression left, and method={method.name} compresses "
+            "nothing: choose a method that does, or recovery=none"
+        )
+    if recovery.what == "factors" and isinstance(method, Compressor) and not method.factorises:
+        raise ConfigError(
+            f"recovery.what=factors trains low-rank factors, and method={method.name} leaves none: use recovery=lora"
+        )
+    if recovery.method is not None and not isinstance(recovery.method, Adapter):
+        raise ConfigError(
+            f"recovery.method={getattr(recovery.method, 'name', '')} is no adapter: choose one, for example "
+            "recovery.method=astra or recovery.method=lora"
+        )
+    if recovery.data == "task" and isinstance(task, PerplexityTask) and not task.instructions:
+        raise ConfigError(
+            f"recovery.data=task: task={task.name} has nothing to learn from (task.instructions): choose a task that "
+            f"has, such as commonsense, or recovery.data=text, or one of {', '.join(recovery.sets)}"
+        )
 
 
 def _method(config: RunConfig) -> Method:
@@ -149,11 +183,12 @@ def _execute_task(
     todo = [stage for stage in config.run.stages if not run.done(stage)]
     manifest = Manifest(config.seed, device, _read_json(run.path / "manifest.json"))
     manifest.record("data", data.facts())
+    manifest.record("runtime", {"kind": config.runtime.kind, "processes": distributed.size()})
     with manifest.watching(), ExitStack() as stack:
-        tracker = open_tracker(config.tracker, run.path, config.resolved()) if todo else NullTracker()
+        tracked = todo and distributed.is_main()
+        tracker = open_tracker(config.tracker, run.path, config.resolved()) if tracked else NullTracker()
         stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
-        kind: Any = PerplexityStages if isinstance(task, PerplexityTask) else ClassificationStages
-        stages: Stages[Any, Any] = kind(config, task, data, device, run, manifest, tracker)
+        stages = _stages_of(config, task)(config, task, data, device, run, manifest, tracker)
         if todo:
             _log_data(data)
         else:
@@ -162,7 +197,8 @@ def _execute_task(
             run.begin(stage)
             try:
                 with manifest.stage(stage):
-                    getattr(stages, stage)()
+                    work = getattr(stages, stage)
+                    work() if stage in stages.shared else distributed.on_main(work)
             finally:
                 manifest.record("data", data.facts())
                 run.write_json("manifest.json", manifest.as_dict())
@@ -171,6 +207,12 @@ def _execute_task(
         records = [EvalRecord(**raw) for raw in _read_json(run.path / "results.json") or []]
         tracker.summary({f"{r.task}/{r.metric}/{r.checkpoint}": r.value for r in records})
     return records
+
+
+def _stages_of(config: RunConfig, task: SingleTask) -> Callable[..., Stages[Any, Any]]:
+    if isinstance(task, ClassificationTask):
+        return ClassificationStages
+    return InstructionStages if isinstance(config.method, FineTuning) else PerplexityStages
 
 
 def _log_data(data: TaskRows | TaskTexts) -> None:
@@ -187,6 +229,8 @@ def _read_json(path: Path) -> Any:
 
 def _resolve_device(device: str) -> str:
     there = torch.cuda.device_count()
+    if distributed.started() > 1 and device in ("auto", "cuda") and there:
+        device = f"cuda:{distributed.local_number()}"
     if device == "auto":
         return "cuda" if there else "cpu"
     kind, _, index = device.partition(":")
@@ -195,9 +239,29 @@ def _resolve_device(device: str) -> str:
     return device
 
 
+def _check_machine(config: RunConfig, device: str) -> None:
+    """Raise `ConfigError` for processes, devices or packages that do not go with the configuration."""
+    processes = distributed.started()
+    if unmet := config.runtime.unmet(processes, distributed.launched()):
+        raise ConfigError(unmet)
+    if processes > 1 and config.device.startswith("cuda:"):
+        raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
+    if isinstance(config.method, FineTuning) or config.recovery.what != "none":
+        rows_per_pass(config.train, processes)
+    if config.runtime.kind in ("fsdp", "deepspeed") and config.recovery.what != "none":
+        raise ConfigError("recovery trains a model that every process holds whole: use runtime=ddp or runtime=single")
+    if config.model.quantization != "none":
+        if isinstance(config.method, Compressor):
+            raise ConfigError(f"method={config.method.name} compresses float weights: use model.quantization=none")
+        check_quantisation(config.model.quantization, device)
+
+
 @contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Append what this package logs to ``file`` as well."""
+    """Append what this package logs to ``file`` as well; of several processes, the first does."""
+    if not distributed.is_main():
+        yield
+        return
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("lowrank_kit")

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lowrank_kit.distributed import is_main
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -28,7 +30,7 @@ class StageProgress(Progress):
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        self._on_terminal = console.is_terminal
+        self._on_terminal = console.is_terminal and is_main()
         self._last_line = time.monotonic()
         super().__init__(
             TextColumn("{task.description}"),

@@ -1,11 +1,8 @@
 """`python -m lowrank_kit.run`: compose a configuration, check it, run the pipeline."""
 
 import argparse
-import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,11 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.text import Text
 
-from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.compose import Composer, Sweep, force_dotted
 from lowrank_kit.config import load, schema_for
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.console import command, set_up_console
+from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.help import help_text
 
 
@@ -28,17 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exits with status 2 if the command is wrong and 1 if the work failed, after one message and no traceback.
     An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the run and exit with 130 and 143.
-    The last line printed by a run is `run: DIR`.
+    The last line printed by a run is `run: DIR`; by a sweep, `sweep: DIR`; by a search, `search: DIR`.
     """
-    # What a scheduler sends before it kills: unwinding records the interruption.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    with command():
         _main(list(sys.argv[1:] if argv is None else argv))
-    except LowRankKitError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def _main(argv: list[str]) -> None:
@@ -50,9 +38,24 @@ def _main(argv: list[str]) -> None:
         plain: Any = OmegaConf.to_container(composer.compose(overrides), resolve=True)
         print(help_text(schema_for(plain), plain, composer.options))
         return
-    if not (args.hydra_help or args.shell_completion):
-        composer.jobs(overrides, args.multirun)
-    _hydra([*flags, *overrides], composer)
+    if args.hydra_help or args.shell_completion:
+        _hydra([*flags, *overrides], composer)
+        return
+    planned = composer.planned(overrides, args.multirun)
+    if isinstance(planned, list) or args.cfg or args.info:
+        _hydra([*flags, *overrides], composer)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a sweep or search starts its runs itself, but several processes were started for one run")
+    # Imported only now: most commands are single runs.
+    from lowrank_kit.sweep.run import run_sweep
+    from lowrank_kit.sweep.search import run_search
+
+    again = [word for word in flags if word not in ("-m", "--multirun")]
+    if isinstance(planned, Sweep):
+        print(f"sweep: {run_sweep(planned, again)}", flush=True)
+    else:
+        print(f"search: {run_search(planned, composer, again)}", flush=True)
 
 
 def _composer(args: argparse.Namespace) -> Composer:
@@ -92,32 +95,13 @@ def _is_sweep() -> bool:
 def _job(cfg: DictConfig) -> None:
     config = load(cfg)
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
+    from lowrank_kit.distributed import is_main
     from lowrank_kit.pipeline import execute
 
-    set_up_console()
-    print(f"run: {execute(config)}", flush=True)
-
-
-def set_up_console() -> None:
-    """Our own lines on stderr, and nothing of the libraries' that is no concern of the person who waits."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)
-    logger, console = logging.getLogger("lowrank_kit"), Console(stderr=True)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
-        handler.setFormatter(logging.Formatter("%(message)s", "%H:%M:%S"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logger.handlers = [handler]
+    set_up_console(quiet=not is_main())
+    path = execute(config)
+    if is_main():
+        print(f"run: {path}", flush=True)
 
 
 if __name__ == "__main__":

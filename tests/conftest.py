@@ -1,7 +1,5 @@
-import json
-import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from transformers import (
 )
 
 from lowrank_kit import assets
+from lowrank_kit.runs.offline import offline_runs
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -115,44 +114,6 @@ def minilm_path() -> Path:
     return _asset("minilm_l6")
 
 
-def _records(file: Path) -> Iterator[Any]:
-    """Records of an offline W&B run: a 7-byte header, then LevelDB log blocks of 32 KiB holding protobuf."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    data, position, parts = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if (room := 32768 - position % 32768) < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = pb.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def _offline_run(file: Path) -> dict[str, Any]:
-    def values(items: Any) -> dict[str, Any]:
-        return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "exit_code": None}
-    for record in _records(file):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            found |= {"id": record.run.run_id, "project": record.run.project, "group": record.run.run_group}
-            found["config"] |= values(record.run.config.update)
-        elif kind == "history":
-            found["history"].append(values(record.history.item))
-        elif kind == "summary":
-            found["summary"] |= values(record.summary.update)
-        elif kind == "exit":
-            found["exit_code"] = record.exit.exit_code
-    return found
-
-
 @pytest.fixture
 def wandb_records() -> Callable[[Path], list[dict[str, Any]]]:
     """What offline W&B runs below a folder left on disk; W&B's service writes it out a moment after `finish`."""
@@ -160,8 +121,7 @@ def wandb_records() -> Callable[[Path], list[dict[str, Any]]]:
     def read(folder: Path) -> list[dict[str, Any]]:
         deadline = time.monotonic() + 20
         while True:
-            files = sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb"))
-            runs = [_offline_run(file) for file in files]
+            runs = offline_runs(folder)
             if time.monotonic() > deadline or all(run["exit_code"] is not None for run in runs):
                 return runs
             time.sleep(0.1)

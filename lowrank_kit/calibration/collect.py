@@ -68,23 +68,20 @@ def calibrate(
     def reduce_all(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
         return {layer.ref.name: reduce(layer) for layer in statistics}
 
-    store = None
-    if cache is not None:
-        key = calibration_key(model, layout, samples, refs, batch_size)
-        store = CalibrationStore(cache, {**key, "request": asdict(request), "reduction": dict(reduction_key or {})})
-    kept: dict[str, Kept] = {}
-    finished = store.finished_blocks() if store else set()
-    for block in sorted(finished):
-        assert store is not None
-        kept.update(store.load(block))
-    spans = reduce_spans(
-        model, layout, samples, refs, request, reduce_all, batch_size=batch_size, skip=finished, progress=progress
-    )
-    for block, results in spans:
-        if store:
+    def reduced(skip: Collection[int] = ()) -> Iterator[tuple[int, dict[str, Kept]]]:
+        yield from reduce_spans(
+            model, layout, samples, refs, request, reduce_all, batch_size=batch_size, skip=skip, progress=progress
+        )
+
+    if cache is None:
+        return {name: kept for _, results in reduced() for name, kept in results.items()}
+    key = calibration_key(model, layout, samples, refs, batch_size)
+    store = CalibrationStore(cache, {**key, "request": asdict(request), "reduction": dict(reduction_key or {})})
+    blocks = {ref.block for ref in refs}
+    with store.missing(blocks) as missing:
+        for block, results in reduced(skip=blocks - missing):
             store.save(block, results)
-        kept.update(results)
-    return kept
+    return {name: kept for block in sorted(blocks) for name, kept in store.load(block).items()}
 
 
 def calibration_key(
@@ -185,11 +182,13 @@ def _collect_gradients(
     store: CalibrationStore,
     progress: Progress | None,
 ) -> None:
-    finished, with_mean = store.finished_blocks(), request.gradient == "all"
-    if finished >= {ref.block for ref in refs}:
-        return
-    for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=finished, progress=progress):
-        store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
+    blocks, with_mean = {ref.block for ref in refs}, request.gradient == "all"
+    with store.missing(blocks) as missing:
+        if not missing:
+            return
+        skip = blocks - missing
+        for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=skip, progress=progress):
+            store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
 
 
 def _packed(statistics: GradientStatistics) -> Kept:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import Batch, frozen, next_token_loss, recomputed
 from lowrank_kit.calibration.statistics import GradientStatistics
 from lowrank_kit.errors import LowRankKitError
@@ -38,7 +39,8 @@ def stream_gradients(
     Args:
         model: a causal language model, in evaluation mode while the generator runs; left as it was found.
         layout: its layout.
-        batches: `[rows, tokens]` model inputs with attention masks; padded positions are not counted.
+        batches: `[rows, tokens]` model inputs with attention masks; padded positions are not counted. Of several
+            processes each reads its `distributed.share`, and all get the statistics of all batches.
         refs: the linears wanted.
         with_mean: also the gradient in the weight itself.
         skip: block indices whose statistics are known already.
@@ -51,7 +53,7 @@ def stream_gradients(
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
-    passes = list(_passes(wanted, with_mean))
+    passes, batches = list(_passes(wanted, with_mean)), distributed.share(batches)
     task = progress.add_task("gradients", total=len(passes) * len(batches)) if progress else None
     with frozen(model):
         for blocks in passes:
@@ -66,6 +68,7 @@ def stream_gradients(
                     collector.read(model, {k: v.to(model.device) for k, v in batch.items()})
                     if progress and task is not None:
                         progress.advance(task)
+            collector.add_up()
             statistics = collector.statistics()
             for block in blocks:
                 yield block, {ref.name: statistics.pop(ref.name) for ref in wanted[block]}
@@ -120,6 +123,20 @@ class _Collector:
         self._tokens += int(self._mask.sum())
         with torch.enable_grad():
             next_token_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+    def add_up(self) -> None:
+        """Take in what the other processes collected from their batches."""
+        if distributed.size() == 1:
+            return
+        self._tokens = int(distributed.total(self._tokens))
+        for ref, module in self._linears.items():
+            distributed.add_up(self._grams[ref].gram, self._rows[ref])
+            self._energy[ref] = distributed.total(self._energy[ref])
+            if self._with_mean:
+                if module.weight.grad is None:
+                    # There are more processes than batches.
+                    module.weight.grad = torch.zeros_like(module.weight)
+                distributed.add_up(module.weight.grad)
 
     def statistics(self) -> dict[str, GradientStatistics]:
         """What was collected; the weights' own gradients are taken from them."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit import distributed
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
@@ -48,7 +49,8 @@ def stream_statistics(
     Args:
         model: in evaluation mode while the generator runs; left as it was found.
         layout: the model's layout.
-        batches: ``[rows, tokens]`` model inputs with their attention masks; padded positions are not counted.
+        batches: ``[rows, tokens]`` model inputs with their attention masks; padded positions are not counted. Of
+            several processes each reads its `distributed.share`, and all get the moments of all batches.
         request: which side's moments to collect.
         refs: the linears wanted; blocks without any only pass their hidden states on.
         skip: block indices whose statistics are known already; they pass their hidden states on.
@@ -59,6 +61,7 @@ def stream_statistics(
             wanted[ref.block].append(ref)
     was_training = model.training
     model.eval()
+    batches = distributed.share(batches)
     try:
         first = 0
         for stack in layout.stacks:
@@ -95,6 +98,7 @@ def _stream_stack(
                     # In place: a new tensor a batch and block would leave the heap in pieces.
                     hidden[0].copy_(output[0] if isinstance(output, tuple) else output)
         if linears:
+            collector.add_up()
             yield first + offset, collector.statistics()
         # Else it would hold this block's moments while the next block's are summed.
         del collector
@@ -194,6 +198,17 @@ class MomentCollector:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def add_up(self) -> None:
+        """Take in what the other processes collected from their batches."""
+        if distributed.size() == 1:
+            return
+        for moments in (*self._inputs.values(), *self._outputs.values()):
+            distributed.add_up(moments.gram, moments.total)
+            moments.count = int(distributed.total(moments.count))
+        for magnitude in self._magnitudes.values():
+            distributed.add_up(magnitude.total)
+            magnitude.count = int(distributed.total(magnitude.count))
 
     def statistics(self) -> list[LayerStatistics]:
         """What was collected, a record for every linear."""

@@ -10,13 +10,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_kit.errors import LowRankKitError
 
+# What transformers' losses leave out.
+NOT_PREDICTED = -100
+
 
 @dataclass(frozen=True)
 class CalibrationSamples:
     """Token sequences without padding.
 
     Every sample maps the model's input names (``input_ids``, and where the tokenizer gives them
-    ``token_type_ids``, ``decoder_input_ids``) to one-dimensional integer tensors of its own length.
+    ``token_type_ids``, ``decoder_input_ids``) to one-dimensional integer tensors of its own length. Its ``labels``, if
+    any, are such a tensor (-100 where no token is to be predicted), or a class or a score without dimensions.
     """
 
     sequences: tuple[dict[str, Tensor], ...]
@@ -60,6 +64,12 @@ class CalibrationSamples:
 
         return CalibrationSamples(tuple(shifted(sample) for sample in self.sequences))
 
+    def without_labels(self) -> "CalibrationSamples":
+        """Leave out what only a loss reads."""
+        return CalibrationSamples(
+            tuple({name: values for name, values in sample.items() if name != "labels"} for sample in self.sequences)
+        )
+
     def fingerprint(self) -> str:
         """Content hash: equal exactly when the tokens that a model reads, and their order, are equal."""
         digest = hashlib.sha256()
@@ -83,7 +93,10 @@ def _collate(samples: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, T
     batch = {}
     for name in samples[0]:
         rows = [sample[name] for sample in samples]
-        padding = pad_token_id if name.endswith("input_ids") else 0
+        if not rows[0].ndim:
+            batch[name] = torch.stack(rows)
+            continue
+        padding = pad_token_id if name.endswith("input_ids") else NOT_PREDICTED if name == "labels" else 0
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
         if name.endswith("input_ids"):
             mask = name.replace("input_ids", "attention_mask")

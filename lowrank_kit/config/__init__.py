@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Section
 from lowrank_kit.config.tasks import (
     Benchmark,
@@ -33,6 +34,7 @@ __all__ = [
     "CalibrationConfig",
     "ClassificationTask",
     "DataConfig",
+    "EffectsConfig",
     "EvalConfig",
     "InstructionSet",
     "Metric",
@@ -41,6 +43,7 @@ __all__ = [
     "RecoveryConfig",
     "RunConfig",
     "RunSettings",
+    "RuntimeConfig",
     "Section",
     "SpeedConfig",
     "Stage",
@@ -71,6 +74,10 @@ class ModelConfig(Section):
     """Name of the GGUF file inside `path`; null: a transformers checkpoint."""
     max_length: int | None = Field(default=None, ge=1)
     """Longest input in tokens, cut off beyond it; null: what the model allows."""
+    # Left out where it says nothing, so that older run directories are found again.
+    quantization: Literal["none", "nf4", "int8"] = Field(default="none", exclude_if=lambda kind: kind == "none")
+    """Load the linears of the blocks in 4 bits (`nf4`, QLoRA's) or 8 by bitsandbytes, which needs a CUDA device; for
+    adapters that leave the base as it is."""
 
 
 class DataConfig(Section):
@@ -118,6 +125,21 @@ class SpeedConfig(Section):
     """Measurements of each model, in turn; medians are reported."""
 
 
+class EffectsConfig(Section):
+    """What an adapter does to the model: energy of its update in activation subspaces, drift of hidden states."""
+
+    enabled: bool = True
+    """Measure it: effects.json."""
+    blocks: int = Field(default=3, ge=1)
+    """Blocks whose adapted linears are looked at, evenly spaced from the first to the last."""
+    looks: int = Field(default=5, ge=1)
+    """Looks at the update while training, the last at its end."""
+    samples: int = Field(default=16, ge=1)
+    """Of the calibration samples, those whose outputs say what the top and the tail directions are."""
+    rows: int = Field(default=4, ge=1)
+    """Held-out windows, or rows, whose hidden states are compared before and after."""
+
+
 class EvalConfig(Section):
     """Evaluation after training."""
 
@@ -126,7 +148,7 @@ class EvalConfig(Section):
     held_out: int | None = Field(default=None, ge=1)
     """Evaluate on this many training rows, kept from training, instead of the evaluation splits: the honest way
     to choose hyper-parameters. They are the same rows for every seed. Of a text: windows of its calibration split
-    behind those calibrated on."""
+    behind those calibrated on. Of instructions: the perplexity of their answers, and what `lm_eval` makes of them."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of labelled text per forward pass."""
     # Left out where it says nothing, so that older run directories are found again.
@@ -134,6 +156,8 @@ class EvalConfig(Section):
     """Run programs that the model wrote (benchmarks scored by pass@k), in a sandbox."""
     speed: SpeedConfig = SpeedConfig()
     """Speed and memory."""
+    effects: EffectsConfig = Field(default=EffectsConfig(), exclude_if=lambda effects: effects == EffectsConfig())
+    """What an adapter does to the model."""
 
 
 class TrackerConfig(Section):
@@ -146,9 +170,13 @@ class TrackerConfig(Section):
     entity: str | None = None
     """W&B user or team; null: the account's default."""
     group: str | None = None
-    """W&B group, to lay seeds side by side."""
-    mode: Literal["online", "offline", "disabled"] = "online"
-    """`offline` writes below the run directory, for `wandb sync` later."""
+    """What W&B lays side by side; null: the folder that the run directory lies in (`run.root`)."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` writes below the run directory, for `wandb sync` later; null: what `WANDB_MODE` says, or online."""
+    samples: bool = False
+    """Send every row of the benchmarks, with its answer, as tables."""
+    checkpoint: bool = False
+    """Send the model or adapter as an artefact."""
 
 
 class RunSettings(Section):
@@ -195,6 +223,8 @@ class RunConfig(Section):
     """Where metrics are sent."""
     run: RunSettings = RunSettings()
     """Run directory and stages."""
+    runtime: RuntimeConfig = Field(default=RuntimeConfig(), exclude_if=lambda runtime: runtime == RuntimeConfig())
+    """Processes that share the work."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random choice."""
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
@@ -205,9 +235,14 @@ class RunConfig(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values; `load` turns it back into an equal `RunConfig`."""
         plain = self.model_dump(mode="json")
-        method = type(self.method)
-        plain["method"] = {"_target_": f"{method.__module__}.{method.__qualname__}", **plain["method"]}
+        plain["method"] = _named(self.method, plain["method"])
+        if self.recovery.method is not None:
+            plain["recovery"]["method"] = _named(self.recovery.method, plain["recovery"]["method"])
         return plain
+
+
+def _named(method: Section, plain: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": f"{type(method).__module__}.{type(method).__qualname__}", **plain}
 
 
 def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -222,8 +257,9 @@ def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     schema = schema_for(plain)
-    if isinstance(plain.get("method"), dict):
-        plain["method"].pop("_target_")
+    for method in (plain.get("method"), _recovery_method(plain)):
+        if isinstance(method, dict):
+            method.pop("_target_", None)
     try:
         # JSON, because only there does pydantic's strict mode take a list for a tuple.
         return schema.model_validate_json(json.dumps(plain))
@@ -236,36 +272,46 @@ def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
-    """Return `RunConfig` with `method` typed as the class that `method._target_` names.
+    """Return `RunConfig` with `method`, and `recovery.method`, typed as the classes that their `_target_` names.
 
-    Raises `ConfigError` if it is outside `run.method_prefixes`, cannot be imported or is no `Section`.
+    Raises `ConfigError` if one is outside `run.method_prefixes`, cannot be imported or is no `Section`.
     """
-    method = plain.get("method")
-    if not isinstance(method, Mapping) or "_target_" not in method:
-        raise ConfigError("method._target_ is missing: choose a method, for example method=astra")
-    target, run = str(method["_target_"]), plain.get("run")
-    default = RunSettings.model_fields["method_prefixes"].default
-    prefixes = run.get("method_prefixes", default) if isinstance(run, Mapping) else default
+    run, default = plain.get("run"), RunSettings.model_fields["method_prefixes"].default
+    prefixes = list(run.get("method_prefixes", default) if isinstance(run, Mapping) else default)
     field = Field(description=RunConfig.model_fields["method"].description)
-    return create_model("RunConfig", __base__=RunConfig, method=(_method_class(target, list(prefixes)), field))
+    typed: dict[str, Any] = {"method": (_method_class(plain.get("method"), prefixes), field)}
+    if (recovering := _recovery_method(plain)) is not None:
+        described = Field(description=RecoveryConfig.model_fields["method"].description)
+        its_class = _method_class(recovering, prefixes, "recovery.method")
+        recovery = create_model("RecoveryConfig", __base__=RecoveryConfig, method=(its_class, described))
+        typed["recovery"] = (recovery, Field(description=RunConfig.model_fields["recovery"].description))
+    return create_model("RunConfig", __base__=RunConfig, **typed)
 
 
-def _method_class(target: str, prefixes: list[str]) -> type[Section]:
+def _recovery_method(plain: Mapping[str, Any]) -> Any:
+    recovery = plain.get("recovery")
+    return recovery.get("method") if isinstance(recovery, Mapping) else None
+
+
+def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type[Section]:
+    if not isinstance(method, Mapping) or "_target_" not in method:
+        raise ConfigError(f"{key}._target_ is missing: choose a method, for example {key}=astra")
+    target = str(method["_target_"])
     module_name, _, class_name = target.rpartition(".")
     if not any(target.startswith(f"{prefix}.") for prefix in prefixes):
         raise ConfigError(
-            f"method._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
+            f"{key}._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
             f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"
         )
     try:
         module = import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"method._target_='{target}' cannot be imported: {error}") from error
+        raise ConfigError(f"{key}._target_='{target}' cannot be imported: {error}") from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Section)):
         sections = [name for name, value in vars(module).items() if _is_section(value)]
         raise ConfigError(
-            f"method._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, sections)}"
+            f"{key}._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, sections)}"
         )
     return found
 

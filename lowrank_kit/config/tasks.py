@@ -5,11 +5,23 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lowrank_kit.config.section import Section
+from lowrank_kit.config.training import InstructionSet
 from lowrank_kit.errors import did_you_mean
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 BenchmarkMetric = Literal[
-    "acc", "acc_norm", "mcc", "f1", "strict_match", "flexible_match", "math_verify", "pass@1", "pass@10", "pass@100"
+    "acc",
+    "acc_norm",
+    "mcc",
+    "f1",
+    "em",
+    "score",
+    "strict_match",
+    "flexible_match",
+    "math_verify",
+    "pass@1",
+    "pass@10",
+    "pass@100",
 ]
 
 
@@ -105,9 +117,9 @@ class Benchmark(Section):
     shots_split: str | None = None
     """Split that the examples are drawn from; null: lm-eval's task has examples of its own."""
     metrics: tuple[BenchmarkMetric, ...] = Field(min_length=1)
-    """Metrics to report; the first one is quoted and averaged. `acc_norm`: log-likelihoods per character;
-    `strict_match`, `flexible_match`: lm-eval's exact match behind its filter of that name; `pass@k`: one of k programs
-    passes its tests."""
+    """Metrics to report; the first one is quoted and averaged. `acc_norm`: log-likelihoods per character; `em`: exact
+    match of words; `strict_match`, `flexible_match`: lm-eval's exact match behind its filter of that name; `score`:
+    LongBench's, whatever its task counts; `pass@k`: one of k programs passes its tests."""
     # Left out where they say nothing, so that what was measured before there were such benchmarks is found again.
     samples: int = Field(default=1, ge=1, exclude_if=lambda samples: samples == 1)
     """Programs written for every row, for pass@k."""
@@ -115,6 +127,10 @@ class Benchmark(Section):
     """Of drawing the tokens of a text that is generated; 0: always the likeliest one."""
     max_new_tokens: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
     """Longest text to generate, in tokens; null: what lm-eval's task says."""
+    cut_middle: bool = Field(default=False, exclude_if=lambda cut: not cut)
+    """Let a prompt that leaves no room for its answer lose its middle; false: it is an error."""
+    max_rows: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
+    """Judge on the first so many rows; null: as many as `eval.limit`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Another name that the rows may have for a column which lm-eval reads."""
     part_column: str | None = None
@@ -144,7 +160,7 @@ class Benchmark(Section):
 
 
 class PerplexityTask(Section):
-    """What a causal model is judged by: perplexity on texts, answers to benchmarks, or both."""
+    """What a causal model is judged by: perplexity on texts, answers to benchmarks, or both; and what it may learn."""
 
     kind: Literal["perplexity"]
     """Marks texts and benchmarks."""
@@ -157,6 +173,11 @@ class PerplexityTask(Section):
     """Judge on the texts; false: they only serve to calibrate on."""
     benchmarks: dict[str, Benchmark] = Field(default_factory=dict, exclude_if=lambda benchmarks: not benchmarks)
     """The benchmarks by name; drop one with `~task.benchmarks.NAME`."""
+    instructions: dict[str, InstructionSet] = Field(default_factory=dict, exclude_if=lambda sets: not sets)
+    """What an adapter learns, by name: of these sets, all that the data source has; drop one with
+    `~task.instructions.NAME`. They are the calibration samples of a method that adapts, too."""
+    max_length: int = Field(default=512, ge=2, exclude_if=lambda length: length == 512)
+    """Longest instruction with its answer in tokens, cut off beyond it."""
     calibrate_on: str | None = None
     """Name of the text to calibrate on; null: the first one whose calibration split the data source has."""
     window: int | None = Field(default=None, ge=2)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from lowrank_kit.config.section import Section
 from lowrank_kit.errors import did_you_mean
@@ -60,6 +60,16 @@ class InstructionSet(Section):
     """Column of the answer, or of every choice."""
     label_column: str | None = None
     """Column of the right choice's number, from 0, where there are several."""
+    # Left out where they say nothing, so that older run directories are found again.
+    lm_eval: str | None = Field(default=None, exclude_if=lambda task: task is None)
+    """Multiple-choice task of lm-eval that asks the rows, for example `piqa`: its prompt and right choice are learnt
+    just as they are judged. The columns above mean nothing then. null: the Alpaca prompt."""
+    columns: dict[str, str] = Field(default_factory=dict, exclude_if=lambda columns: not columns)
+    """Another name that the rows may have for a column which `lm_eval` reads."""
+    only: dict[str, str] = Field(default_factory=dict, exclude_if=lambda only: not only)
+    """Learn only from rows that have this text in this column, for example `{lang: python}`."""
+    fallback: bool = Field(default=False, exclude_if=lambda fallback: not fallback)
+    """Of a task: learn from it only where the data source has none of the sets that are no fallback."""
 
     @model_validator(mode="after")
     def _choices_have_a_label(self) -> "InstructionSet":
@@ -68,17 +78,26 @@ class InstructionSet(Section):
         return self
 
 
-class RecoveryConfig(Section):
-    """A brief training behind the compression, in its replaced blocks alone; the schedule is `train`."""
+NO_SETS = ("text", "task")
+"""What `recovery.data` may name beside the sets of its own."""
 
-    what: Literal["none", "factors", "lora"] = "none"
-    """What learns: nothing, the low-rank factors and norms, or LoRA that is merged afterwards. The replaced blocks are
-    those with a factored linear; of a model without any (blocks dropped, merged or pruned), for LoRA, all of them."""
+
+class RecoveryConfig(Section):
+    """Training behind the compression; the schedule is `train`."""
+
+    what: Literal["none", "factors", "lora", "adapter"] = "none"
+    """What learns: nothing; of the replaced blocks alone, the low-rank factors and norms, or LoRA that is merged
+    afterwards; or the adapter of `method`, in every linear that it names. The replaced blocks are those with a factored
+    linear; of a model without any (blocks dropped, merged or pruned), for LoRA, all of them."""
+    method: SerializeAsAny[Section] | None = Field(default=None, exclude_if=lambda method: method is None)
+    """For `adapter`: any method that adapts, `recovery.method=astra`. It starts from the compressed model, and is kept
+    apart in adapter/ and merged in recovered/."""
     loss: Literal["next_token", "distill"] = "next_token"
     """`next_token`, or `distill`: the divergence KL(original || compressed) of the predictions, at temperature 1. It
     keeps the original model in memory beside the compressed one."""
     data: str = "text"
-    """Name of an instruction set, or `text`: the windows that the method was calibrated on."""
+    """Name of an instruction set; `text`: the windows that the method was calibrated on; `task`: what adapters learn
+    of the task, `task.instructions`."""
     max_length: int = Field(default=256, ge=2)
     """Longest instruction with its answer in tokens, cut off beyond it; windows of text are as long as they are."""
     train_on_prompt: bool = False
@@ -92,12 +111,23 @@ class RecoveryConfig(Section):
 
     @property
     def instructions(self) -> InstructionSet | None:
-        """The set to train on; None: text, or no training."""
-        return None if self.what == "none" or self.data == "text" else self.sets[self.data]
+        """The set to train on; None: text, the task's own sets, or no training."""
+        return None if self.what == "none" or self.data in NO_SETS else self.sets[self.data]
+
+    @property
+    def learns_the_task(self) -> bool:
+        """Whether it trains on `task.instructions`."""
+        return self.what != "none" and self.data == "task"
 
     @model_validator(mode="after")
     def _trains_on_one_of_its_sets(self) -> "RecoveryConfig":
-        if self.data != "text" and self.data not in self.sets:
-            hint = did_you_mean(self.data, ("text", *self.sets))
+        if self.data not in (*NO_SETS, *self.sets):
+            hint = did_you_mean(self.data, (*NO_SETS, *self.sets))
             raise ValueError(f"data='{self.data}' is neither text nor one of the instruction sets{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_has_a_method(self) -> "RecoveryConfig":
+        if (self.what == "adapter") != (self.method is not None):
+            raise ValueError("what=adapter and method go together: recovery=adapter recovery.method=astra")
         return self

@@ -21,10 +21,10 @@ def check_rows(rows: datasets.Dataset, task: ClassificationTask, split: str) -> 
             f"they have {', '.join(rows.column_names)}"
         )
     for column in task.text_columns:
-        for value in rows[column]:
+        for value in rows[column][:]:
             if not isinstance(value, str):
                 raise ConfigError(f"{task.name}: column '{column}' of '{split}' holds {value!r}, which is no text")
-    if wrong := {repr(label) for label in rows[task.label_column] if not _is_label(label, task.labels)}:
+    if wrong := {repr(label) for label in rows[task.label_column][:] if not _is_label(label, task.labels)}:
         legal = "numbers" if task.labels == 1 else f"classes 0 to {task.labels - 1}"
         raise ConfigError(
             f"{task.name}: labels {', '.join(sorted(wrong)[:5])} of '{split}' are not {legal}; "

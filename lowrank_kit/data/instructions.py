@@ -1,14 +1,19 @@
-"""Instructions and their answers, in the Alpaca format, as token sequences whose labels are the answers alone."""
+"""Instructions and their answers, as token sequences whose labels are the answers alone.
+
+They are asked in the Alpaca format, or as a benchmark asks them.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_kit.config import InstructionSet
-from lowrank_kit.data.sources import DatasetRef, Source
+from lowrank_kit.config import Benchmark, InstructionSet
+from lowrank_kit.data.benchmarks import Questions, in_lm_evals_columns
+from lowrank_kit.data.sources import DatasetRef, Rows, Source, content_hash
 from lowrank_kit.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -28,58 +33,73 @@ _WITHOUT_INPUT = (
 )
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """One instruction as the model reads it, and the answer to learn.
+
+    ``continues``: the answer is more of the same text, as a benchmark of likelihoods scores it, with no end behind it;
+    otherwise it stands by itself and the end of text is learnt too.
+    """
+
+    prompt: str
+    answer: str
+    continues: bool = False
+
+
+Ask = Callable[[Questions], Sequence[Lesson]]
+"""Puts rows into the words of their benchmark (`InstructionSet.lm_eval`)."""
+
+
 class Instructions:
     """The rows of one instruction set, loaded and checked once.
 
-    Raises `ConfigError` for a set that the source lacks, columns that the rows lack and values that are no text.
+    ``key`` is where the configuration holds the set. Raises `ConfigError` for a set that the source lacks, columns
+    that the rows lack and values that are no text.
     """
 
-    def __init__(self, name: str, columns: InstructionSet, source: Source) -> None:
-        self._name, self._columns = name, columns
-        try:
-            self._rows = source.load(DatasetRef(name, columns.hub_path, columns.hub_name), columns.split)
-        except ConfigError as error:
-            raise ConfigError(f"recovery.data={name}: {error}. Without instructions: recovery.data=text") from error
-        self._check(self._rows.dataset)
+    def __init__(self, name: str, columns: InstructionSet, source: Source, key: str = "recovery.sets") -> None:
+        self.name, self._columns, self._key = name, columns, f"{key}.{name}"
+        rows = source.load(instructions_ref(name, columns), columns.split)
+        self._check_columns(rows.dataset, columns.only)
+        if columns.only:
+            chosen = rows.dataset.filter(
+                lambda *values: values == tuple(columns.only.values()), input_columns=list(columns.only)
+            )
+            rows = replace(rows, dataset=chosen, sha256=content_hash(chosen), note=f"only {columns.only}")
+        if not len(rows.dataset):
+            raise ConfigError(f"{self._where} has no rows to learn from")
+        if columns.lm_eval is None:
+            self._check(rows.dataset)
+        self.rows: Rows = rows
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size, for the manifest."""
-        return {f"{self._name}:{self._columns.split}": self._rows.facts()}
+        return {f"{self.name}:{self._columns.split}": self.rows.facts()}
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on_prompt: bool = False
-    ) -> datasets.Dataset:
-        """Prompt, answer and end of text as ``input_ids``, cut at ``max_length``; prompt tokens have no label.
+    def questions(self, rows: datasets.Dataset) -> Questions | None:
+        """Some rows as their benchmark's questions; None for a set that is asked in the Alpaca format."""
+        columns = self._columns
+        if columns.lm_eval is None:
+            return None
+        benchmark = Benchmark(
+            task=columns.lm_eval, dataset=self.name, split=columns.split, metrics=("acc",), columns=columns.columns,
+            reason="The rows that are learnt from.",
+        )  # fmt: skip
+        found = replace(self.rows, dataset=rows, sha256=content_hash(rows))
+        return Questions(self.name, benchmark, in_lm_evals_columns(found, benchmark), None)
 
-        A row whose prompt alone fills ``max_length`` has nothing to learn and is left out. Raises `ConfigError` where
-        that is every row.
-        """
+    def lessons(self, rows: datasets.Dataset, ask: Ask | None = None) -> Sequence[Lesson]:
+        """Some rows in words, in their order. Raises what ``ask`` raises, which sets of a benchmark need."""
+        questions = self.questions(rows)
+        if questions is None:
+            return [Lesson(self._prompt(row), self._answer(row)) for row in rows]
+        if ask is None:
+            raise ConfigError(f"{self._key}.lm_eval is for what a task learns: task.instructions, not recovery.sets")
+        return ask(questions)
 
-        def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            prompts = tokenizer([self._prompt(row) for row in rows], verbose=False)["input_ids"]
-            answers = tokenizer([self._answer(row) for row in rows], add_special_tokens=False, verbose=False)
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            encoded: dict[str, list] = {"input_ids": [], "labels": []}
-            for prompt, answer in zip(prompts, answers["input_ids"], strict=True):
-                learnt = [*answer, *end]
-                unlearnt = prompt if train_on_prompt else [IGNORED] * len(prompt)
-                if len(prompt) < max_length:
-                    encoded["input_ids"].append([*prompt, *learnt][:max_length])
-                    encoded["labels"].append([*unlearnt, *learnt][:max_length])
-            return encoded
-
-        rows = self._rows.dataset
-        encoded = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
-        if not len(encoded):
-            raise ConfigError(
-                f"the prompts of all {len(rows)} rows of {self._name} fill recovery.max_length={max_length} tokens: "
-                "raise it"
-            )
-        if left_out := len(rows) - len(encoded):
-            log.warning("%d rows of %s have prompts of recovery.max_length tokens or more: left out",
-                left_out, self._name)  # fmt: skip
-        return encoded
+    @property
+    def _where(self) -> str:
+        return f"'{self._columns.split}' of {self.name}"
 
     def _prompt(self, row: Mapping[str, Any]) -> str:
         columns = self._columns
@@ -93,19 +113,13 @@ class Instructions:
         return row[columns.output_columns[right]]
 
     def _check(self, rows: datasets.Dataset) -> None:
-        columns, where = self._columns, f"'{self._columns.split}' of {self._name}"
-        if not len(rows):
-            raise ConfigError(f"{where} has no rows to learn from")
+        columns, where = self._columns, self._where
         texts = [("instruction_column", columns.instruction_column)]
         texts += [("input_column", columns.input_column)] if columns.input_column else []
         texts += [("output_columns", name) for name in columns.output_columns]
         labels = [("label_column", columns.label_column)] if columns.label_column else []
         for key, column in [*texts, *labels]:
-            if column not in rows.column_names:
-                raise ConfigError(
-                    f"the rows of {where} have no column '{column}'{did_you_mean(column, rows.column_names)} "
-                    f"(they have {', '.join(rows.column_names)}): set recovery.sets.{self._name}.{key}"
-                )
+            self._check_columns(rows, [column], key)
         for _, column in texts:
             for value in rows[column]:
                 if not isinstance(value, str):
@@ -115,3 +129,61 @@ class Instructions:
             for label in rows[column]:
                 if label not in legal:
                     raise ConfigError(f"column '{column}' of {where} holds {label!r}; legal are 0 to {legal[-1]}")
+
+    def _check_columns(self, rows: datasets.Dataset, columns: Iterable[str], key: str = "only") -> None:
+        for column in columns:
+            if column not in rows.column_names:
+                raise ConfigError(
+                    f"the rows of {self._where} have no column '{column}'{did_you_mean(column, rows.column_names)} "
+                    f"(they have {', '.join(rows.column_names)}): set {self._key}.{key}"
+                )
+
+
+def instructions_ref(name: str, columns: InstructionSet) -> DatasetRef:
+    """Where the rows of a set are."""
+    return DatasetRef(name, columns.hub_path, columns.hub_name)
+
+
+def encode(
+    lessons: Sequence[Lesson],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    key: str,
+    train_on_prompt: bool = False,
+) -> datasets.Dataset:
+    """Prompt, answer and end of text as ``input_ids``, cut at ``max_length``; prompt tokens have no label.
+
+    A lesson that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. One whose prompt
+    alone fills ``max_length``, which is ``key`` of the configuration, has nothing to learn and is left out. Raises
+    `ConfigError` where that is every one.
+    """
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for prompt, answer in _tokens(lessons, tokenizer):
+        if len(prompt) < max_length:
+            unlearnt = prompt if train_on_prompt else [IGNORED] * len(prompt)
+            encoded["input_ids"].append([*prompt, *answer][:max_length])
+            encoded["labels"].append([*unlearnt, *answer][:max_length])
+    found = datasets.Dataset.from_dict(encoded)
+    if not len(found):
+        raise ConfigError(f"the prompts of all {len(lessons)} rows fill {key}={max_length} tokens: raise it")
+    if left_out := len(lessons) - len(found):
+        log.warning("%d rows have prompts of %s=%d tokens or more: left out", left_out, key, max_length)
+    return found
+
+
+def _tokens(lessons: Sequence[Lesson], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:
+    def ids(texts: Sequence[str], **options: bool) -> list[list[int]]:
+        return tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
+
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # As in lm-eval, spaces at the prompt's end belong to the answer.
+    prompts = ids([lesson.prompt.rstrip() if lesson.continues else lesson.prompt for lesson in lessons])
+    wholes = iter(ids([lesson.prompt + lesson.answer for lesson in lessons if lesson.continues]))
+    answers = iter(ids([lesson.answer for lesson in lessons if not lesson.continues], add_special_tokens=False))
+    for lesson, prompt in zip(lessons, prompts, strict=True):
+        if lesson.continues:
+            whole = next(wholes)
+            yield whole[: len(prompt)], whole[len(prompt) :]
+        else:
+            yield prompt, [*next(answers), *end]

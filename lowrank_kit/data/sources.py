@@ -214,7 +214,7 @@ def has(source: Source, ref: DatasetRef, splits: Iterable[str]) -> bool:
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return the sha256 of the rows' canonical JSON, one a line."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in _rows_of(rows) if isinstance(rows, datasets.Dataset) else rows:
         digest.update(_canonical(row) + b"\n")
     return digest.hexdigest()
 
@@ -229,6 +229,12 @@ def read_jsonl(file: Path) -> list[Row]:
             except json.JSONDecodeError as error:
                 raise LowRankKitError(f"{file}, line {number}: not a JSON object: {error}") from error
     return rows
+
+
+def _rows_of(dataset: datasets.Dataset) -> Iterator[Row]:
+    # A thousand at a time: row by row takes ten times as long.
+    for batch in dataset.iter(1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def _canonical(row: Mapping[str, Any]) -> bytes:

@@ -11,9 +11,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_kit.config import PerplexityTask, RunConfig, TextSet
+from lowrank_kit.config import PerplexityTask, RecoveryConfig, RunConfig, TextSet
 from lowrank_kit.data.benchmarks import load_benchmarks
-from lowrank_kit.data.instructions import Instructions
+from lowrank_kit.data.instructions import Ask, Instructions, encode
+from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
 from lowrank_kit.errors import ConfigError
 
@@ -44,17 +45,23 @@ class TaskTexts:
 
     A text takes part if the source has the split it is judged on; those left out are named in a warning. Raises
     `ConfigError` where none is left, where the text to calibrate on is not there, and for rows without text.
+    With ``learns`` the task's instructions are loaded too, and raise what `TaskLessons` does.
     """
 
-    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source) -> None:
+    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source, learns: bool = False) -> None:
         self._config, self._task = config, task
-        self.benchmarks = load_benchmarks(task.benchmarks, source, config.eval.limit)
+        self.lessons = TaskLessons(config, task, source) if learns else None
+        """What is learnt of the task."""
+        if self.lessons and config.eval.held_out:
+            self.benchmarks = self.lessons.held_out_questions()
+        else:
+            self.benchmarks = load_benchmarks(task.benchmarks, source, config.eval.limit)
+            if task.benchmarks and config.eval.held_out:
+                raise ConfigError(
+                    "eval.held_out: benchmarks are judged on splits of their own; choose hyper-parameters with "
+                    "task=perplexity, or drop eval.held_out"
+                )
         """Rows of the benchmarks that the data source has, by their names."""
-        if task.benchmarks and config.eval.held_out:
-            raise ConfigError(
-                "eval.held_out: benchmarks are judged on splits of their own; choose hyper-parameters with "
-                "task=perplexity, or drop eval.held_out"
-            )
         is_judged_on_texts = bool(task.texts) and task.perplexity
         names = self._present(source) if is_judged_on_texts else ()
         splits = {(name, self._judged_on(name)) for name in names}
@@ -71,10 +78,7 @@ class TaskTexts:
             rows = source.load(text_ref(name, text), split)
             _check(rows, text, f"'{split}' of {name}")
             self._rows[name, split] = rows
-        recovery = config.recovery
-        self._instructions = (
-            Instructions(recovery.data, recovery.instructions, source) if recovery.instructions else None
-        )
+        self._instructions = _instructions(config.recovery, source)
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split by ``text:split``, for the manifest.
@@ -90,7 +94,8 @@ class TaskTexts:
         }
         for questions in self.benchmarks.values():
             texts |= questions.facts()
-        return texts | (self._instructions.facts() if self._instructions else {})
+        texts |= self._instructions.facts() if self._instructions else {}
+        return texts | (self.lessons.facts() if self.lessons else {})
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
@@ -108,19 +113,28 @@ class TaskTexts:
             )
         return windows[: settings.samples]
 
-    def recovery(self, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    def recovery(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
         """What a compressed model learns from, at most ``train.train_samples`` rows, drawn by the seed.
 
         The rows of ``recovery.data``, or the windows of `calibration`: ``input_ids`` and ``labels``. Raises
         `ConfigError` where the text is too short, a row is longer than the model reads, or no row is left.
         """
         recovery = self._config.recovery
+        if self.lessons is not None:
+            return self.lessons.train(tokenizer, ask)
         if self._instructions is None:
             windows = self.calibration(tokenizer).tolist()
             rows = datasets.Dataset.from_dict({"input_ids": windows, "labels": windows})
         else:
             self._check_length("recovery.max_length", recovery.max_length, tokenizer)
-            rows = self._instructions.encode(tokenizer, recovery.max_length, recovery.train_on_prompt)
+            lessons = self._instructions.lessons(self._instructions.rows.dataset)
+            rows = encode(
+                lessons,
+                tokenizer,
+                recovery.max_length,
+                key="recovery.max_length",
+                train_on_prompt=recovery.train_on_prompt,
+            )
         count = min(self._config.train.train_samples or len(rows), len(rows))
         return rows.shuffle(seed=self._config.seed).select(range(count))
 
@@ -133,7 +147,9 @@ class TaskTexts:
 
     def _behind_calibration(self, name: str, count: int, window: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
         settings, split = self._config.calibration, self._task.texts[name].calibration_split
-        rest = self._encode(name, split, tokenizer)[settings.samples * settings.seq_len :]
+        # What learns instructions is calibrated on those.
+        start = 0 if self.lessons else settings.samples * settings.seq_len
+        rest = self._encode(name, split, tokenizer)[start:]
         windows = _windows(rest, window)
         if len(windows) < count:
             raise ConfigError(
@@ -152,7 +168,8 @@ class TaskTexts:
         for name in self.names:
             split, held_out = self._judged_on(name), self._config.eval.held_out
             if held_out:
-                windows = self._behind_calibration(name, held_out, self.window(tokenizer), tokenizer)
+                count = min(held_out, self._task.max_windows or held_out)
+                windows = self._behind_calibration(name, count, self.window(tokenizer), tokenizer)
             else:
                 tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
                 windows = _windows(tokens, window)[: self._task.max_windows or self._config.eval.limit]
@@ -230,6 +247,17 @@ class TaskTexts:
             ids = tokenizer(text.separator.join(lines), return_attention_mask=False, verbose=False)["input_ids"]
             self._tokens[name, split] = torch.tensor(ids, dtype=torch.int64)
         return self._tokens[name, split]
+
+
+def _instructions(recovery: RecoveryConfig, source: Source) -> Instructions | None:
+    if recovery.instructions is None:
+        return None
+    try:
+        return Instructions(recovery.data, recovery.instructions, source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"recovery.data={recovery.data}: {error}. Without instructions: recovery.data=text"
+        ) from error
 
 
 def _windows(tokens: Int64[Tensor, " tokens"], window: int) -> Windows:

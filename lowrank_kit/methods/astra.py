@@ -95,9 +95,9 @@ class Astra(InitialisedAdapter):
         """Give every target its rank: the configured one, or a share by log effective rank at equal parameters."""
         ranks = self.base_ranks(layout)
         if self.allocation == "uniform":
-            return self._plan_with(layout, ranks)
+            return self._plan_of(layout, ranks)
         targets = self.targets(layout)
-        cost = [ref.in_features + ref.out_features for ref in targets]
+        cost = [self.trained_by(ref, 1) for ref in targets]
         scores = {ref.name: log(max(effective_rank(kept[ref.name]["spectrum"]), 1.0)) for ref in targets}
         allocated = allocate(
             [ranks[ref.name] * scores[ref.name] for ref in targets],
@@ -106,7 +106,7 @@ class Astra(InitialisedAdapter):
             floor=[1] * len(targets),
             cap=[kept[ref.name]["basis"].shape[1] for ref in targets],
         )
-        return self._plan_with(layout, dict(zip(ranks, allocated, strict=True)), scores)
+        return self._plan_of(layout, dict(zip(ranks, allocated, strict=True)), scores)
 
     def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
         """``B = Q``, ``A = Q^T W``."""

@@ -1,19 +1,24 @@
 """What a method is: a frozen configuration that says what it needs, plans, and computes factors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Section
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+
+# Inputs of a model on its device, right-padded, with attention masks.
+Batches: TypeAlias = Sequence[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Plan:
     ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's, or what
     compression leaves of them. A compressor's matrix at rank min(out, in) is left dense, one at rank 0 is gone.
     ``kept`` says what is left where it is not the leading part: singular components, heads or channels, by name.
+    ``trained_parameters`` counts what training changes of the block linears or adds to them, without a new head.
     """
 
     method: str
@@ -40,6 +46,7 @@ class Plan:
     parameters_after: int
     scores: dict[str, float] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
+    trained_parameters: int = 0
 
 
 class Method(Section):
@@ -52,22 +59,61 @@ class Method(Section):
         """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
 
 
-class Adapter(Method):
+class FineTuning(Method):
+    """A method that trains: every adapter, and full fine-tuning. ``isinstance(method, FineTuning)`` tells."""
+
+    roles: tuple[str, ...] | None = None
+    """Roles to train (q k v o gate up down, or the family's own); null: every linear in the blocks."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method reads calibration samples."""
+        return False
+
+    def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
+        """The linears to train, of a factored one both halves. Raises `ConfigError` for a role that is not there."""
+        return tuple(part for ref in layout.of_roles(self.roles) for part in ref.parts)
+
+    def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
+        """Decide every rank. ``kept`` is what calibration kept of each target, empty without calibration."""
+        raise NotImplementedError
+
+    def _plan_with(
+        self,
+        layout: ModelLayout,
+        ranks: dict[str, int],
+        *,
+        added: int = 0,
+        trained: int,
+        scores: dict[str, float] | None = None,
+    ) -> Plan:
+        before = sum(part.in_features * part.out_features for ref in layout.linears for part in ref.parts)
+        blocks = tuple(range(len(layout.blocks)))
+        return Plan(self.name, ranks, blocks, before, before + added, scores or {}, trained_parameters=trained)
+
+
+class Adapter(FineTuning):
     """A low-rank adapter ``W + s B A`` that PEFT carries, with B: [out, r] (up) and A: [r, in] (down).
 
     The scaling s is ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (arXiv 2312.03732).
     """
 
+    takes_from_base: ClassVar[bool] = False
+    """Whether PEFT's initialisation takes a product that is not zero out of the base weight."""
+    rows_a_batch: ClassVar[int | None] = None
+    """Calibration sequences that PEFT's initialisation can read at once; None: any number."""
+
     rank: int = Field(default=8, ge=1)
     """Rank r of every adapted matrix, unless `rank_pattern` or an allocation says otherwise."""
+    match_parameters: int | None = Field(default=None, ge=1, exclude_if=lambda wanted: wanted is None)
+    """Take the largest rank, the same for all matrices and at most their smallest side, with which the adapter trains
+    no more than so many parameters (a new head not counted), in place of `rank`; null: `rank` as it is."""
     alpha: float | None = Field(default=None, gt=0)
     """Scaling numerator; null: the matrix's own rank, so that s = 1 (sqrt(rank) with rsLoRA)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    roles: tuple[str, ...] | None = None
-    """Roles to adapt (q k v o gate up down, or the family's own); null: every linear in the blocks."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Rank by role, or by a regular expression that matches a whole module path; it overrides `rank`."""
     train: Literal["both", "down", "up"] = "both"
@@ -83,13 +129,56 @@ class Adapter(Method):
                 raise ValueError(f"'{pattern}' is neither a role nor a regular expression: {error}") from None
         return patterns
 
-    def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
-        """The linears to adapt. Raises `ConfigError` for a role that the model does not have."""
-        return layout.select(self.roles)
+    @model_validator(mode="after")
+    def _one_source_of_ranks(self) -> "Adapter":
+        if self.match_parameters is not None and self.rank_pattern:
+            raise ValueError("match_parameters gives all matrices one rank: leave rank_pattern empty")
+        return self
+
+    def matched(self, layout: ModelLayout) -> "Adapter":
+        """Return the method with the rank that `match_parameters` asks for, or as it is.
+
+        The rank is the largest r, the same for all targets, at which they train no more than ``match_parameters``
+        parameters, counting only what learns (``train=down``: A alone; DoRA: the magnitudes too); it is not raised
+        above the smallest side of a target. Raises `ConfigError` where rank 1 trains more than that already.
+        """
+        if self.match_parameters is None:
+            return self
+        targets = self.targets(layout)
+        wanted = self.match_parameters
+        least = sum(self.trained_by(ref, 1) for ref in targets)
+        if least > wanted:
+            raise ConfigError(
+                f"method.match_parameters={wanted}: rank 1 on {len(targets)} linears trains {least} already; "
+                f"raise it to {least} or more, or adapt fewer roles (method.roles)"
+            )
+        per_rank = sum(self.trained_by(ref, 2) - self.trained_by(ref, 1) for ref in targets)
+        rank = min(1 + (wanted - least) // per_rank, *(ref.full_rank for ref in targets))
+        return self.model_copy(update={"rank": rank, "match_parameters": None})
+
+    def trained_by(self, ref: LinearRef, rank: int) -> int:
+        """Parameters that learn at one linear."""
+        return rank * (ref.in_features * (self.train != "up") + ref.out_features * (self.train != "down"))
 
     def base_ranks(self, layout: ModelLayout) -> dict[str, int]:
         """The configured rank of every target, by name, before any allocation."""
-        return {ref.name: self._configured_rank(ref) for ref in self.targets(layout)}
+        matched = self.matched(layout)
+        return {ref.name: matched._configured_rank(ref) for ref in self.targets(layout)}
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights give up what the adapter starts from."""
+        return self.takes_from_base
+
+    @property
+    def reads_floats(self) -> bool:
+        """Whether the base weights must not be quantised."""
+        return self.changes_base
+
+    @property
+    def up_learning_rate_ratio(self) -> float | None:
+        """Learning rate of B over that of A; None: equal."""
+        return None
 
     def alpha_of(self, rank: int) -> float:
         """The scaling numerator of a matrix of this rank."""
@@ -100,30 +189,58 @@ class Adapter(Method):
         return self.alpha_of(rank) / (rank**0.5 if self.rslora else rank)
 
     def check(self, layout: ModelLayout) -> None:
-        """Raise `ConfigError` for a pattern that matches nothing or a rank above a matrix's smaller side."""
-        targets = self.targets(layout)
+        """Raise `ConfigError` for a pattern that matches nothing, a rank above a matrix's smaller side, and quantised
+        weights where the method has no use for them."""
+        targets, ranks = self.targets(layout), self.base_ranks(layout)
         for pattern in self.rank_pattern:
             if not any(_matches(pattern, ref) for ref in targets):
                 raise ConfigError(
-                    f"method.rank_pattern: '{pattern}' matches no adapted linear{did_you_mean(pattern, layout.roles)}"
+                    f"method.rank_pattern: '{pattern}' matches no adapted linear{did_you_mean(pattern, layout.roles)} "
+                    f"(adapted roles: {', '.join(dict.fromkeys(ref.role for ref in targets))})"
                 )
         for ref in targets:
-            rank, largest = self._configured_rank(ref), min(ref.in_features, ref.out_features)
-            if rank > largest:
+            if ref.quantised and self.reads_floats:
                 raise ConfigError(
-                    f"method.rank={rank} does not fit {ref.name} (role {ref.role}), a {ref.out_features}x"
-                    f"{ref.in_features} matrix: legal are 1 to {largest}; lower method.rank, or set "
-                    f"method.rank_pattern={{{ref.role}: {largest}}} for this role alone"
+                    f"{ref.name} is quantised, and method={self.name} starts from its weights or changes them: "
+                    f"{self._for_quantised()}, or load the model unquantised"
+                )
+            if ranks[ref.name] > ref.full_rank:
+                raise ConfigError(
+                    f"method.rank={ranks[ref.name]} does not fit {ref.name} (role {ref.role}), a {ref.out_features}x"
+                    f"{ref.in_features} matrix: legal are 1 to {ref.full_rank}; lower method.rank, or set "
+                    f"method.rank_pattern={{{ref.role}: {ref.full_rank}}} for this role alone"
                 )
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
-        """Decide every rank. ``kept`` is what calibration kept of each target, empty without calibration."""
-        return self._plan_with(layout, self.base_ranks(layout))
+        """See `FineTuning`."""
+        return self._plan_of(layout, self.base_ranks(layout))
 
-    def _plan_with(self, layout: ModelLayout, ranks: dict[str, int], scores: dict[str, float] | None = None) -> Plan:
-        before = sum(ref.in_features * ref.out_features for ref in layout.linears)
-        adapter = sum((ref.in_features + ref.out_features) * ranks[ref.name] for ref in self.targets(layout))
-        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, before + adapter, scores or {})
+    def lora_options(self) -> dict[str, Any]:
+        """Fields of PEFT's `LoraConfig` that make this method, beside targets, ranks, scaling and dropout."""
+        return {}
+
+    def collect(self, model: PreTrainedModel, targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
+        """What an initialisation of PEFT has to know of every target before ranks are decided."""
+        return {}
+
+    def wrap(
+        self,
+        model: PreTrainedModel,
+        config: LoraConfig,
+        kept: Mapping[str, Kept],
+        batches: Batches,
+    ) -> PeftModel:
+        """Let PEFT put the adapter into ``model``; ``kept`` is what `collect` found."""
+        return get_peft_model(model, config)
+
+    def _plan_of(self, layout: ModelLayout, ranks: dict[str, int], scores: dict[str, float] | None = None) -> Plan:
+        targets = [ref for ref in self.targets(layout) if ref.name in ranks]
+        added = sum((ref.in_features + ref.out_features) * ranks[ref.name] for ref in targets)
+        trained = sum(self.trained_by(ref, ranks[ref.name]) for ref in targets)
+        return self._plan_with(layout, ranks, added=added, trained=trained, scores=scores)
+
+    def _for_quantised(self) -> str:
+        return "choose method=lora, dora, lora_plus or eva, or method=astra method.base=untouched"
 
     def _configured_rank(self, ref: LinearRef) -> int:
         return next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, ref)), self.rank)
@@ -135,6 +252,19 @@ class InitialisedAdapter(Adapter):
     base: Literal["residual", "untouched"] = "residual"
     """`residual` takes the initial product out of W; `untouched` leaves W alone and subtracts the frozen product in
     the forward pass (quantised bases, several adapters on one base)."""
+
+    @property
+    def calibrates(self) -> bool:
+        """See `FineTuning`."""
+        return self.needs() is not None
+
+    @property
+    def changes_base(self) -> bool:
+        """See `Adapter`."""
+        return self.base == "residual"
+
+    def _for_quantised(self) -> str:
+        return "set method.base=untouched"
 
     def needs(self) -> StatisticsRequest | None:
         """What calibration has to collect; None where the weights alone decide."""

@@ -1,7 +1,7 @@
 """`ModelLayout`: the blocks and linears of one model, by name, whatever its family and head."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.factored import LowRankLinear
 from lowrank_kit.models.families import FAMILIES, Family, base_type
-from lowrank_kit.models.linear import check_linear, weight_of
+from lowrank_kit.models.linear import check_linear, is_quantised, weight_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class LinearRef:
 
     ``name`` is its module path; ``block`` counts over all blocks of the model in execution order. Linears of
     one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
-    ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one.
+    ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one. The weight of a
+    ``quantised`` one is packed integers.
     """
 
     name: str
@@ -29,11 +30,22 @@ class LinearRef:
     has_bias: bool
     input_group: str
     rank: int | None = None
+    quantised: bool = False
 
     @property
     def full_rank(self) -> int:
         """The smaller side. As a rank in a compressor's plan it means: left dense."""
         return min(self.in_features, self.out_features)
+
+    @property
+    def parts(self) -> "tuple[LinearRef, ...]":
+        """The dense linears that it is made of: itself, or the two halves of a factored one in execution order."""
+        if self.rank is None:
+            return (self,)
+        between = f"{self.name}.down:up"
+        down = replace(self, name=f"{self.name}.down", out_features=self.rank, has_bias=False, rank=None)
+        up = replace(self, name=f"{self.name}.up", in_features=self.rank, input_group=between, rank=None)
+        return down, up
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,10 @@ class ModelLayout:
         """The roles that exist in this model, in order of first appearance."""
         return tuple(dict.fromkeys(ref.role for ref in self.linears))
 
-    def select(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
-        """Return the linears with these roles (None: all), in execution order, for a method to work on.
+    def of_roles(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
+        """Return the linears with these roles (None: all), in execution order.
 
-        Raises `ConfigError` for a role that no linear of the model has, and for one that is factored already.
+        Raises `ConfigError` for a role that no linear of the model has.
         """
         for role in roles or ():
             if role not in self.roles:
@@ -71,7 +83,19 @@ class ModelLayout:
                 raise ConfigError(
                     f"no linear of this {self.model_type} has the role '{role}'{hint} (it has {', '.join(self.roles)})"
                 )
-        selected = tuple(ref for ref in self.linears if roles is None or ref.role in roles)
+        return tuple(ref for ref in self.linears if roles is None or ref.role in roles)
+
+    def select(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
+        """Return what `of_roles` does, for a method that works on dense linears.
+
+        Raises `ConfigError` of `of_roles`, and for a linear that is quantised or factored already.
+        """
+        selected = self.of_roles(roles)
+        if quantised := [ref for ref in selected if ref.quantised]:
+            raise ConfigError(
+                f"this {self.model_type} is quantised: {len(quantised)} of {len(selected)} linears are, first "
+                f"{quantised[0].name}. Start from the original model"
+            )
         if factored := [ref for ref in selected if ref.rank is not None]:
             raise ConfigError(
                 f"this {self.model_type} is compressed already: {len(factored)} of {len(selected)} linears are "
@@ -85,7 +109,7 @@ def layout_of(model: PreTrainedModel) -> ModelLayout:
     """Describe a transformers model; its parameters may be on the meta device.
 
     Raises `LowRankKitError` for a model type without an entry in the table of families, for a module that the
-    table promises and the model lacks, and for a linear of a class other than Linear, Conv1D and LowRankLinear.
+    table promises and the model lacks, and for a linear that is neither Linear, Conv1D nor LowRankLinear nor quantised.
     """
     model_type: str = model.config.model_type
     modules = dict(model.named_modules())
@@ -162,6 +186,7 @@ def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: dict[str,
                         has_bias=bias is not None,
                         input_group=f"{block_path}:{'+'.join(group)}",
                         rank=rank,
+                        quantised=is_quantised(modules[name]),
                     )
             block += 1
 
@@ -169,6 +194,8 @@ def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: dict[str,
 def _facts(module: nn.Module, name: str) -> tuple[int, int, Tensor | None, int | None]:
     if isinstance(module, LowRankLinear):
         return module.in_features, module.out_features, module.up.bias, module.rank
+    if is_quantised(module):
+        return module.in_features, module.out_features, module.bias, None
     dense = check_linear(module, name)
     out_features, in_features = weight_of(dense).shape
     return in_features, out_features, dense.bias, None

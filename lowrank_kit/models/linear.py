@@ -1,9 +1,10 @@
 """The two classes of linear layer that transformers models are made of, behind one orientation."""
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Float
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,27 @@ def is_transposed(module: Linear) -> bool:
 def weight_of(module: Linear) -> Float[Tensor, "out in"]:
     """Return the weight as ``[out, in]``: a view, never a copy."""
     return module.weight.T if is_transposed(module) else module.weight
+
+
+def is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Say whether the module is a linear layer with packed integers for weights, as bitsandbytes makes them."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    """Return the weight as ``[out, in]``: dequantised if need be, else a view.
+
+    Raises `LowRankKitError` for quantised weights on a CPU, where bitsandbytes does not give them back reliably.
+    """
+    if not is_quantised(module):
+        return weight_of(check_linear(module, type(module).__name__))
+    if module.weight.device.type == "cpu":
+        raise LowRankKitError(
+            "bitsandbytes does not give quantised weights on a CPU back reliably: use a GPU, the unquantised model, or "
+            "a method that reads no weights (lora, eva)"
+        )
+    return dequantize_module_weight(module)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.families import base_type
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.quantised import Quantisation, loading_options
 
 Head = Literal["causal", "classification", "seq2seq", "base"]
 
@@ -90,6 +91,7 @@ def load_model(
     device: torch.device | str = "cpu",
     num_labels: int | None = None,
     problem_type: str | None = None,
+    quantization: Quantisation = "none",
 ) -> LoadedModel:
     """Load a model with the head asked for; a GGUF file is dequantised to ``dtype``.
 
@@ -103,6 +105,7 @@ def load_model(
         # Decoders classify at the last token that is not padding, so they must know which token pads.
         config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    options |= loading_options(quantization, dtype, device)
     if _locate(source).gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     model, info = _from_pretrained(_AUTO_CLASSES[head], source, **options)
@@ -112,7 +115,8 @@ def load_model(
             f"'{source.path}' is not a whole {type(model).__name__}: it lacks {len(inside)} weights inside "
             f"its blocks, first '{inside[0]}'"
         )
-    return LoadedModel(model.to(device), _new_modules(model, missing))
+    # bitsandbytes has quantised it on its device, and does not let it go elsewhere.
+    return LoadedModel(model if quantization != "none" else model.to(device), _new_modules(model, missing))
 
 
 def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None) -> PreTrainedModel:

@@ -1,10 +1,12 @@
 """What every block was found to be worth, and which ones the plan chose."""
 
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.table import Table
 
 from lowrank_kit.plots.figure import save
 
@@ -30,3 +32,17 @@ def plot_influence(
     panel.legend(fontsize=7)
     save(figure, file)
     return figure
+
+
+def influence_table(influence: Sequence[float], removed: Collection[int], chosen: str = "removed") -> Table:
+    """One line a block: its influence, its place from the least, and whether it is in ``removed``.
+
+    A block whose value is nan was not measured.
+    """
+    measured = [block for block in range(len(influence)) if not math.isnan(influence[block])]
+    place = {block: n for n, block in enumerate(sorted(measured, key=lambda block: influence[block]), start=1)}
+    table = Table("block", "influence", "from the least", "", title="block influence", title_justify="left")
+    for block, value in enumerate(influence):
+        cells = (f"{value:.4f}", str(place[block])) if block in place else ("-", "-")
+        table.add_row(str(block), *cells, chosen if block in removed else "")
+    return table

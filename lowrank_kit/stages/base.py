@@ -3,13 +3,13 @@
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit import __version__
 from lowrank_kit.assets import cache_dir
-from lowrank_kit.config import RunConfig
+from lowrank_kit.config import RunConfig, Stage
 from lowrank_kit.methods.base import Method
 from lowrank_kit.models.load import ModelSource, load_config, load_tokenizer
 from lowrank_kit.runs.directory import RunDirectory
@@ -34,6 +34,9 @@ Data = TypeVar("Data", bound=TaskData)
 
 class Stages(Generic[Task, Data]):
     """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
+
+    shared: ClassVar[frozenset[Stage]] = frozenset({"calibrate", "train"})
+    """The stages that several processes do together; the others are for the first one alone."""
 
     def __init__(
         self,

@@ -1,38 +1,35 @@
 """The stages of a perplexity task: a causal model is compressed, perhaps recovered, and judged beside the dense one."""
 
 import gc
-import hashlib
 import json
 import logging
-import shutil
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from lowrank_kit.assets import cache_dir
+from lowrank_kit import distributed
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
 from lowrank_kit.config import PerplexityTask
-from lowrank_kit.data.texts import EvaluationText, TaskTexts, Windows
-from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
+from lowrank_kit.data.texts import TaskTexts, Windows
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
-from lowrank_kit.methods.base import Compressor, Plan
+from lowrank_kit.methods.base import Adapter, Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, fingerprint, load_model
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.runs.directory import write_atomically
+from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
-from lowrank_kit.training.recover import recover
-
-if TYPE_CHECKING:
-    from lowrank_kit.stages.suite import Suite
+from lowrank_kit.stages.judging import CausalJudge
+from lowrank_kit.training.adapters import AdaptedModel
+from lowrank_kit.training.initialise import adapt
+from lowrank_kit.training.recover import Recovered, recover
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +43,17 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
     def calibrate(self) -> None:
         """Let the compressor look at the model; what it keeps goes to the content-keyed cache, for every ratio."""
         # Texts that are too short are found out before the model is loaded.
-        self._data.evaluation(self._tokenizer)
-        _ = self._suite
+        _ = self._judge.texts, self._judge.suite
         if self._recovers:
             _ = self._recovery_rows
         if self._compressor is not None:
             _ = self._samples, self._probe_windows
             with StageProgress() as progress:
-                self._compression.calibrate(progress)
+                if self._cache is None:
+                    # What the others would have to read is in a folder of the first process.
+                    distributed.on_main(lambda: self._compression.calibrate(progress))
+                else:
+                    self._compression.calibrate(progress)
 
     def plan(self) -> None:
         """Decide what is kept: ``plan.json``, with ``plots/``."""
@@ -80,18 +80,24 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         del self._loaded, self._compression
 
     def train(self) -> None:
-        """With `recovery`, train ``checkpoint/`` into ``recovered/``; ``history.json`` is the Trainer's log."""
+        """With `recovery`, train ``checkpoint/`` into ``recovered/``; ``history.json`` is the Trainer's log.
+
+        An adapter is in ``adapter/`` as well, plain PEFT on ``checkpoint/``.
+        """
         if not self._recovers:
             return
         # Of the unrecovered model, should it have been judged before.
         self._run.forget("evaluate", "results.json")
         rows, recovery, folder = self._recovery_rows, self.config.recovery, self._run.path / "checkpoints"
         # In float32, whatever the model is stored in: small steps would be rounded away.
+        model = self._saved("checkpoint", torch.float32)
+        ready = self._adapted(model, rows) if recovery.method else None
         recovered = recover(
-            self._saved("checkpoint", torch.float32),
+            model,
             rows,
             recovery,
             self.config.train,
+            adapted=ready,
             teacher=self._loaded if recovery.loss == "distill" else None,
             tokenizer=self._tokenizer,
             folder=folder,
@@ -101,28 +107,33 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         )
         self._manifest.record("trained_parameters", recovered.trained_parameters)
         self._run.write_json("history.json", recovered.history)
+        distributed.on_main(lambda: self._export(recovered, ready))
+        self._run.remove(folder.name)
+
+    def _export(self, recovered: Recovered, adapted: AdaptedModel | None) -> None:
+        if adapted:
+            with self._run.write_folder("adapter") as folder:
+                adapted.export(folder, str(self._run.path / "checkpoint"))
         dtype = getattr(torch, self.config.dtype)
-        save_compressed(recovered.model, self._run.path / "recovered", self._tokenizer, dtype=dtype)
-        shutil.rmtree(folder, ignore_errors=True)
+        save_compressed(recovered.merged(), self._run.path / "recovered", self._tokenizer, dtype=dtype)
 
     def evaluate(self) -> None:
         """Measure the saved models, and the dense one beside them: ``results.json``."""
-        texts, is_recovered = self._data.evaluation(self._tokenizer), (self._run.path / "recovered").is_dir()
-        # Whatever is wrong with it is found out before a model is loaded.
-        _ = self._suite
+        is_recovered = (self._run.path / "recovered").is_dir()
+        # Whatever is wrong with them is found out before a model is loaded.
+        _ = self._judge.texts, self._judge.suite
         if self._recovers and not is_recovered:
             log.warning("evaluating the compressed model as it is: it was not recovered")
         records = []
         with StageProgress() as progress:
             if self._compressor is not None:
-                records += [_record(text, self._dense_reference(text, progress), "dense") for text in texts]
-                records += self._answers(self._loaded, "dense", progress)
+                records += self._judged(self._loaded, "dense", progress, as_it_came=True)
             if is_recovered:
-                records += self._judge(self._saved("checkpoint"), texts, "compressed", progress)
+                records += self._judged(self._saved("checkpoint"), "compressed", progress)
             model = (
                 self._loaded if self._compressor is None else self._saved("recovered" if is_recovered else "checkpoint")
             )
-            records += self._judge(model, texts, "final", progress)
+            records += self._judged(model, "final", progress, as_it_came=self._compressor is None)
             if self.config.eval.speed.enabled and self._compressor is not None:
                 speeds = measure_speed(
                     {"dense": self._loaded, "compressed": model}, self.config.eval.speed, self.device, progress
@@ -130,6 +141,15 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
                 source = f"random tokens, {self.config.dtype}, {torch.get_num_threads()} threads"
                 records += speed_records(speeds["dense"], speeds["compressed"], source, VERSIONS)
         self._run.write_json("results.json", [asdict(record) for record in records])
+
+    @cached_property
+    def _judge(self) -> CausalJudge:
+        return CausalJudge(self.config, self.task, self._data, self._tokenizer, self._run.path, self.device)
+
+    def _judged(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, progress: StageProgress, as_it_came: bool = False
+    ) -> list[EvalRecord]:
+        return self._judge.judge(model, layout_of(model), checkpoint, progress, as_it_came)
 
     @property
     def _compressor(self) -> Compressor | None:
@@ -141,7 +161,6 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         model = load_model(self._model_source, "causal", getattr(torch, self.config.dtype), self.device).model
         facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model))}
         self._manifest.record("model", facts)
-        self._fingerprint = facts["fingerprint"]
         return model
 
     @cached_property
@@ -180,80 +199,27 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _recovery_rows(self) -> datasets.Dataset:
-        return self._data.recovery(self._tokenizer)
+        return self._data.recovery(self._tokenizer, ask)
+
+    def _adapted(self, model: PreTrainedModel, rows: datasets.Dataset) -> AdaptedModel:
+        """The compressed model with the adapter of `recovery.method`, calibrated on what it will learn."""
+        method, settings = self.config.recovery.method, self.config.calibration
+        assert isinstance(method, Adapter)
+        chosen = rows.select(range(min(settings.samples, len(rows))))
+        samples = CalibrationSamples(
+            tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen)
+        )
+        set_seed(self.config.seed)
+        return adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=settings.batch_size, cache=self._cache)
 
     def _saved(self, name: Literal["checkpoint", "recovered"], dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What a stage has left; ``dtype`` None: the run's."""
         folder = self._run.path / name
         if name == "checkpoint" and not folder.is_dir():
-            self.apply()
+            distributed.on_main(self.apply)
         gc.collect()
         dtype = dtype or getattr(torch, self.config.dtype)
         return load_model(ModelSource(str(folder)), "causal", dtype, self.device).model
-
-    def _judge(
-        self, model: PreTrainedModel, texts: list[EvaluationText], checkpoint: Checkpoint, progress: StageProgress
-    ) -> list[EvalRecord]:
-        size, device = self.task.batch_size, self.device
-        perplexities = [
-            _record(
-                text,
-                perplexity(model, text.windows, size, device, progress, f"{checkpoint} perplexity of {text.name}"),
-                checkpoint,
-            )
-            for text in texts
-        ]
-        return perplexities + self._answers(model, checkpoint, progress)
-
-    @cached_property
-    def _suite(self) -> "Suite | None":
-        """The benchmarks of the task. Errors: see `Exam`."""
-        if not self._data.benchmarks:
-            return None
-        # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
-        from lowrank_kit.evaluation.harness import Exam
-        from lowrank_kit.stages.suite import Suite
-
-        allowed = self.config.eval.allow_code_execution
-        exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
-        tokenizer, limit = self._tokenizer, self.config.model.max_length
-        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        return Suite(exams, tokenizer, self.config.eval.batch_size, longest, VERSIONS, self._run.path)
-
-    def _answers(self, model: PreTrainedModel, checkpoint: Checkpoint, progress: StageProgress) -> list[EvalRecord]:
-        """The figures of the benchmarks; the dense model's are measured once for all runs that have the same rows."""
-        if self._suite is None:
-            return []
-        key = {
-            "model": fingerprint(model, layout_of(model)),
-            "dtype": self.config.dtype,
-            "device": torch.device(self.device).type,
-            "versions": VERSIONS,
-        }
-        shared = cache_dir() / "benchmarks" if checkpoint == "dense" else None
-        return self._suite.judge(model, checkpoint, key, progress, shared)
-
-    def _dense_reference(self, text: EvaluationText, progress: StageProgress) -> Perplexity:
-        """The original model's perplexity, measured once for all runs that read the same windows."""
-        model = self._loaded
-        key: dict[str, Any] = {
-            "model": self._fingerprint,
-            "windows": hashlib.sha256(text.windows.numpy().tobytes()).hexdigest(),
-            "shape": list(text.windows.shape),
-            "dtype": self.config.dtype,
-            "device": torch.device(self.device).type,
-            "versions": VERSIONS,
-        }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        file = cache_dir() / "perplexity" / f"{digest}.json"
-        if file.is_file():
-            raw = json.loads(file.read_text())
-            return Perplexity(**{**raw, "per_window": tuple(raw["per_window"])})
-        found = perplexity(
-            model, text.windows, self.task.batch_size, self.device, progress, f"dense perplexity of {text.name}"
-        )
-        write_atomically(file, json.dumps(asdict(found)))
-        return found
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:
@@ -263,9 +229,3 @@ def _size(model: PreTrainedModel) -> dict[str, int]:
         "parameters": sum(p.numel() for p in parameters),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
     }
-
-
-def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:
-    return EvalRecord(
-        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint
-    )

@@ -1,37 +1,78 @@
 """PEFT carries every adapter: attach it with given factors, and export it as plain LoRA on the original base."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.methods.base import Adapter, InitialisedAdapter, LowRankFactors, Plan
+from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.config import TrainConfig
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.models.load import fingerprint
+from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.untouched import SubtractInitial
 
 ADAPTER = "default"
 FROZEN = {"both": (), "down": ("lora_B",), "up": ("lora_A",)}
+BASE_FILE = "base.json"
+
+
+@runtime_checkable
+class Adapted(Protocol):
+    """A model that a method has made ready to train."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that learn, a newly initialised head included."""
+        ...
+
+    def optimizer(self, settings: TrainConfig) -> torch.optim.Optimizer:
+        """AdamW over what learns, with the method's learning rates."""
+        ...
+
+    def export(self, folder: Path, base: str) -> None:
+        """Write what stock libraries load; ``base`` is the original model's hub id or folder."""
+        ...
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A PEFT model, with the float32 factors that its adapter started from (empty when their product is zero)."""
+    """A PEFT model, with the float32 factors that its adapter started from (empty when their product is zero).
+
+    ``base_fingerprint`` is that of the original model, before any product was taken out of it.
+    """
 
     model: PeftModel
     method: Adapter
     plan: Plan
     initial: Mapping[str, LowRankFactors]
+    base_fingerprint: str
 
     @property
     def trained_parameters(self) -> int:
         """Number of parameters that learn, a newly initialised head included."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def optimizer(self, settings: TrainConfig) -> torch.optim.Optimizer:
+        """AdamW; newly initialised modules, and with LoRA+ the up factors, may learn faster."""
+        return adamw(self.model, settings, new=("modules_to_save",), up_ratio=self.method.up_learning_rate_ratio)
 
     def layer(self, name: str) -> LoraLayer:
         """The adapted layer that stands at the linear ``name`` of the original model."""
@@ -53,10 +94,11 @@ class AdaptedModel:
             folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
             base: hub id or folder of the original model, as the adapter's users will load it.
         """
+        # DoRA's magnitudes and trained heads stay as they are.
         state = {
             name: tensor
             for name, tensor in get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
-            if ".lora_" not in name
+            if not name.endswith((".lora_A.weight", ".lora_B.weight"))
         }
         ranks, alphas = {}, {}
         for name, rank in self.plan.ranks.items():
@@ -66,13 +108,14 @@ class AdaptedModel:
             state[f"base_model.model.{name}.lora_A.weight"] = factors.down.float()
             state[f"base_model.model.{name}.lora_B.weight"] = factors.up.float()
         trained = self.model.peft_config[ADAPTER]
-        config = _lora_config(ranks, alphas, task_type=trained.task_type, modules_to_save=trained.modules_to_save)
+        config = _lora_config(ranks, alphas, trained.task_type, trained.modules_to_save, use_dora=trained.use_dora)
         config.fan_in_fan_out = trained.fan_in_fan_out
         config.base_model_name_or_path = base
         config.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        (folder / BASE_FILE).write_text(json.dumps({"path": base, "fingerprint": self.base_fingerprint}))
 
     def _export_factors(self, name: str) -> LowRankFactors:
         now, start = self.factors(name), self.initial.get(name)
@@ -92,42 +135,75 @@ def attach(
     factors: Mapping[str, LowRankFactors],
     new_modules: Sequence[str],
     task_type: str | None,
+    *,
+    kept: Mapping[str, Kept] | None = None,
+    batches: Batches = (),
 ) -> AdaptedModel:
     """Wrap ``model`` with the planned adapter; the model is changed in place.
 
     Args:
         model: the original model.
-        method: scaling, dropout, and which factors learn.
+        method: scaling, dropout, PEFT's initialisation, and which factors learn.
         plan: the rank of every adapted linear.
-        factors: what every adapted linear starts from; empty for PEFT's own start (B = 0).
+        factors: what every adapted linear starts from; empty for an initialisation of PEFT.
         new_modules: newly initialised modules, which learn in full and are saved with the adapter.
         task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
+        kept: what calibration kept of every target, for an initialisation of PEFT.
+        batches: inputs of the model on its device, for the same.
+
+    Raises:
+        LowRankKitError: the method takes a product out of base weights that are shared.
     """
+    if method.changes_base:
+        _check_separate(model, plan)
+    base_fingerprint = fingerprint(model, layout_of(model))
     alphas = {name: method.alpha_of(rank) for name, rank in plan.ranks.items()}
-    config = _lora_config(plan.ranks, alphas, task_type=task_type, modules_to_save=list(new_modules) or None)
-    config.use_rslora, config.lora_dropout = method.rslora, method.dropout
+    options = {"use_rslora": method.rslora, "lora_dropout": method.dropout, **method.lora_options()}
+    config = _lora_config(plan.ranks, alphas, task_type, list(new_modules) or None, **options)
+    wrapped = method.wrap(model, config, kept or {}, batches)
     initial = {name: _as_stored(start) for name, start in factors.items()}
-    adapted = AdaptedModel(get_peft_model(model, config), method, plan, initial)
-    for name, start in adapted.initial.items():
+    adapted = AdaptedModel(wrapped, method, plan, initial, base_fingerprint)
+    for name, start in initial.items():
         layer = adapted.layer(name)
         _start_from(layer, start)
-        if isinstance(method, InitialisedAdapter) and method.base == "untouched":
-            SubtractInitial.install(layer, ADAPTER, start)
-        else:
+        if method.changes_base:
             _take_out_of_base(layer, start)
+        else:
+            SubtractInitial.install(layer, ADAPTER, start)
+    if method.takes_from_base:
+        initial.update({name: _as_stored(adapted.factors(name)) for name in plan.ranks})
     for name in plan.ranks:
         adapted.layer(name).frozen_peft_weight_names = {ADAPTER: FROZEN[method.train]}
     # PEFT freezes what the layers declare, here and whenever an adapter is loaded or switched.
-    adapted.model.set_adapter(ADAPTER)
+    wrapped.set_adapter(ADAPTER)
     return adapted
+
+
+def load_adapted(method: FineTuning, base_model: PreTrainedModel, folder: Path) -> nn.Module:
+    """Read an export back: the adapter on ``base_model``, which is changed, or the checkpoint's own weights.
+
+    Raises `LowRankKitError` for an adapter of ours that was trained on another base; one that PEFT saved does not tell.
+    """
+    if not isinstance(method, Adapter):
+        return type(base_model).from_pretrained(folder, dtype=base_model.dtype).to(base_model.device)
+    if (folder / BASE_FILE).is_file():
+        trained_on = json.loads((folder / BASE_FILE).read_text())
+        found = fingerprint(base_model, layout_of(base_model))
+        if found != trained_on["fingerprint"]:
+            raise LowRankKitError(
+                f"the adapter in {folder} belongs to another base: it was trained on '{trained_on['path']}' (weights "
+                f"{trained_on['fingerprint']}), and these weights are {found}; load that model, in the dtype that it "
+                "was trained in"
+            )
+    return PeftModel.from_pretrained(base_model, str(folder))
 
 
 def _lora_config(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-    *,
     task_type: str | None,
     modules_to_save: list[str] | None,
+    **options: Any,
 ) -> LoraConfig:
     """A LoRA configuration with one rank and alpha, and patterns for the linears that differ from the first."""
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -139,7 +215,20 @@ def _lora_config(
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         modules_to_save=modules_to_save,
+        **options,
     )
+
+
+def _check_separate(model: nn.Module, plan: Plan) -> None:
+    """Two linears of one weight cannot each have a product of their own taken out of it."""
+    holders: dict[int, str] = {}
+    for name in plan.ranks:
+        other = holders.setdefault(id(model.get_submodule(name).weight), name)
+        if other != name:
+            raise LowRankKitError(
+                f"{other} and {name} share one weight, so no adapter can take its start out of it: use method.base="
+                "untouched, or a method that starts at zero (lora, dora), or leave the role out (method.roles)"
+            )
 
 
 def _as_stored(factors: LowRankFactors) -> LowRankFactors:

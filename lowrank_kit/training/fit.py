@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -22,8 +23,11 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lowrank_kit.config import TrainConfig
+from lowrank_kit.config import RuntimeConfig, TrainConfig
+from lowrank_kit.distributed import on_main, started
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.training.optimizer import adamw
+from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.progress import ProgressReport
 
 LOGGING_STEPS = 10
@@ -44,11 +48,17 @@ def fit(
     seed: int,
     log: Callable[[Mapping[str, float], int], None],
     loss: Loss | None = None,
+    optimizer: Callable[[TrainConfig], torch.optim.Optimizer] | None = None,
     evaluation: datasets.Dataset | None = None,
     eval_batch_size: int = 8,
     score: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008, it is immutable
 ) -> History:
     """Train whatever of ``model`` requires gradients, in place; return the Trainer's log, a dict an entry.
+
+    Several processes that call this with the same arguments share every step's rows. What learnt is whole afterwards,
+    as `make_whole` says.
 
     Args:
         model: on its device already.
@@ -60,22 +70,26 @@ def fit(
         seed: data order, dropout.
         log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
         loss: what falls, of the model and a batch; None: the model's own loss.
+        optimizer: makes the optimiser; None: AdamW at one learning rate.
         evaluation: encoded rows, scored every ``settings.eval_every`` steps; None: no look while training.
         eval_batch_size: rows a forward pass in evaluation.
         score: metrics of predictions.
+        callbacks: called by the Trainer, after our own.
+        runtime: whether the processes shard the model.
 
     Raises:
         LowRankKitError: the loss, the gradient or a metric is not finite.
     """
     set_seed(seed)
     mixed = _mixed_precision(settings, device)
+    rows, passes = rows_per_pass(settings, started())
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows,
         per_device_eval_batch_size=eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_accumulation_steps=passes,
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -97,12 +111,16 @@ def fit(
         dataloader_pin_memory=device.startswith("cuda"),
         seed=seed,
         report_to=[],
+        # Of an adapter, all that learns is used in every pass.
+        ddp_find_unused_parameters=False if isinstance(model, PeftModel) else None,
+        **sharding(runtime),
     )
     # The model is on its one device already; more that are visible are left to other runs.
     _ = arguments.device
     arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = _Trainer(
         loss,
+        lambda: optimizer(settings) if optimizer else adamw(model, settings),
         model=model,
         args=arguments,
         train_dataset=train,
@@ -111,25 +129,14 @@ def fit(
         compute_metrics=score,
         # Encoder-decoders return hidden states beside them.
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
-        optimizers=(_optimizer(model, settings), None),
-        callbacks=[_Watcher(settings, log)],
+        callbacks=[_Watcher(settings, log), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     with ProgressReport() as report:
         trainer.add_callback(report)
-        trainer.train(resume_from_checkpoint=_whole_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=on_main(lambda: _whole_checkpoint(folder)))
+    make_whole(model, trainer)
     return trainer.state.log_history
-
-
-def _optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; newly initialised modules may learn faster than the adapter."""
-    head_rate = settings.head_learning_rate or settings.learning_rate
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in learning if "modules_to_save" not in name]},
-        {"params": [p for name, p in learning if "modules_to_save" in name], "lr": head_rate},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _mixed_precision(settings: TrainConfig, device: str) -> str:
@@ -160,13 +167,22 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class _Trainer(Trainer):
-    """The Trainer, with a loss of one's own: the mean over a batch."""
+    """The Trainer, with an optimiser of one's own, and perhaps a loss: the mean over a batch."""
 
-    def __init__(self, loss: Loss | None, **options: Any) -> None:
+    def __init__(self, loss: Loss | None, optimizer: Callable[[], torch.optim.Optimizer], **options: Any) -> None:
         super().__init__(**options)
-        self._loss = loss
+        self._loss, self._make_optimizer = loss, optimizer
         if loss is not None:
             self.loss_is_scaled_for_ga = False
+        if not isinstance(self.train_dataset[0]["labels"], list):
+            # Classifiers take the number of items among their keyword arguments and divide by the rows of the pass, so
+            # that their loss would count once for every pass and process.
+            self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make it when the Trainer is ready for it: sharding asks for that."""
+        self.optimizer: torch.optim.Optimizer = self.optimizer or self._make_optimizer()
+        return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **options: Any) -> Any:
         """As the Trainer, unless there is a loss of one's own."""

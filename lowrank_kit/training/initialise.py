@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 from lowrank_kit.calibration.collect import Kept, calibrate
 from lowrank_kit.calibration.statistics import LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.base import Adapter, InitialisedAdapter, LowRankFactors, Plan
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.methods.base import Adapter, Batches, FineTuning, InitialisedAdapter, LowRankFactors, Plan
+from lowrank_kit.methods.full_ft import FullFineTuning
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.linear import weight_of
-from lowrank_kit.training.adapters import AdaptedModel, attach
+from lowrank_kit.models.linear import dense_weight
+from lowrank_kit.training.adapters import Adapted, AdaptedModel, attach
+from lowrank_kit.training.full import unfreeze
 
 
 def adapt(
@@ -30,7 +33,7 @@ def adapt(
     Args:
         model: the original model.
         method: for example ``Astra(name="astra", rank=32)``.
-        samples: what a method that looks at activations is calibrated with.
+        samples: what a method that looks at activations or gradients is calibrated with; as for `adapted`.
         new_modules: newly initialised modules, which learn in full.
         task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
         batch_size: calibration sequences a batch.
@@ -39,11 +42,15 @@ def adapt(
     method.check(layout_of(model))
     kept = calibrate_for(method, model, samples, batch_size=batch_size, cache=cache)
     plan = method.plan(layout_of(model), kept)
-    return attach(model, method, plan, starting_factors(method, model, plan, kept), new_modules, task_type)
+    ready = adapted(
+        method, model, plan, kept, samples, new_modules=new_modules, task_type=task_type, batch_size=batch_size
+    )
+    assert isinstance(ready, AdaptedModel)
+    return ready
 
 
 def calibrate_for(
-    method: Adapter,
+    method: FineTuning,
     model: PreTrainedModel,
     samples: CalibrationSamples,
     *,
@@ -51,21 +58,29 @@ def calibrate_for(
     cache: Path | None,
     progress: Progress | None = None,
 ) -> dict[str, Kept]:
-    """What the method keeps of every linear it adapts; nothing where the weights alone decide."""
-    request = method.needs() if isinstance(method, InitialisedAdapter) else None
-    if not isinstance(method, InitialisedAdapter) or request is None:
+    """What the method keeps of every linear it adapts; nothing where the weights alone decide.
+
+    Raises `LowRankKitError` for a method that needs samples where there are none.
+    """
+    if not isinstance(method, Adapter) or not method.calibrates:
         return {}
+    layout = layout_of(model)
+    method, samples = method.matched(layout), _present(samples).without_labels()
+    targets = method.targets(layout)
+    if not isinstance(method, InitialisedAdapter):
+        return method.collect(model, targets, _batches(model, samples, batch_size))
+    ours, request = method, method.needs()
+    assert request is not None
 
     def reduce(statistics: LayerStatistics) -> Kept:
         module = model.get_submodule(statistics.ref.name)
-        return method.reduce(weight_of(module), module.bias, statistics)
+        return ours.reduce(dense_weight(module), module.bias, statistics)
 
-    layout = layout_of(model)
     return calibrate(
         model,
         layout,
         samples,
-        method.targets(layout),
+        targets,
         request,
         reduce,
         batch_size=batch_size,
@@ -75,14 +90,71 @@ def calibrate_for(
     )
 
 
+def adapted(
+    method: FineTuning,
+    model: PreTrainedModel,
+    plan: Plan,
+    kept: Mapping[str, Kept],
+    samples: CalibrationSamples | None,
+    *,
+    new_modules: Sequence[str],
+    task_type: str | None,
+    batch_size: int,
+) -> Adapted:
+    """Make ``model`` ready to train by any method; it is changed in place.
+
+    Args:
+        method: an adapter or full fine-tuning.
+        model: the original model.
+        plan: the method's own, of this model.
+        kept: what `calibrate_for` returned.
+        samples: the calibration set; only methods with ``method.calibrates`` read it. LoRA-GA differentiates the loss
+            of their ``labels`` (a class each, or a token id a token, -100 where none counts); of a causal language
+            model whose samples have none, that of the next token.
+        new_modules: newly initialised modules, which learn in full.
+        task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
+        batch_size: calibration sequences a batch.
+
+    Raises:
+        LowRankKitError: a method that needs samples has none; of `attach`.
+    """
+    if isinstance(method, FullFineTuning):
+        return unfreeze(model, method, new_modules)
+    assert isinstance(method, Adapter)
+    method = method.matched(layout_of(model))
+    factors = starting_factors(method, model, plan, kept)
+    batches: Batches = ()
+    if method.calibrates and not isinstance(method, InitialisedAdapter):
+        batches = _batches(model, _present(samples), method.rows_a_batch or batch_size)
+    return attach(model, method, plan, factors, new_modules, task_type, kept=kept, batches=batches)
+
+
 def starting_factors(
     method: Adapter, model: PreTrainedModel, plan: Plan, kept: Mapping[str, Kept]
 ) -> dict[str, LowRankFactors]:
-    """The factors of every planned linear, float32; none for a method that starts at PEFT's zero product."""
+    """The factors of every planned linear, float32; none for a method that PEFT initialises."""
     if not isinstance(method, InitialisedAdapter):
         return {}
     factors = {}
     for name, rank in plan.ranks.items():
-        start = method.initialise(weight_of(model.get_submodule(name)), kept.get(name, {}), rank)
+        start = method.initialise(dense_weight(model.get_submodule(name)), kept.get(name, {}), rank)
         factors[name] = LowRankFactors(start.up.float(), start.down.float())
     return factors
+
+
+def _present(samples: CalibrationSamples | None) -> CalibrationSamples:
+    if samples is None or not samples.sequences:
+        raise LowRankKitError(
+            "the calibration set is empty, and the method starts from activations or gradients: raise "
+            "calibration.samples, choose a task with training rows, or a method that starts from weights alone (lora, "
+            "dora, pissa, milora, olora, mica)"
+        )
+    return samples
+
+
+def _batches(model: PreTrainedModel, samples: CalibrationSamples, size: int) -> Batches:
+    config = model.config
+    if config.is_encoder_decoder:
+        samples = samples.with_decoder_inputs(config.decoder_start_token_id)
+    padded = samples.batches(size, config.get_text_config().pad_token_id or 0)
+    return [{name: values.to(model.device) for name, values in batch.items()} for batch in padded]

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowrank_kit.distributed import is_main
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -19,7 +21,7 @@ class ProgressReport(TrainerCallback):
     def __init__(self) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._on_terminal = console.is_terminal
+        self._on_terminal = console.is_terminal and is_main()
         self._bar = Progress(
             *columns, TimeRemainingColumn(), console=console, transient=True, disable=not self._on_terminal
         )

@@ -19,6 +19,7 @@ from lowrank_kit.data.instructions import IGNORED
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.factored import shared_downs
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
+from lowrank_kit.training.adapters import Adapted
 from lowrank_kit.training.fit import Batch, History, fit
 
 log = logging.getLogger(__name__)
@@ -26,15 +27,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recovered:
-    """The trained model, of the same shapes as before and with LoRA merged, and the Trainer's log."""
+    """What was trained, the model itself or a PEFT model around it, and the Trainer's log."""
 
-    model: PreTrainedModel
+    learnt: nn.Module
     trained_parameters: int
     history: History
 
+    def merged(self) -> PreTrainedModel:
+        """The model, of the same shapes as before, with LoRA in its weights; what was trained is changed."""
+        model = self.learnt.merge_and_unload() if isinstance(self.learnt, PeftModel) else self.learnt
+        return model.eval()
+
 
 def learner(model: PreTrainedModel, settings: RecoveryConfig) -> nn.Module:
-    """Return what `recover` trains: the model itself with gradients where ``settings.what`` says, or a PEFT model.
+    """Return what `recover` trains of ``settings.what``: the model itself with gradients there, or a PEFT model.
 
     `factors`: all of the replaced blocks but their dense linears, that is factors and norms (GRASP, arXiv 2501.00339).
     `lora`: LoRA on their linears, of a factored one on each half, so that merging it keeps the rank; a ``down`` weight
@@ -71,6 +77,7 @@ def recover(
     settings: RecoveryConfig,
     schedule: TrainConfig,
     *,
+    adapted: Adapted | None,
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -85,6 +92,7 @@ def recover(
         rows: ``input_ids`` and ``labels``, where -100 is not learnt.
         settings: what learns, and from which loss.
         schedule: steps, learning rate.
+        adapted: ``model`` with the adapter to train, for ``what=adapter``; else None, and `learner` decides.
         teacher: the original model on the same device, for ``loss=distill``: its weights stay in memory throughout.
         tokenizer: pads the batches.
         folder: checkpoints, as in `fit`.
@@ -96,7 +104,7 @@ def recover(
         LowRankKitError: of `learner` and of `fit`.
     """
     torch.manual_seed(seed)
-    learning = learner(model, settings)
+    learning = adapted.model if adapted else learner(model, settings)
     trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
     log.info("recovery trains %s parameters on %d rows", f"{trained:,}", len(rows))
     history = fit(
@@ -108,10 +116,10 @@ def recover(
         device=device,
         seed=seed,
         log=track,
+        optimizer=adapted.optimizer if adapted else None,
         loss=None if teacher is None else partial(_distil, teacher.eval()),
     )
-    merged = learning.merge_and_unload() if isinstance(learning, PeftModel) else model
-    return Recovered(merged.eval(), trained, history)
+    return Recovered(learning, trained, history)
 
 
 def distillation_loss(
@@ -134,7 +142,5 @@ def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch) -> Tensor:
 
 def _parts(ref: LinearRef, shared: Mapping[str, str]) -> list[str]:
     """The modules of a linear that carry LoRA."""
-    if ref.rank is None:
-        return [ref.name]
-    halves = ("up",) if ref.name in {*shared, *shared.values()} else ("up", "down")
-    return [f"{ref.name}.{half}" for half in halves]
+    parts = ref.parts[-1:] if ref.name in {*shared, *shared.values()} else ref.parts
+    return [part.name for part in parts]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import RunConfig
@@ -49,6 +49,25 @@ def checkpoint(tmp_path_factory, tiny_model) -> Callable[[str], Path]:
             style = {"bert": "encoder", "roberta": "encoder", "t5": "t5"}.get(family, "decoder")
             build_tokenizer(style).save_pretrained(made[family])
         return made[family]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def sharp_checkpoint(checkpoint, tiny_model, tmp_path_factory) -> Path:
+    """A tiny model that predicts with confidence: an untouched one is nearly uniform, and so is any compression."""
+    folder = tmp_path_factory.mktemp("sharp")
+    tiny_model("llama", initializer_range=0.3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(words, composed) -> Callable[..., RunConfig]:
+    """The configuration of a module's own ``words``."""
+
+    def build(*more: str, **where: object) -> RunConfig:
+        return composed(words(*more, **where))
 
     return build
 

@@ -90,7 +90,9 @@ def test_a_bug_keeps_its_traceback(cli):
 def test_a_sweep_runs_every_combination(cli):
     done = cli("-m", "method.rank=1,2", "seed=0,1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["run: runs/here"] * 4
+    lines = done.stdout.splitlines()
+    assert lines[:4] == ["run: runs/here"] * 4
+    assert lines[-1].startswith("sweep: runs/sweeps/4-jobs-")
     assert [name for name in left(cli) if name.startswith("ran")] == [
         "ran-1-0",
         "ran-1-1",

@@ -29,14 +29,6 @@ def words(language_arguments):
     return build
 
 
-@pytest.fixture
-def job(words, composed):
-    def build(*more, **where):
-        return composed(words(*more, **where))
-
-    return build
-
-
 def read(file):
     return json.loads(file.read_text())
 
@@ -123,7 +115,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(settings, message, jo
 
 
 def test_an_adapter_has_nothing_to_learn_from_running_text(job):
-    with pytest.raises(ConfigError, match="labelled rows"):
+    with pytest.raises(ConfigError, match="has nothing to learn from"):
         execute(job("~method.ratio", "~method.rank_multiple", "~method.probe_seq_len", method="astra"))
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError
@@ -31,15 +31,6 @@ def learnable_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def sharp_checkpoint(checkpoint, tiny_model, tmp_path_factory):
-    """A tiny model that predicts with confidence: an untouched one is nearly uniform, and so is any compression."""
-    folder = tmp_path_factory.mktemp("sharp")
-    tiny_model("llama", initializer_range=0.3).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def words(language_arguments, sharp_checkpoint, learnable_folder):
     def build(*more, method="svd_llm", recovery="factors"):
@@ -48,14 +39,6 @@ def words(language_arguments, sharp_checkpoint, learnable_folder):
             *("calibration.samples=16", "train.max_steps=20", "train.batch_size=4", "train.learning_rate=1e-2"),
         ]
         return language_arguments(*usual, *more, method=method, path=sharp_checkpoint, data=learnable_folder)
-
-    return build
-
-
-@pytest.fixture
-def job(words, composed):
-    def build(*more, **where):
-        return composed(words(*more, **where))
 
     return build
 

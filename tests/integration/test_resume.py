@@ -108,8 +108,8 @@ def test_stages_done_apart_give_the_figures_of_one_run(config, tmp_path, monkeyp
         run = execute(config(f"run.dir={tmp_path / 'parts'}", f"run.stages=[{stages}]", task="glue/stsb"))
         assert not (run / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_kit.stages.classification.calibrate_for", None)
-        patch.setattr("lowrank_kit.stages.classification.fit", None)
+        patch.setattr("lowrank_kit.stages.fine_tuning.calibrate_for", None)
+        patch.setattr("lowrank_kit.stages.fine_tuning.fit", None)
         execute(config(f"run.dir={tmp_path / 'parts'}", "run.stages=[evaluate]", task="glue/stsb"))
     ours, theirs = (read(path / "results.json") for path in (run, whole))
     assert [{**r, "value": 0, "stderr": 0} for r in ours] == [{**r, "value": 0, "stderr": 0} for r in theirs]

@@ -12,13 +12,51 @@ CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for na
 
 
 # Options that cannot stand alone: the user has to say where the rows are, and these are parts of some methods.
-NEEDED = {"data=local": ["data.root=rows"], "allocation": ["method=svd"], "truncation": ["method=svd"]}
+LOCAL = ("data=local", "experiment=astra_math_small", "experiment=astra_code_small")
+NEEDED = {**{name: ["data.root=rows"] for name in LOCAL}, "allocation": ["method=svd"], "truncation": ["method=svd"]}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_is_valid(choice):
     needed = NEEDED.get(choice) or NEEDED.get(choice.partition("=")[0], [])
     assert COMPOSER.jobs([choice, *needed], multirun=False)
+
+
+PAPERS = {"astra_math": "meta-llama/Llama-2-7b-hf", "astra_code": "meta-llama/Llama-2-7b-hf",
+          "astra_commonsense": "meta-llama/Meta-Llama-3-8B"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_experiment_has_its_settings_and_a_rival_is_one_word_away(name):
+    for method in ("astra", "lora"):
+        [run] = COMPOSER.jobs([f"experiment={name}", f"method={method}"], multirun=False)
+        train, adapter = run.train, run.method
+        assert run.model.path == PAPERS[name]
+        assert (adapter.name, adapter.rank, adapter.alpha, adapter.roles) == (method, 128, 128, None)
+        assert (train.learning_rate, train.scheduler, train.warmup_ratio, train.epochs) == (2e-5, "cosine", 0.03, 1)
+        assert train.batch_size * train.gradient_accumulation == 128
+        assert (run.calibration.samples, run.calibration.seq_len) == (64 if "commonsense" in name else 256, 512)
+        assert (run.task.max_length, run.dtype, train.train_samples) == (512, "bfloat16", 100_000)
+
+
+@pytest.mark.parametrize("words", [["recovery=adapter"], ["recovery=adapter", "method@recovery.method=astra"]])
+def test_the_adapter_of_a_recovery_is_typed_and_comes_back_from_its_configuration(words):
+    [run] = COMPOSER.jobs(["method=svd_llm", "task=commonsense", *words], multirun=False)
+    assert run.recovery.method.name == ("astra" if len(words) > 1 else "lora")
+    assert load(run.resolved()).resolved() == run.resolved()
+    with pytest.raises(ConfigError, match=r"recovery\.method\.rnk is not a key; did you mean 'rank'"):
+        COMPOSER.jobs(["method=svd_llm", "task=commonsense", *words, "++recovery.method.rnk=2"], multirun=False)
+
+
+def test_what_says_nothing_is_not_in_a_configuration():
+    """Run directories are found by the hash of it."""
+    [run] = COMPOSER.jobs(["method=svd_llm", "task=perplexity"], multirun=False)
+    plain = run.resolved()
+    assert not {"instructions", "max_length"} & set(plain["task"])
+    assert "method" not in plain["recovery"]
+    assert "effects" not in plain["eval"]
+    usual = {"hub_path", "hub_name", "split", "instruction_column", "input_column", "output_columns", "label_column"}
+    assert set(plain["recovery"]["sets"]["alpaca"]) == usual
 
 
 @pytest.mark.parametrize("method", ["astra", "lora", "none"])

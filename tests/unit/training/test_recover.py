@@ -49,6 +49,7 @@ def train(tokenizer, tmp_path):
             rows(),
             RecoveryConfig(**recovery),
             TrainConfig(**{**schedule, **settings}),
+            adapted=None,
             teacher=teacher,
             tokenizer=tokenizer,
             folder=tmp_path / "checkpoints",
@@ -79,13 +80,13 @@ DENSE = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
 def test_factors_and_norms_of_the_replaced_block_change_and_nothing_else(compressed, train):
     before = copies(compressed)
     done = train(compressed, what="factors")
-    assert changed(before, done.model) == {BLOCK + name for name in FACTORS | NORMS}
+    assert changed(before, done.merged()) == {BLOCK + name for name in FACTORS | NORMS}
     assert done.trained_parameters == sum(before[BLOCK + name].numel() for name in FACTORS | NORMS)
 
 
 def test_lora_changes_the_linears_of_the_replaced_block_by_its_rank_and_nothing_else(compressed, train):
     before = copies(compressed)
-    model = train(compressed, what="lora", rank=2).model
+    model = train(compressed, what="lora", rank=2).merged()
     assert changed(before, model) == {BLOCK + name for name in FACTORS | DENSE}
     for name in FACTORS | DENSE:
         difference = (model.state_dict()[BLOCK + name] - before[BLOCK + name]).double()
@@ -98,11 +99,11 @@ def test_a_basis_that_several_linears_share_is_trained_once_by_factors_and_not_b
     first, second = BLOCK + "mlp.gate_proj", BLOCK + "mlp.up_proj"
     share_down(compressed, second, first)
     before = copies(compressed)
-    lora = train(deepcopy(compressed), what="lora").model
+    lora = train(deepcopy(compressed), what="lora").merged()
     moved = changed(before, lora)
     assert {f"{first}.up.weight", f"{second}.up.weight"} <= moved
     assert not {f"{first}.down.weight", f"{second}.down.weight"} & moved
-    factors = train(compressed, what="factors").model
+    factors = train(compressed, what="factors").merged()
     ours, theirs = (factors.get_submodule(name).down.weight for name in (first, second))
     assert ours is theirs
     assert not ours.equal(before[f"{first}.down.weight"])
@@ -140,10 +141,12 @@ def test_the_gradient_of_distillation_is_that_of_cross_entropy_with_soft_labels(
 
 @pytest.mark.parametrize("what", ["factors", "lora"])
 def test_gradient_checkpointing_and_accumulation_reach_the_same_weights(compressed, train, what, tmp_path):
-    plain = train(deepcopy(compressed), what=what, max_steps=2).model.state_dict()
-    other = train(
-        compressed, what=what, max_steps=2, batch_size=2, gradient_accumulation=2, gradient_checkpointing=True
-    ).model.state_dict()
+    plain = train(deepcopy(compressed), what=what, max_steps=2).merged().state_dict()
+    other = (
+        train(compressed, what=what, max_steps=2, batch_size=2, gradient_accumulation=2, gradient_checkpointing=True)
+        .merged()
+        .state_dict()
+    )
     for name in plain:
         torch.testing.assert_close(other[name], plain[name], rtol=1e-3, atol=2e-5)
 

@@ -1,0 +1,105 @@
+"""What a causal model learns of a task: rows of its instruction sets, drawn by the seed, some of them held out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_kit.config import PerplexityTask, RunConfig
+from lowrank_kit.data.benchmarks import Questions
+from lowrank_kit.data.instructions import Ask, Instructions, Lesson, encode, instructions_ref
+from lowrank_kit.data.sources import Source, has
+from lowrank_kit.data.task_rows import HELD_OUT_SEED
+from lowrank_kit.errors import ConfigError
+
+MAX_LENGTH = "task.max_length"
+
+
+class TaskLessons:
+    """The instruction sets of a task that the data source has, loaded and checked once, shuffled together.
+
+    Sets marked as fallback take part where the source has none of the others. Raises `ConfigError` for a task without
+    instructions, a source that has none of the sets, what `Instructions` raises, and an ``eval.held_out`` that leaves
+    nothing.
+    """
+
+    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source) -> None:
+        self._config, self._task = config, task
+        names = _present(task, source, config.data.source)
+        self.sets = {name: Instructions(name, task.instructions[name], source, "task.instructions") for name in names}
+        """The sets that are learnt from, by name."""
+        rows = np.array([(i, j) for i, s in enumerate(self.sets.values()) for j in range(len(s.rows.dataset))])
+        held_out = config.eval.held_out or 0
+        if held_out >= len(rows):
+            raise ConfigError(
+                f"eval.held_out={held_out} leaves nothing to train on: {', '.join(names)} have {len(rows)} rows"
+            )
+        # Fixed, so that every seed and every method is judged on the same held-out rows.
+        apart = np.random.default_rng(HELD_OUT_SEED).permutation(rows) if held_out else rows
+        self._held_out, rest = apart[:held_out], apart[held_out:]
+        self._train = np.random.default_rng(config.seed).permutation(rest)[: config.train.train_samples]
+
+    def facts(self) -> dict[str, Any]:
+        """Source, note, content hash and size of every set, for the manifest."""
+        return {split: fact for instructions in self.sets.values() for split, fact in instructions.facts().items()}
+
+    def train(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
+        """``input_ids`` and ``labels`` of the training rows, in an order drawn by the seed."""
+        return self._encode(self._train, tokenizer, ask)
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
+        """The first training rows, in words as in training but cut to ``calibration.seq_len``."""
+        settings = self._config.calibration
+        length = min(settings.seq_len, self._task.max_length)
+        return self._encode(self._train[: settings.samples], tokenizer, ask, length)
+
+    def held_out(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset | None:
+        """The rows that ``eval.held_out`` keeps from training, encoded as those; None without it."""
+        return self._encode(self._held_out, tokenizer, ask) if len(self._held_out) else None
+
+    def held_out_questions(self) -> dict[str, Questions]:
+        """Of the held-out rows those that a benchmark asks, by the names of their sets."""
+        found = {}
+        for number, (name, instructions) in enumerate(self.sets.items()):
+            rows = self._held_out[self._held_out[:, 0] == number, 1]
+            if len(rows) and (questions := instructions.questions(instructions.rows.dataset.select(rows))):
+                found[name] = questions
+        return found
+
+    def _encode(
+        self, chosen: np.ndarray, tokenizer: PreTrainedTokenizerBase, ask: Ask, length: int | None = None
+    ) -> datasets.Dataset:
+        longest = min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+        if self._task.max_length > longest:
+            raise ConfigError(
+                f"{MAX_LENGTH}={self._task.max_length} is longer than the {longest} tokens that "
+                f"{self._config.model.name} reads"
+            )
+        lessons: list[Lesson | None] = [None] * len(chosen)
+        for number, instructions in enumerate(self.sets.values()):
+            [places] = np.nonzero(chosen[:, 0] == number)
+            if len(places):
+                rows = instructions.rows.dataset.select(chosen[places, 1])
+                for place, lesson in zip(places, instructions.lessons(rows, ask), strict=True):
+                    lessons[place] = lesson
+        in_order: Sequence[Lesson] = [lesson for lesson in lessons if lesson is not None]
+        return encode(in_order, tokenizer, length or self._task.max_length, key=MAX_LENGTH)
+
+
+def _present(task: PerplexityTask, source: Source, kind: str) -> list[str]:
+    sets = task.instructions
+    if not sets:
+        raise ConfigError(f"task={task.name} has nothing to learn from: choose one with task.instructions")
+    there = [name for name, s in sets.items() if has(source, instructions_ref(name, s), [s.split])]
+    if not there:
+        [first, *_] = [name for name, s in sets.items() if not s.fallback] or sets
+        try:
+            source.load(instructions_ref(first, sets[first]), sets[first].split)
+        except ConfigError as error:
+            raise ConfigError(
+                f"data={kind} has none of the sets that task={task.name} learns from ({', '.join(sets)}): {error}; "
+                "or rows of your own, task.instructions.NAME={}"
+            ) from error
+    return [name for name in there if not sets[name].fallback] or there

@@ -1,0 +1,46 @@
+"""What an adapter did to a model: where its update lies along the training, and how far hidden states moved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lowrank_kit.plots.figure import panels, save
+
+
+@dataclass(frozen=True)
+class Share:
+    """Fractions of an update's energy in the top and the tail directions at a step, and what chance would give."""
+
+    step: int
+    top: float
+    tail: float
+    chance: float
+
+
+def plot_energy(shares: Mapping[str, Sequence[Share]], file: Path) -> Figure:
+    """Draw the fractions over the steps, one panel a role; the dotted line is what random directions would hold."""
+    figure, axes = panels(len(shares), sharey=True)
+    for (role, looks), panel in zip(shares.items(), axes, strict=True):
+        steps = [look.step for look in looks]
+        panel.plot(steps, [look.top for look in looks], "o-", color="tab:red", label="top directions", markersize=4)
+        panel.plot(steps, [look.tail for look in looks], "o-", color="tab:blue", label="tail directions", markersize=4)
+        panel.plot(steps, [look.chance for look in looks], ":", color="grey", label="chance")
+        panel.set(title=role, xlabel="step", ylabel="share of the update's energy", ylim=(0, None))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=7)
+    save(figure, file)
+    return figure
+
+
+def plot_drift(moved: Sequence[float], file: Path) -> Figure:
+    """Draw the relative change of the hidden states behind every block."""
+    figure = Figure(figsize=(2.5 + 0.2 * len(moved), 3.0), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(range(len(moved)), moved, "o-", color="tab:blue", markersize=4)
+    panel.set(xlabel="block", ylabel="relative change of hidden states", ylim=(0, None))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, file)
+    return figure

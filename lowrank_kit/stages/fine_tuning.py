@@ -1,0 +1,293 @@
+"""What every run that trains shares, an adapter or the whole model: all but its data, its head and its judges."""
+
+import logging
+import math
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any, ClassVar, Generic
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, set_seed
+
+from lowrank_kit import distributed
+from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.evaluation.records import EvalRecord
+from lowrank_kit.methods.base import Adapter, FineTuning, Plan
+from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.load import LoadedModel, fingerprint, local_path
+from lowrank_kit.plots.effects import Share, plot_drift, plot_energy
+from lowrank_kit.progress import StageProgress
+from lowrank_kit.runs.manifest import peak_rss_bytes
+from lowrank_kit.stages.base import Data, Stages, Task
+from lowrank_kit.training.adapters import Adapted, load_adapted
+from lowrank_kit.training.effects import EnergyLog, Look, UpdateEnergy, drift, hidden_states, looked_at
+from lowrank_kit.training.fit import fit
+from lowrank_kit.training.initialise import adapted, calibrate_for
+
+log = logging.getLogger(__name__)
+
+ENERGY_FILE = "energy.json"
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Encoded rows to learn from, what pads a batch of them, and rows to look at while training."""
+
+    rows: datasets.Dataset
+    collate: Callable[[list[Any]], Any]
+    evaluation: datasets.Dataset | None = None
+    score: Callable[[EvalPrediction], dict[str, float]] | None = None
+    eval_batch_size: int = 8
+
+
+class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
+    """See `Stages`; a method that trains nothing (none) is judged as it is."""
+
+    # The model that is trained, sharded or not, is made ready in every process.
+    shared = frozenset({"calibrate", "plan", "apply", "train"})
+
+    task_type: ClassVar[str]
+    """PEFT's name of the kind of model."""
+
+    @abstractmethod
+    def _load(self) -> LoadedModel:
+        """The original model."""
+
+    @abstractmethod
+    def _read_data(self) -> None:
+        """Find out what is wrong with the data, before a model is loaded."""
+
+    @abstractmethod
+    def _calibration_rows(self) -> datasets.Dataset:
+        """The training rows to calibrate on, encoded as in training."""
+
+    @abstractmethod
+    def _lessons(self) -> Lessons:
+        """What is learnt."""
+
+    def calibrate(self) -> None:
+        """Collect the statistics that the method needs, if any; they go to the content-keyed cache."""
+        self._read_data()
+        _ = self._kept
+
+    def plan(self) -> None:
+        """Decide the rank of every matrix: ``plan.json``."""
+        if self._plan is not None:
+            self._run.write_json("plan.json", asdict(self._plan))
+
+    def apply(self) -> None:
+        """Put the adapter into the model."""
+        _ = self._adapted
+
+    def train(self) -> None:
+        """Fine-tune; ``adapter/`` is plain PEFT on the original base, ``history.json`` the Trainer's log.
+
+        Full fine-tuning leaves ``checkpoint/`` instead. ``energy.json``: see `UpdateEnergy`.
+        """
+        if not isinstance(self.method, FineTuning):
+            return
+        # Of an untrained model, should one have been judged before.
+        self._run.forget("evaluate", "results.json", "effects.json")
+        lessons, folder, energy = self._lessons(), self._run.path / "checkpoints", self._energy
+        ready = self._adapted
+        assert ready is not None
+        log.info("training %s parameters on %d rows", f"{ready.trained_parameters:,}", len(lessons.rows))
+        self._manifest.record("trained_parameters", ready.trained_parameters)
+        history = fit(
+            ready.model,
+            lessons.rows,
+            self.config.train,
+            collate=lessons.collate,
+            folder=folder,
+            device=self.device,
+            seed=self.config.seed,
+            log=self._tracker.log,
+            optimizer=ready.optimizer,
+            evaluation=lessons.evaluation,
+            eval_batch_size=lessons.eval_batch_size,
+            score=lessons.score,
+            callbacks=[energy] if energy and distributed.is_main() else [],
+            runtime=self.config.runtime,
+        )
+        self._run.write_json("history.json", history)
+        distributed.on_main(lambda: self._export(ready))
+        self._run.remove(folder.name)
+
+    def _export(self, trained: Adapted) -> None:
+        with self._run.write_folder(self._export_name) as exported:
+            trained.export(exported, local_path(self._model_source))
+            if not isinstance(self.method, Adapter):
+                self._tokenizer.save_pretrained(exported)
+
+    @property
+    def _export_name(self) -> str:
+        return "adapter" if isinstance(self.method, Adapter) else "checkpoint"
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        set_seed(self.config.seed)
+        loaded = self._load()
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(loaded.model, layout_of(loaded.model))}
+        self._manifest.record("model", facts)
+        return loaded
+
+    @cached_property
+    def _samples(self) -> CalibrationSamples:
+        rows = self._calibration_rows()
+        samples = CalibrationSamples(tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows))
+        self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
+        return samples
+
+    @cached_property
+    def _kept(self) -> dict[str, Kept]:
+        method = self.method
+        if not isinstance(method, FineTuning) or not method.calibrates:
+            return {}
+        model, samples, started = self._loaded.model, self._samples, time.perf_counter()
+        with StageProgress() as progress:
+            kept = calibrate_for(
+                method,
+                model,
+                samples,
+                batch_size=self.config.calibration.batch_size,
+                cache=self._cache,
+                progress=progress,
+            )
+        self._note("calibrate", started)
+        return kept
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        if not isinstance(self.method, FineTuning):
+            return None
+        return self.method.plan(layout_of(self._loaded.model), self._kept)
+
+    @cached_property
+    def _adapted(self) -> Adapted | None:
+        method, plan = self.method, self._plan
+        if not isinstance(method, FineTuning) or plan is None:
+            return None
+        # The original's activations and weights, which the adapter may change.
+        _ = self._energy
+        samples, started = self._samples if method.calibrates else None, time.perf_counter()
+        set_seed(self.config.seed)
+        ready = adapted(
+            method,
+            self._loaded.model,
+            plan,
+            self._kept,
+            samples,
+            new_modules=self._loaded.new_modules,
+            task_type=self.task_type,
+            batch_size=self.config.calibration.batch_size,
+        )
+        self._note("start", started)
+        return ready
+
+    @cached_property
+    def _energy(self) -> UpdateEnergy | None:
+        settings, plan = self.config.eval.effects, self._plan
+        # Only before training: afterwards there is nothing left to look at.
+        if not settings.enabled or plan is None or self._run.done("train"):
+            return None
+        if self.config.runtime.shards or self.config.model.quantization != "none":
+            log.info("where the update lies is not looked at: weights are sharded or quantised while they learn")
+            return None
+        model = self._loaded.model
+        refs = self._linears_looked_at()
+        samples = CalibrationSamples(self._samples.sequences[: settings.samples])
+        logged = EnergyLog(self._run.path / ENERGY_FILE, settings.looks)
+        return UpdateEnergy.of(
+            model, refs, plan.ranks, samples, logged, self.config.calibration.batch_size, self._cache
+        )
+
+    def _linears_looked_at(self) -> list[LinearRef]:
+        assert isinstance(self.method, FineTuning)
+        return looked_at(self.method.targets(layout_of(self._loaded.model)), self.config.eval.effects.blocks)
+
+    def _original(self) -> PreTrainedModel:
+        """The model as it came: loaded anew where an adapter has been put into it."""
+        if "_adapted" in vars(self):
+            for used in ("_loaded", "_adapted", "_energy"):
+                vars(self).pop(used, None)
+        return self._loaded.model
+
+    def _final_model(self) -> nn.Module:
+        """The model to judge: the original with what training has left on disk; untrained, as it starts."""
+        method = self.method
+        if not isinstance(method, FineTuning):
+            return self._loaded.model
+        if self._run.done("train"):
+            return load_adapted(method, self._original(), self._run.path / self._export_name)
+        log.warning("%s: evaluating the adapter as it starts: it was not trained", self.config.task.name)
+        assert self._adapted is not None
+        return self._adapted.model
+
+    def _drift_of(self, rows: Sequence[Mapping[str, Tensor]]) -> Callable[[nn.Module], list[float]]:
+        """Remember the original's hidden states on these inputs; the outcome tells how far another model's are."""
+        original = self._original()
+        names = layout_of(original).blocks
+        inputs = [{name: values[None].to(self.device) for name, values in row.items()} for row in rows]
+        before = hidden_states(original, [original.get_submodule(name) for name in names], inputs)
+
+        def measure(model: nn.Module) -> list[float]:
+            base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+            return drift(before, hidden_states(model, [base.get_submodule(name) for name in names], inputs))
+
+        return measure
+
+    def _write_effects(self, moved: list[float], rows: str, records: Sequence[EvalRecord]) -> None:
+        """``effects.json`` and its plots; ``rows`` says on what the hidden states were compared."""
+        looks = EnergyLog(self._run.path / ENERGY_FILE, self.config.eval.effects.looks).read()
+        figures = {(r.task, r.metric, r.checkpoint): r for r in records}
+        forgetting = [
+            {"text": task, "before": dense.value, "after": final.value, "nats": math.log(final.value / dense.value)}
+            for (task, metric, checkpoint), dense in figures.items()
+            if metric == "perplexity" and checkpoint == "dense" and (final := figures.get((task, metric, "final")))
+        ]
+        self._run.write_json(
+            "effects.json",
+            {
+                "forgetting": forgetting,
+                "drift": {"by_block": moved, "on": rows},
+                "energy": [asdict(look) for look in looks],
+                "initialisation": self._manifest.as_dict().get("initialisation", {}),
+            },
+        )
+        with self._run.write_folder("plots") as plots:
+            plot_drift(moved, plots / "drift.png")
+            if looks:
+                plot_energy(_shares(looks), plots / "energy.png")
+
+    def _note(self, what: str, started: float) -> None:
+        """Keep in the manifest what a part of the initialisation took; the peak is the process's until then."""
+        figures = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        if torch.cuda.is_available():
+            figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+        self._initialisation[what] = figures
+        self._manifest.record("initialisation", self._initialisation)
+
+    @cached_property
+    def _initialisation(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+def _shares(looks: Sequence[Look]) -> dict[str, list[Share]]:
+    """The mean over the linears of a role, step by step."""
+    groups: dict[tuple[str, int], list[Look]] = defaultdict(list)
+    for look in looks:
+        groups[look.role, look.step].append(look)
+    shares: dict[str, list[Share]] = defaultdict(list)
+    for (role, step), found in groups.items():
+        top, tail, chance = (fmean(getattr(look, name) for look in found) for name in ("top", "tail", "chance"))
+        shares[role].append(Share(step, top, tail, chance))
+    return shares

@@ -1,0 +1,109 @@
+"""The stages of a causal model that learns a task's instructions and is judged before and after."""
+
+from dataclasses import asdict
+from functools import cached_property
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+
+from lowrank_kit.config import PerplexityTask
+from lowrank_kit.data.instructions import IGNORED
+from lowrank_kit.data.lessons import TaskLessons
+from lowrank_kit.data.texts import TaskTexts
+from lowrank_kit.evaluation.answers import answer_perplexity
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.load import LoadedModel, load_model
+from lowrank_kit.progress import StageProgress
+from lowrank_kit.stages.asking import ask
+from lowrank_kit.stages.base import VERSIONS
+from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
+from lowrank_kit.stages.judging import CausalJudge
+
+
+class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
+    """See `FineTuningStages`. What is judged is what was saved, beside the model as it came."""
+
+    task_type = "CAUSAL_LM"
+
+    def evaluate(self) -> None:
+        """Measure the model as it came and the final one: ``results.json``; `effects.json`, what changed in it."""
+        # Whatever is wrong with the data is found out before a model is loaded.
+        self._read_data()
+        records: list[EvalRecord] = []
+        with StageProgress() as progress:
+            original, effects = self._original(), self.config.eval.effects
+            layout = layout_of(original)
+            records += self._judge.judge(original, layout, "dense", progress, as_it_came=True)
+            records += self._on_held_out(original, "dense")
+            drift_of = self._drift_of(self._compared) if effects.enabled else None
+            trained = self._final_model()
+            # PEFT has put its layers into the model itself.
+            model = trained.get_base_model() if isinstance(trained, PeftModel) else trained
+            assert isinstance(model, PreTrainedModel)
+            records += self._judge.judge(model, layout, "final", progress)
+            records += self._on_held_out(model, "final")
+        if drift_of:
+            self._write_effects(drift_of(model), f"{len(self._compared)} windows", records)
+        self._run.write_json("results.json", [asdict(record) for record in records])
+
+    def _load(self) -> LoadedModel:
+        return load_model(
+            self._model_source,
+            "causal",
+            getattr(torch, self.config.dtype),
+            self.device,
+            quantization=self.config.model.quantization,
+        )
+
+    def _read_data(self) -> None:
+        _ = self._judge.texts, self._judge.suite, self._lessons()
+
+    @cached_property
+    def _judge(self) -> CausalJudge:
+        return CausalJudge(self.config, self.task, self._data, self._tokenizer, self._run.path, self.device)
+
+    def _calibration_rows(self) -> datasets.Dataset:
+        return self._set.calibration(self._tokenizer, ask)
+
+    @property
+    def _set(self) -> TaskLessons:
+        assert self._data.lessons is not None
+        return self._data.lessons
+
+    def _lessons(self) -> Lessons:
+        return Lessons(self._train_rows, self._collate, self._held_out, eval_batch_size=self.config.train.batch_size)
+
+    @cached_property
+    def _train_rows(self) -> datasets.Dataset:
+        return self._set.train(self._tokenizer, ask)
+
+    @cached_property
+    def _held_out(self) -> datasets.Dataset | None:
+        return self._set.held_out(self._tokenizer, ask)
+
+    @cached_property
+    def _collate(self) -> DataCollatorForSeq2Seq:
+        return DataCollatorForSeq2Seq(self._tokenizer, label_pad_token_id=IGNORED)
+
+    @property
+    def _compared(self) -> list[dict[str, Tensor]]:
+        """Inputs on which hidden states are compared: windows of the first text, or rows that are learnt."""
+        count = self.config.eval.effects.rows
+        if texts := self._judge.texts:
+            return [{"input_ids": window} for window in texts[0].windows[:count]]
+        rows = self._held_out or self._train_rows
+        return [{"input_ids": torch.tensor(ids)} for ids in rows[:count]["input_ids"]]
+
+    def _on_held_out(self, model: nn.Module, checkpoint: Checkpoint) -> list[EvalRecord]:
+        rows = self._held_out
+        if rows is None:
+            return []
+        found = answer_perplexity(model, rows, self._collate, self.config.train.batch_size, self.device)
+        source = f"held out of training; {', '.join(self._set.sets)}, answers of {len(rows)} rows"
+        return [
+            EvalRecord("answers", "perplexity", found.value, found.stderr, len(rows), 0, source, VERSIONS, checkpoint)
+        ]

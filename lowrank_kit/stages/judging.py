@@ -1,0 +1,121 @@
+"""How causal models are judged: perplexity on texts and answers to benchmarks, the original's measured only once."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_kit.assets import cache_dir
+from lowrank_kit.config import PerplexityTask, RunConfig
+from lowrank_kit.data.texts import EvaluationText, TaskTexts
+from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.lock import exclusively
+from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.load import fingerprint
+from lowrank_kit.progress import StageProgress
+from lowrank_kit.runs.directory import write_atomically
+from lowrank_kit.stages.base import VERSIONS
+
+if TYPE_CHECKING:
+    from lowrank_kit.stages.suite import Suite
+
+
+class CausalJudge:
+    """What a task asks of causal models: texts and benchmarks, the same for every model.
+
+    ``folder`` is the run directory, where answers to benchmarks lie. `texts` and `suite` read no weights and raise
+    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `Exam`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: PerplexityTask,
+        data: TaskTexts,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        device: str,
+    ) -> None:
+        self._config, self._task, self._data, self._device = config, task, data, device
+        self._tokenizer, self._folder = tokenizer, folder
+
+    @cached_property
+    def texts(self) -> list[EvaluationText]:
+        """The windows to judge on."""
+        return self._data.evaluation(self._tokenizer)
+
+    @cached_property
+    def suite(self) -> "Suite | None":
+        """The benchmarks of the task."""
+        if not self._data.benchmarks:
+            return None
+        # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
+        from lowrank_kit.evaluation.harness import Exam
+        from lowrank_kit.stages.suite import Suite
+
+        allowed = self._config.eval.allow_code_execution
+        exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
+        tokenizer, limit = self._tokenizer, self._config.model.max_length
+        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder)
+
+    def judge(
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        checkpoint: Checkpoint,
+        progress: StageProgress,
+        as_it_came: bool = False,
+    ) -> list[EvalRecord]:
+        """The records of one model; ``layout`` is its own, without adapters. ``as_it_came``: once for all runs."""
+        key = {
+            "model": fingerprint(model, layout),
+            "dtype": self._config.dtype,
+            "device": torch.device(self._device).type,
+            "versions": VERSIONS,
+        }
+        figures = []
+        for text in self.texts:
+            measure = partial(self._measure, model, text, checkpoint, progress)
+            found = _reference(measure, key, text, checkpoint) if as_it_came else measure()
+            figures.append(_record(text, found, checkpoint))
+        if self.suite is None:
+            return figures
+        shared = cache_dir() / "benchmarks" if as_it_came else None
+        return figures + self.suite.judge(model, checkpoint, key, progress, shared)
+
+    def _measure(
+        self, model: PreTrainedModel, text: EvaluationText, checkpoint: Checkpoint, progress: StageProgress
+    ) -> Perplexity:
+        description = f"{checkpoint} perplexity of {text.name}"
+        return perplexity(model, text.windows, self._task.batch_size, self._device, progress, description)
+
+
+def _reference(
+    measure: Callable[[], Perplexity], key: dict[str, Any], text: EvaluationText, checkpoint: Checkpoint
+) -> Perplexity:
+    """What ``measure`` gives, once for all runs that read the same windows with the same model."""
+    whole = key | {
+        "windows": hashlib.sha256(text.windows.numpy().tobytes()).hexdigest(),
+        "shape": list(text.windows.shape),
+    }
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    file = cache_dir() / "perplexity" / f"{digest}.json"
+    with exclusively(file.with_suffix(".lock"), f"{checkpoint} perplexity"):
+        if not file.is_file():
+            write_atomically(file, json.dumps(asdict(measure())))
+    raw = json.loads(file.read_text())
+    return Perplexity(**{**raw, "per_window": tuple(raw["per_window"])})
+
+
+def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:
+    return EvalRecord(
+        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint
+    )

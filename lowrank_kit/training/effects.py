@@ -1,0 +1,204 @@
+"""What an adapter does to a model: where in activation space its update lies, and how far hidden states move."""
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lowrank_kit.calibration.collect import Kept, calibrate
+from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.decompose import Which, output_eigenpairs, range_eigenpairs
+
+# Directions a side, of a linear that has no rank because all of it is trained.
+USUAL_DIRECTIONS = 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """The update of one linear at one step of the training.
+
+    ``norm`` is the Frobenius norm of dW = W_now - W_original over that of W_original. ``top`` and ``tail`` are
+    ``|U^T dW|^2 / |dW|^2`` with U the ``directions`` eigenvectors of largest or smallest eigenvalue of the output's
+    second moment over the calibration samples, inside its range; ``chance`` is what random directions would hold.
+    """
+
+    step: int
+    linear: str
+    role: str
+    block: int
+    norm: float
+    top: float
+    tail: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class EnergyLog:
+    """Where `Look`s are kept, and how many times a training is looked at. A resumed training goes on in its file."""
+
+    file: Path
+    looks: int
+
+    def read(self) -> list[Look]:
+        """The looks so far."""
+        return [Look(**raw) for raw in json.loads(self.file.read_text())] if self.file.is_file() else []
+
+    def write(self, looks: Sequence[Look]) -> None:
+        """Replace them, whole or not at all."""
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(look) for look in looks]))
+        temporary.replace(self.file)
+
+
+@dataclass(frozen=True)
+class _Original:
+    ref: LinearRef
+    weight: Float[Tensor, "out in"]
+    top: Float[Tensor, "out k"]
+    tail: Float[Tensor, "out k"]
+
+
+class UpdateEnergy(TrainerCallback):
+    """Looks, a few times along a training, at what share of the update lies in the top and the tail directions."""
+
+    def __init__(self, model: PreTrainedModel, originals: Sequence[_Original], log: EnergyLog) -> None:
+        self._model, self._originals, self._log = model, originals, log
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        refs: Sequence[LinearRef],
+        ranks: Mapping[str, int],
+        samples: CalibrationSamples,
+        log: EnergyLog,
+        batch_size: int,
+        cache: Path | None,
+    ) -> "UpdateEnergy":
+        """Before any adapter is put into ``model``: take the originals of these linears, and their directions.
+
+        As many directions as the linear's rank in ``ranks``, but no more than half of its outputs' range can have.
+        """
+        count = {ref.name: min(ranks.get(ref.name, USUAL_DIRECTIONS), ref.full_rank // 2) for ref in refs}
+
+        def reduce(statistics: LayerStatistics) -> Kept:
+            module, wanted = model.get_submodule(statistics.ref.name), count[statistics.ref.name]
+            return {side: _directions(statistics, module, wanted, side) for side in ("largest", "smallest")}
+
+        kept = calibrate(
+            model,
+            layout_of(model),
+            samples.without_labels(),
+            refs,
+            StatisticsRequest(moments="smaller"),
+            reduce,
+            batch_size=batch_size,
+            cache=cache,
+            reduction_key={"effects": count},
+        )
+        originals = [
+            _Original(
+                ref,
+                weight_of(model.get_submodule(ref.name)).detach().cpu().clone(),
+                kept[ref.name]["largest"],
+                kept[ref.name]["smallest"],
+            )
+            for ref in refs
+        ]
+        return cls(model, originals, log)
+
+    def look(self, step: int) -> list[Look]:
+        """The update of every linear now."""
+        return [_look(self._model.get_submodule(original.ref.name), original, step) for original in self._originals]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Forget what was seen after the checkpoint that the training goes on from."""
+        self._log.write([look for look in self._log.read() if look.step <= state.global_step])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look in equal distances, the last time at the end."""
+        # Not after the first step: in a warm-up its learning rate is zero, and the update nothing but rounding.
+        wanted = {round(state.max_steps * i / self._log.looks) for i in range(1, self._log.looks + 1)}
+        if state.global_step in wanted:
+            self._log.write([*self._log.read(), *self.look(state.global_step)])
+
+
+def looked_at(targets: Sequence[LinearRef], blocks: int) -> list[LinearRef]:
+    """Of these linears those of so many blocks, evenly spaced from the first to the last."""
+    there = sorted({ref.block for ref in targets})
+    count = min(blocks, len(there))
+    chosen = {there[round(i * (len(there) - 1) / max(count - 1, 1))] for i in range(count)}
+    return [ref for ref in targets if ref.block in chosen]
+
+
+@torch.no_grad()
+def weight_now(layer: nn.Module, in_features: int) -> Float[Tensor, "out in"]:
+    """The weight that a linear layer acts with, whatever adapter is in it, in float64 on the CPU.
+
+    It is read off the layer's outputs for the unit vectors, less that for zero.
+    """
+    twin = deepcopy(layer).cpu().double().eval()
+    units = torch.eye(in_features, dtype=torch.float64)
+    return (twin(units) - twin(torch.zeros_like(units[:1]))).T
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Tensor]]
+) -> list[Float[Tensor, "tokens n"]]:
+    """What comes out of every block over all tokens of unpadded inputs (one row each), float32 on the CPU."""
+    found: list[list[Tensor]] = [[] for _ in blocks]
+
+    def keep(number: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        found[number].append(hidden.flatten(0, -2).float().cpu())
+
+    handles = [
+        block.register_forward_hook(lambda module, args, output, number=number: keep(number, output))
+        for number, block in enumerate(blocks)
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        for row in inputs:
+            model(**row)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in found]
+
+
+def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
+    """Relative change ``|h' - h| / |h|`` (Frobenius) of the hidden states behind every block."""
+    return [float((new - old).norm() / old.norm()) for old, new in zip(before, after, strict=True)]
+
+
+def _directions(statistics: LayerStatistics, module: nn.Module, count: int, which: Which) -> Tensor:
+    moments = statistics.moments
+    if statistics.side == "input":
+        weight: Any = weight_of(module)  # type: ignore[arg-type]
+        return output_eigenpairs(weight, moments, module.bias, count=count, which=which).vectors  # type: ignore[arg-type]
+    return range_eigenpairs(moments.gram, count, which, rank_bound=moments.count).vectors
+
+
+def _look(layer: nn.Module, original: _Original, step: int) -> Look:
+    ref, weight = original.ref, original.weight.double()
+    update = weight_now(layer, ref.in_features) - weight
+    energy = float(update.square().sum())
+    top, tail = (
+        float((side.double().T @ update).square().sum()) / energy if energy else 0.0
+        for side in (original.top, original.tail)
+    )
+    norm, chance = energy**0.5 / float(weight.norm()), original.top.shape[1] / ref.out_features
+    return Look(step, ref.name, ref.role, ref.block, norm, top, tail, chance)
