@@ -149,6 +149,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
+    of: str,
     key: str,
     train_on_prompt: bool = False,
 ) -> datasets.Dataset:
@@ -156,7 +157,7 @@ def encode(
 
     A lesson that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. One whose prompt
     alone fills ``max_length``, which is ``key`` of the configuration, has nothing to learn and is left out. Raises
-    `ConfigError` where that is every one.
+    `ConfigError`, with ``of`` for the set's name, where that is every one.
     """
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for prompt, answer in _tokens(lessons, tokenizer):
@@ -166,9 +167,9 @@ def encode(
             encoded["labels"].append([*unlearnt, *answer][:max_length])
     found = datasets.Dataset.from_dict(encoded)
     if not len(found):
-        raise ConfigError(f"the prompts of all {len(lessons)} rows fill {key}={max_length} tokens: raise it")
+        raise ConfigError(f"the prompts of all {len(lessons)} rows of {of} fill {key}={max_length} tokens: raise it")
     if left_out := len(lessons) - len(found):
-        log.warning("%d rows have prompts of %s=%d tokens or more: left out", left_out, key, max_length)
+        log.warning("%d rows of %s have prompts of %s=%d tokens or more: left out", left_out, of, key, max_length)
     return found
 
 

@@ -85,7 +85,8 @@ class TaskLessons:
                 for place, lesson in zip(places, instructions.lessons(rows, ask), strict=True):
                     lessons[place] = lesson
         in_order: Sequence[Lesson] = [lesson for lesson in lessons if lesson is not None]
-        return encode(in_order, tokenizer, length or self._task.max_length, key=MAX_LENGTH)
+        length = length or self._task.max_length
+        return encode(in_order, tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH)
 
 
 def _present(task: PerplexityTask, source: Source, kind: str) -> list[str]:

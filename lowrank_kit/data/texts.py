@@ -132,6 +132,7 @@ class TaskTexts:
                 lessons,
                 tokenizer,
                 recovery.max_length,
+                of=recovery.data,
                 key="recovery.max_length",
                 train_on_prompt=recovery.train_on_prompt,
             )

@@ -135,7 +135,7 @@ def _known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         return identity(load(config))
     except ConfigError:
         # Of a method that cannot be imported here, or of a setting that is gone: as it was written.
-        return {key: value for key, value in config.items() if key not in ("run", "tracker")}
+        return {key: value for key, value in config.items() if key not in ("run", "tracker", "runtime")}
 
 
 def _json(file: Path) -> Any:

@@ -172,7 +172,7 @@ def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
 def _recipe(config: Mapping[str, Any]) -> str:
     if not config:
         return "Unknown: this checkpoint is of no run directory."
-    plain = {key: value for key, value in config.items() if key not in ("run", "tracker")}
+    plain = {key: value for key, value in config.items() if key not in ("run", "tracker", "runtime")}
     return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain)).strip()}\n```"
 
 

@@ -48,7 +48,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     def _load(self) -> LoadedModel:
-        return load_model(
+        loaded = load_model(
             self._model_source,
             "classification",
             getattr(torch, self.config.dtype),
@@ -57,6 +57,9 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
             problem_type="regression" if self.task.labels == 1 else "single_label_classification",
             quantization=self.config.model.quantization,
         )
+        # A decoder classifies at the last token that is no padding, and tells padding by this id alone.
+        loaded.model.config.pad_token_id = self._tokenizer.pad_token_id
+        return loaded
 
     def _read_data(self) -> None:
         _ = self._evaluation

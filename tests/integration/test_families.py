@@ -69,6 +69,15 @@ def test_rows_longer_than_the_model_are_cut(config, rows_folder, tmp_path):
         assert results(execute(config(*words, family=family)))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_decoder_is_judged_alike_whatever_its_rows_are_padded_with(config, family):
+    """One row a batch has no padding."""
+    words = ("method=none", "~method.rank")
+    found = [execute(config(*words, f"eval.batch_size={size}", family=family)) for size in (1, 16)]
+    looks = [[(r["metric"], r["checkpoint"], r["value"]) for r in results(folder)] for folder in found]
+    assert looks[0] == looks[1]
+
+
 def test_without_a_method_the_model_is_judged_as_it_is(config):
     folder = execute(config("method=none", "~method.rank"))
     assert {r["checkpoint"] for r in results(folder)} == {"majority_class", "final"}

