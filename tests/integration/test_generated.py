@@ -62,6 +62,8 @@ def test_what_a_model_writes_is_run_and_two_runs_are_compared(job, monkeypatch, 
         "generate_until",
         lambda self, requests: [PROGRAM["canonical_solution"] * (r.doc["task_id"] in right) for r in requests],
     )
+    # The same model's answers are shared by runs of one cache.
+    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "other cache"))
     other = execute(
         job("eval.allow_code_execution=true", f"run.dir={tmp_path / 'other'}", "seed=1", "run.resume=false")
     )

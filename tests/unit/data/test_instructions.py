@@ -81,7 +81,7 @@ def test_a_long_answer_is_cut_and_a_row_with_no_answer_left_is_dropped(instructi
     [row] = encoded(instructions(asked), letters, length)
     assert len(row["input_ids"]) == len(row["labels"]) == length
     assert row["labels"][-11:] == [-100, *codes("x" * 10)]
-    assert "1 rows have prompts" in caplog.text
+    assert "1 rows of alpaca have prompts" in caplog.text
     with pytest.raises(ConfigError, match=r"all 1 rows of alpaca fill recovery\.max_length=20 tokens"):
         encoded(instructions(asked[1:]), letters, 20)
 
