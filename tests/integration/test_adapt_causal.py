@@ -187,7 +187,7 @@ def test_stages_apart_judge_the_adapter_that_was_left(job, tmp_path, caplog):
         (["task.instructions.metamath.instruction_column=qury"], {"task": "math"}, ConfigError,
          r"did you mean 'query'\?.*set task\.instructions\.metamath\.instruction_column"),
         (["task.instructions.code_feedback.only={lang: c}"], {"task": "code"}, ConfigError, "no rows to learn from"),
-        (["task.max_length=3"], {}, ConfigError, r"the prompts of all 40 rows fill task\.max_length=3"),
+        (["task.max_length=3"], {}, ConfigError, r"the prompts of all 40 rows of piqa fill task\.max_length=3"),
         (["eval.held_out=40"], {}, ConfigError, "eval.held_out=40 leaves nothing"),
         (["method.rank=1000"], {}, ConfigError, "method.rank=1000 does not fit"),
     ],
