@@ -3,7 +3,6 @@
 Every process runs the same code. The first one (rank 0) owns what is on disk; `on_main` is for what it alone does.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
+from lowrank_kit.launcher import is_main, started
+
 T = TypeVar("T")
 
 # The others wait while the first evaluates, which may take days; one that died is noticed by its launcher.
@@ -22,26 +23,6 @@ PATIENCE = timedelta(days=30)
 # Waiting goes over TCP: NCCL would keep the devices of those who wait busy.
 _waiting_room: ContextVar[distributed.ProcessGroup | None] = ContextVar("waiting_room", default=None)
 _alone = ContextVar("alone", default=False)
-
-
-def started() -> int:
-    """How many processes the launcher started for this run, by the environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched() -> bool:
-    """Whether a launcher started this process, be it alone."""
-    return "WORLD_SIZE" in os.environ
-
-
-def is_main() -> bool:
-    """Whether this process is the first of those the launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def local_number() -> int:
-    """Number of this process on its machine, which is also that of its device."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def size() -> int:

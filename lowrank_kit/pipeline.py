@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowrank_kit import distributed
+from lowrank_kit import distributed, launcher
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
@@ -64,7 +64,7 @@ def execute(config: RunConfig) -> Path:
             run.write_json("results.json", [asdict(record) for record in records])
         else:
             records = _execute_task(config, tasks[0], found[0], device, run)
-        if records and distributed.is_main():
+        if records and launcher.is_main():
             notes = sorted({f"{r.task}: {r.source}" for r in records})
             title = f"{_method(config).name} on {config.model.name}"
             print_results(records, title, notes, published_for(config))
@@ -185,7 +185,7 @@ def _execute_task(
     manifest.record("data", data.facts())
     manifest.record("runtime", {"kind": config.runtime.kind, "processes": distributed.size()})
     with manifest.watching(), ExitStack() as stack:
-        tracked = todo and distributed.is_main()
+        tracked = todo and launcher.is_main()
         tracker = open_tracker(config.tracker, run.path, config.resolved()) if tracked else NullTracker()
         stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
         stages = _stages_of(config, task)(config, task, data, device, run, manifest, tracker)
@@ -229,8 +229,8 @@ def _read_json(path: Path) -> Any:
 
 def _resolve_device(device: str) -> str:
     there = torch.cuda.device_count()
-    if distributed.started() > 1 and device in ("auto", "cuda") and there:
-        device = f"cuda:{distributed.local_number()}"
+    if launcher.started() > 1 and device in ("auto", "cuda") and there:
+        device = f"cuda:{launcher.local_number()}"
     if device == "auto":
         return "cuda" if there else "cpu"
     kind, _, index = device.partition(":")
@@ -241,8 +241,8 @@ def _resolve_device(device: str) -> str:
 
 def _check_machine(config: RunConfig, device: str) -> None:
     """Raise `ConfigError` for processes, devices or packages that do not go with the configuration."""
-    processes = distributed.started()
-    if unmet := config.runtime.unmet(processes, distributed.launched()):
+    processes = launcher.started()
+    if unmet := config.runtime.unmet(processes, launcher.launched()):
         raise ConfigError(unmet)
     if processes > 1 and config.device.startswith("cuda:"):
         raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
@@ -259,7 +259,7 @@ def _check_machine(config: RunConfig, device: str) -> None:
 @contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
     """Append what this package logs to ``file`` as well; of several processes, the first does."""
-    if not distributed.is_main():
+    if not launcher.is_main():
         yield
         return
     handler = logging.FileHandler(file, encoding="utf-8")

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lowrank_kit.distributed import is_main
+from lowrank_kit.launcher import is_main
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from lowrank_kit.config import load, schema_for
 from lowrank_kit.console import command, set_up_console
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.help import help_text
+from lowrank_kit.launcher import is_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +96,6 @@ def _is_sweep() -> bool:
 def _job(cfg: DictConfig) -> None:
     config = load(cfg)
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
-    from lowrank_kit.distributed import is_main
     from lowrank_kit.pipeline import execute
 
     set_up_console(quiet=not is_main())

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank_kit import distributed
+from lowrank_kit import distributed, launcher
 from lowrank_kit.lock import exclusively
 
 # Raise it when the numbers that calibration gives change: older caches are then not found any more.
@@ -60,7 +60,7 @@ class CalibrationStore:
 
     def save(self, block: int, results: BlockResults) -> None:
         """Write one block's results, ``{linear name: {quantity: tensor}}``; of several processes, the first does."""
-        if not distributed.is_main():
+        if not launcher.is_main():
             return
         flat = {
             f"{linear}|{quantity}": tensor.contiguous()

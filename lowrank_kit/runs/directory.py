@@ -19,7 +19,6 @@ from typing import Any, Literal
 import psutil
 from omegaconf import OmegaConf
 
-from lowrank_kit import distributed
 from lowrank_kit.config import RunConfig
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.lock import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lock, process_alive
@@ -134,13 +133,16 @@ class RunDirectory:
         another configuration, naming the keys that differ, and `LowRankKitError` if a process works there.
         Of several processes of one job the first holds the directory, and the others follow it.
         """
+        # Imported only now: to read a run takes no torch.
+        from lowrank_kit.distributed import on_main
+
         opened: list[RunDirectory] = []
 
         def hold() -> tuple[str, ...]:
             opened.append(cls._hold(config))
             return opened[0]._status.stages_done
 
-        done = distributed.on_main(hold)
+        done = on_main(hold)
         return opened[0] if opened else FollowedRun(run_path(config), done)
 
     @classmethod

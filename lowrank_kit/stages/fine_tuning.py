@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from lowrank_kit import distributed
+from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.evaluation.records import EvalRecord
@@ -115,7 +115,7 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
             evaluation=lessons.evaluation,
             eval_batch_size=lessons.eval_batch_size,
             score=lessons.score,
-            callbacks=[energy] if energy and distributed.is_main() else [],
+            callbacks=[energy] if energy and launcher.is_main() else [],
             runtime=self.config.runtime,
         )
         self._run.write_json("history.json", history)

@@ -24,8 +24,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.config import RuntimeConfig, TrainConfig
-from lowrank_kit.distributed import on_main, started
+from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.launcher import started
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.progress import ProgressReport

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from lowrank_kit.config import RuntimeConfig, TrainConfig
-from lowrank_kit.distributed import is_main
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.launcher import is_main
 
 
 def rows_per_pass(settings: TrainConfig, processes: int) -> tuple[int, int]:

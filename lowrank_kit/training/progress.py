@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowrank_kit.distributed import is_main
+from lowrank_kit.launcher import is_main
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from lowrank_kit import distributed
+from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import StatisticsRequest
@@ -122,7 +122,7 @@ def sharded(folder):
 
 
 def one_fails(folder):
-    if not distributed.is_main():
+    if not launcher.is_main():
         raise SystemExit(3)
     distributed.add_up(torch.ones(1))
 
