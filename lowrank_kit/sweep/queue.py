@@ -115,6 +115,7 @@ def launch_queued(folder: SweepFolder, numbers: Sequence[int], settings: Submiti
         log.info("%d jobs in the queue as %s; logs in %s", len(waiting), _bases(waiting), folder.path / "queue")
     fates: dict[int, str] = {}
     gone: Counter[int] = Counter()
+    last: dict[str, str] = {}
     said = ""
     while waiting or elements:
         while elements and len(set(waiting.values())) < settings.array_parallelism:
@@ -123,12 +124,14 @@ def launch_queued(folder: SweepFolder, numbers: Sequence[int], settings: Submiti
             waiting |= dict.fromkeys(elements.pop(0), job.job_id)
         time.sleep(settings.poll_seconds)
         states = queue.states(set(waiting.values()))
+        # What has ended is soon forgotten by the queue.
+        last |= states or {}
         for number, job_id in list(waiting.items()):
             gone[number] = 0 if states is None or states.get(job_id) in ACTIVE else gone[number] + 1
             if folder.outcome(number) is not None:
                 del waiting[number]
             elif gone[number] >= LOOKS:
-                known = (states or {}).get(job_id, "nothing about it any more")
+                known = last.get(job_id, "nothing")
                 fates[number] = f"the queue says {known} of job {job_id}; logs: {folder.path / 'queue' / job_id}"
                 del waiting[number]
         said = _say(folder, numbers, waiting, states, said)
