@@ -120,8 +120,8 @@ def tracked(job: dict[str, Any]) -> dict[str, Any]:
     runs = offline_runs(Path(job["run_dir"]))
     return {
         "job": job["number"],
-        "ids": sorted({run["id"] for run in runs}),
-        "groups": sorted({run["group"] for run in runs}),
+        "ids": sorted({run["id"] for run in runs if run["id"]}),
+        "groups": sorted({run["group"] for run in runs if run["id"]}),
         "starts": len(runs),
         "exit_codes": [run["exit_code"] for run in runs],
         "learning_rate": runs[-1]["config"]["train"]["learning_rate"],

@@ -15,13 +15,15 @@ def offline_runs(folder: Path) -> list[dict[str, Any]]:
 
     Keys: `id`, `project`, `group`, `job_type`, `tags`, `config`, `history` (a list of rows), `summary`, `artefacts`
     (the files of each by its name), `system_metrics` (how often they were taken), and `exit_code`, which is None for
-    a run that never ended. A run directory that was resumed has one for each start.
+    a run that never ended. A run directory that was resumed has one for each start; one killed at once may not even
+    have written its `id`, which then is None.
     """
     return [_run(file) for file in sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb"))]
 
 
 def _run(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "exit_code": None}
+    found |= {"id": None, "project": None, "group": None, "job_type": None, "tags": []}
     found |= {"artefacts": {}, "system_metrics": 0}
     for record in _records(file):
         kind = record.WhichOneof("record_type")

@@ -88,7 +88,8 @@ def test_a_sweep_with_a_requeued_a_failing_and_a_cancelled_job(command, environm
     assert read(Path(jobs[1]["run_dir"]) / "status.json")["state"] == "failed"
     exits = {Path(job["run_dir"]).name: wandb_records(Path(job["run_dir"])) for job in jobs[:3]}
     assert [runs[-1]["exit_code"] for runs in exits.values()] == [0, 1, 0]
-    assert {run["group"] for runs in exits.values() for run in runs} == {folder.name}
+    # The killed start may not have written who it is.
+    assert {run["group"] for runs in exits.values() for run in runs if run["id"]} == {folder.name}
 
     alone = subprocess.run(
         command(*words, "train.learning_rate=1e-3", f"run.root={tmp_path / 'alone'}"),
