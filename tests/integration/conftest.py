@@ -1,6 +1,9 @@
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import RunConfig
+from lowrank_kit.runs.directory import read_status
 
 # The vocabulary of the tiny models: 64 entries.
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
@@ -70,6 +74,24 @@ def job(words, composed) -> Callable[..., RunConfig]:
         return composed(words(*more, **where))
 
     return build
+
+
+@pytest.fixture
+def kill_in_training(environment) -> Callable[[list[str], Path], None]:
+    """Start a command and kill it outright once its run directory holds a second checkpoint of its training."""
+
+    def kill(words: list[str], run: Path) -> None:
+        process = subprocess.Popen([sys.executable, "-m", "lowrank_kit.run", *words], env=environment)
+        deadline = time.monotonic() + 120
+        while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert read_status(run).stages_done == ("calibrate", "plan", "apply")
+
+    return kill
 
 
 def write_rows(file: Path, rows: list[dict[str, object]]) -> None:

@@ -1,10 +1,8 @@
 """A causal model learns a task's instructions: what the run leaves, what it says of the model, what it refuses."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
 
 # A language that can be learnt: every word is followed by the next one.
 TEXT = " ".join(f"w{i % 60}" for i in range(4000))
@@ -142,20 +139,12 @@ def test_mathematics_and_code_are_learnt_from_their_sets(task, sets, job):
     assert not (run / "effects.json").exists()
 
 
-def test_a_killed_training_goes_on_and_ends_bit_for_bit_the_same(job, words, environment, tmp_path, caplog):
+def test_a_killed_training_goes_on_and_ends_bit_for_bit_the_same(job, words, kill_in_training, tmp_path, caplog):
     steps = ("train.max_steps=60", "train.save_every=5", "method.dropout=0.1", "~task.benchmarks")
     whole = execute(job(*steps, f"run.dir={tmp_path / 'whole'}"))
     run = tmp_path / "killed"
     again = (*steps, f"run.dir={run}")
-    process = subprocess.Popen([sys.executable, "-m", "lowrank_kit.run", *words(*again)], env=environment)
-    deadline = time.monotonic() + 120
-    while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert read_status(run).stages_done == ("calibrate", "plan", "apply")
+    kill_in_training(words(*again), run)
     with caplog.at_level("INFO", "lowrank_kit"):
         execute(job(*again))
     assert "training goes on from step " in caplog.text

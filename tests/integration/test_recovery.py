@@ -1,8 +1,6 @@
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.export import checkpoint_in
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
 
 # A language that can be learnt: every word is followed by the next one.
 TEXT = " ".join(f"w{i % 60}" for i in range(1200))
@@ -102,23 +99,15 @@ print(model.dtype, float(torch.stack(losses).mean().exp()))
 
 
 @pytest.mark.parametrize("recovery", [("factors", "recovery.loss=distill"), ("lora", "recovery.loss=next_token")])
-def test_a_killed_recovery_goes_on_and_ends_bit_for_bit_the_same(job, words, environment, tmp_path, recovery, caplog):
+def test_a_killed_recovery_goes_on_and_ends_bit_for_bit_the_same(
+    job, words, kill_in_training, tmp_path, recovery, caplog
+):
     what, loss = recovery
     steps = (loss, "train.max_steps=40", "train.save_every=5", "eval.limit=4")
     whole = execute(job(*steps, f"run.dir={tmp_path / 'whole'}", recovery=what))
     run = tmp_path / "killed"
     again = (*steps, f"run.dir={run}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_kit.run", *words(*again, recovery=what)], env=environment
-    )
-    deadline = time.monotonic() + 90
-    while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert read_status(run).stages_done == ("calibrate", "plan", "apply")
+    kill_in_training(words(*again, recovery=what), run)
     assert not (run / "recovered").exists()
     with caplog.at_level("INFO", "lowrank_kit"):
         execute(job(*again, recovery=what))
