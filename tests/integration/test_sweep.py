@@ -81,7 +81,7 @@ def test_side_by_side_a_killed_job_takes_no_other_along(language_arguments, envi
 
 
 def test_a_search_continues_where_it_stopped(main, tmp_path):
-    space = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.study=ratio", "method.ratio=interval(0.3,0.6)")
+    space = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.study=ratio", "method.ratio=interval(0.3,0.5)")
     chosen_on = "eval.held_out=2"
     status, output, errors = main(*space, "hydra.sweeper.trials=2", chosen_on)
     assert status == 0, errors
@@ -89,7 +89,7 @@ def test_a_search_continues_where_it_stopped(main, tmp_path):
     assert output.splitlines()[-1] == f"search: {folder}"
     study = optuna.load_study(study_name="ratio", storage=f"sqlite:///{folder / 'study.db'}")
     # As a killed process leaves it: proposed, and never answered.
-    left = study.ask({"++method.ratio": optuna.distributions.FloatDistribution(0.3, 0.6)})
+    left = study.ask({"++method.ratio": optuna.distributions.FloatDistribution(0.3, 0.5)})
 
     status, output, errors = main(*space, "hydra.sweeper.trials=3", chosen_on)
     assert status == 0, errors
