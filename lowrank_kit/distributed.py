@@ -4,7 +4,7 @@ Every process runs the same code. The first one (rank 0) owns what is on disk; `
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
@@ -16,8 +16,9 @@ from torch import Tensor, distributed
 from lowrank_kit.launcher import is_main, started
 
 T = TypeVar("T")
+Outcome = TypeVar("Outcome")
 
-# The others wait while the first evaluates, which may take days; one that died is noticed by its launcher.
+# The others wait while the first compresses, which may take days; one that died is noticed by its launcher.
 PATIENCE = timedelta(days=30)
 
 # Waiting goes over TCP: NCCL would keep the devices of those who wait busy.
@@ -28,6 +29,11 @@ _alone = ContextVar("alone", default=False)
 def size() -> int:
     """How many processes share the work at this point: one inside `on_main`."""
     return 1 if _alone.get() or _waiting_room.get() is None else distributed.get_world_size()
+
+
+def number() -> int:
+    """Which of the processes that share the work this is, from 0."""
+    return distributed.get_rank() if size() > 1 else 0
 
 
 @contextmanager
@@ -79,9 +85,42 @@ def on_main(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+@contextmanager
+def held_by_main(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Let the first process enter a context for all: they begin the block when it has, and end it together."""
+    with ExitStack() as held:
+
+        def enter() -> None:
+            held.enter_context(context)
+
+        on_main(enter)
+        yield
+        wait()
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of what all of them work through: every n-th item."""
-    return items[distributed.get_rank() :: size()] if size() > 1 else items
+    return items[number() :: size()]
+
+
+def in_shares(
+    work: Callable[[Sequence[T]], Sequence[Outcome]], items: Sequence[T], sizes: Sequence[int] | None = None
+) -> list[Outcome]:
+    """Let every process do ``work`` on its `share`; all get the outcomes of all items, in the items' order.
+
+    With ``sizes`` a share begins with its largest items, and shares are about equal. Outcomes are pickled.
+    """
+    order = list(range(len(items)))
+    if sizes is not None:
+        order.sort(key=lambda i: -sizes[i])
+    parts = [list(work([items[i] for i in share(order)]))]
+    if size() > 1:
+        mine, parts = parts[0], [[] for _ in range(size())]
+        distributed.all_gather_object(parts, mine, group=_waiting_room.get())
+    outcomes: dict[int, Outcome] = {}
+    for start, part in enumerate(parts):
+        outcomes |= zip(order[start :: len(parts)], part, strict=True)
+    return [outcomes[i] for i in range(len(items))]
 
 
 @torch.no_grad()

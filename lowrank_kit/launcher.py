@@ -21,3 +21,9 @@ def is_main() -> bool:
 def local_number() -> int:
     """Number of this process on its machine, which is also that of its device."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def sharding() -> str | None:
+    """The option by which `accelerate launch` was told to shard models itself; None: it only starts processes."""
+    told = {f"ACCELERATE_USE_{name.upper()}": f"--use_{name}" for name in ("fsdp", "deepspeed", "megatron_lm")}
+    return next((option for name, option in told.items() if os.environ.get(name, "").lower() == "true"), None)

@@ -185,7 +185,8 @@ def _execute_task(
     manifest.record("data", data.facts())
     manifest.record("runtime", {"kind": config.runtime.kind, "processes": distributed.size()})
     with manifest.watching(), ExitStack() as stack:
-        tracked = todo and launcher.is_main()
+        # A run that was killed after its last stage owes the tracker how it ended.
+        tracked = launcher.is_main() and (todo or not run.was_complete)
         tracker = open_tracker(config.tracker, run.path, config.resolved()) if tracked else NullTracker()
         stack.push(lambda kind, error, trace: tracker.finish(0 if error is None else 1))
         stages = _stages_of(config, task)(config, task, data, device, run, manifest, tracker)
@@ -248,6 +249,11 @@ def _check_machine(config: RunConfig, device: str) -> None:
         raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
     if isinstance(config.method, FineTuning) or config.recovery.what != "none":
         rows_per_pass(config.train, processes)
+        if config.runtime.placement is not None:
+            raise ConfigError(
+                "runtime=spread is for models that are judged: train with another, and judge what was exported with "
+                "method=none model.path=FOLDER runtime=spread"
+            )
     if config.runtime.kind in ("fsdp", "deepspeed") and config.recovery.what != "none":
         raise ConfigError("recovery trains a model that every process holds whole: use runtime=ddp or runtime=single")
     if config.model.quantization != "none":

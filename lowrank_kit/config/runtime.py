@@ -1,27 +1,35 @@
-"""How many processes work on a run, and what of the model each of them holds."""
+"""How many processes work on a run, and where each of them holds the model."""
 
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lowrank_kit import launcher
 from lowrank_kit.config.section import Section
 
 
 class RuntimeConfig(Section):
     """Processes, as torchrun or `accelerate launch` starts them; none of it changes what is computed, but rounding."""
 
-    kind: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
-    """`single`: one process. `ddp`: each holds the whole model and reads its share of every step's rows. `fsdp`:
-    training shards the model over them (PyTorch FSDP2). `deepspeed`: the same by DeepSpeed's ZeRO."""
+    kind: Literal["single", "spread", "ddp", "fsdp", "deepspeed"] = "single"
+    """`single`: one process, one device. `spread`: one process; models too large for a device are judged over all
+    devices of the machine, its memory and its disk. `ddp`: each process holds the whole model and reads its share of
+    every step's rows. `fsdp`: training shards the model over them (PyTorch FSDP2). `deepspeed`: the same by ZeRO."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """`fsdp`: `fsdp_config` of transformers' TrainingArguments; `deepspeed`: DeepSpeed's own configuration."""
+    """`spread`: arguments of `from_pretrained` (device_map, max_memory, offload_folder). `fsdp`: `fsdp_config` of
+    transformers' TrainingArguments. `deepspeed`: DeepSpeed's own configuration."""
 
     @model_validator(mode="after")
     def _options_are_somebodys(self) -> "RuntimeConfig":
         if self.options and self.kind in ("single", "ddp"):
             raise ValueError(f"kind={self.kind} has no options: choose runtime=fsdp, zero2 or zero3, or leave them out")
         return self
+
+    @property
+    def placement(self) -> dict[str, Any] | None:
+        """How `from_pretrained` spreads a model that is judged; None: it lies on one device."""
+        return self.options if self.kind == "spread" else None
 
     @property
     def shards(self) -> bool:
@@ -31,11 +39,16 @@ class RuntimeConfig(Section):
 
     def unmet(self, started: int, launched: bool) -> str | None:
         """What is wrong with so many processes, ``launched`` by a launcher or not, or with what is installed."""
-        how = "torchrun --nproc-per-node N -m lowrank_kit.run ..."
-        if self.kind == "single" and started > 1:
-            return f"{started} processes were started for one run: add runtime=ddp, fsdp, zero2 or zero3"
-        if self.kind != "single" and not launched:
+        how = "torchrun --nproc-per-node N (accelerate launch --multi_gpu --num_processes N) -m lowrank_kit.run ..."
+        if self.kind in ("single", "spread") and started > 1:
+            return f"{started} processes were started for one run: use runtime=ddp, fsdp, zero2 or zero3"
+        if self.kind not in ("single", "spread") and not launched:
             return f"runtime.kind={self.kind} is for several processes: start them with {how}, or use runtime=single"
+        if self.kind == "ddp" and (option := launcher.sharding()):
+            return (
+                f"accelerate was told to shard the model ({option}, or its configuration file), and runtime.kind="
+                "ddp does not: use runtime=fsdp, zero2 or zero3, or start it with accelerate launch --multi_gpu"
+            )
         if self.kind == "deepspeed" and find_spec("deepspeed") is None:
             return "runtime.kind=deepspeed needs the package deepspeed: pip install deepspeed, or use runtime=fsdp"
         return None

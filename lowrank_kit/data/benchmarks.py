@@ -48,6 +48,15 @@ def load_benchmarks(
     return {name: _load(name, benchmark, source, benchmark.max_rows or limit) for name, benchmark in there.items()}
 
 
+def check_allowed(name: str, benchmark: Benchmark, is_allowed: bool) -> None:
+    """Raise `ConfigError` for a benchmark that runs programs which a model wrote, unless that was allowed."""
+    if benchmark.runs_code and not is_allowed:
+        raise ConfigError(
+            f"the benchmark {name} runs programs that the model wrote: allow it with eval.allow_code_execution=true "
+            f"(they run in a sandbox), or leave it out with ~task.benchmarks.{name}"
+        )
+
+
 def _ref(benchmark: Benchmark, max_rows: int | None = None) -> DatasetRef:
     return DatasetRef(benchmark.dataset, benchmark.hub_path, benchmark.hub_name, max_rows=max_rows)
 

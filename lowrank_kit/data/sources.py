@@ -178,10 +178,12 @@ class HubSource:
     def _failure(self, ref: DatasetRef, error: Exception, split: str | None = None) -> LowRankKitError:
         what = f"split '{split}' of '{ref.name}'" if split else f"'{ref.name}'"
         where = " ".join(filter(None, (ref.hub_path, ref.hub_name, self.revision)))
+        asset = "running_text" if ref.name.startswith(TEXT) else "benchmark_rows"
+        not_packaged = is_present(asset) and not PackagedSource().splits(ref)
+        packaged = "" if not_packaged else "data=packaged, or "
         return LowRankKitError(
             f"the hub did not deliver {what} ({where}): {error}\n"
-            "Without a network: data=packaged, or data=local with data.root=DIR holding "
-            f"{ref.name}/{split or 'SPLIT'}.jsonl"
+            f"Without a network: {packaged}data=local with data.root=DIR holding {ref.name}/{split or 'SPLIT'}.jsonl"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit.config import PerplexityTask, RecoveryConfig, RunConfig, TextSet
-from lowrank_kit.data.benchmarks import load_benchmarks
+from lowrank_kit.data.benchmarks import check_allowed, load_benchmarks
 from lowrank_kit.data.instructions import Ask, Instructions, encode
 from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
@@ -44,7 +44,8 @@ class TaskTexts:
     """The texts of a task that the data source has, loaded once each.
 
     A text takes part if the source has the split it is judged on; those left out are named in a warning. Raises
-    `ConfigError` where none is left, where the text to calibrate on is not there, and for rows without text.
+    `ConfigError` where none is left, where the text to calibrate on is not there, for rows without text, and for
+    benchmarks that run programs without `eval.allow_code_execution`.
     With ``learns`` the task's instructions are loaded too, and raise what `TaskLessons` does.
     """
 
@@ -62,6 +63,8 @@ class TaskTexts:
                     "task=perplexity, or drop eval.held_out"
                 )
         """Rows of the benchmarks that the data source has, by their names."""
+        for name, questions in self.benchmarks.items():
+            check_allowed(name, questions.benchmark, config.eval.allow_code_execution)
         is_judged_on_texts = bool(task.texts) and task.perplexity
         names = self._present(source) if is_judged_on_texts else ()
         splits = {(name, self._judged_on(name)) for name in names}

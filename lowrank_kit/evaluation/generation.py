@@ -13,8 +13,9 @@ from unittest.mock import patch
 import evaluate
 from lm_eval.api.task import Task
 
+from lowrank_kit import distributed
 from lowrank_kit.config import Benchmark
-from lowrank_kit.errors import ConfigError
+from lowrank_kit.data.benchmarks import check_allowed
 from lowrank_kit.evaluation import words
 from lowrank_kit.evaluation.mathematics import is_right
 from lowrank_kit.evaluation.programs import pass_at_k, program_of, run_all
@@ -27,18 +28,10 @@ FILTERS = {"strict_match": "strict-match", "flexible_match": "flexible-extract"}
 
 
 def check_code_execution(name: str, benchmark: Benchmark, is_allowed: bool) -> None:
-    """Refuse to run a model's programs.
-
-    Raises `ConfigError` unless it was allowed, and `LowRankKitError` where there is no sandbox to run them in.
-    """
-    if not benchmark.runs_code:
-        return
-    if not is_allowed:
-        raise ConfigError(
-            f"the benchmark {name} runs programs that the model wrote: allow it with eval.allow_code_execution=true "
-            f"(they run in a sandbox), or leave it out with ~task.benchmarks.{name}"
-        )
-    check_sandbox()
+    """Raise what `check_allowed` does, and `LowRankKitError` where there is no sandbox for a model's programs."""
+    check_allowed(name, benchmark, is_allowed)
+    if benchmark.runs_code:
+        check_sandbox()
 
 
 @contextmanager
@@ -152,7 +145,7 @@ def _of_lm_eval(metric: str, by_filter: Mapping[str, Mapping[str, Any]]) -> floa
 
 def _programs(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[str]]) -> list[Sample]:
     programs = [program_of(row, text) for row, its in zip(rows, texts, strict=True) for text in its]
-    outcomes, n = run_all(programs), benchmark.samples
+    outcomes, n = distributed.on_main(lambda: run_all(programs)), benchmark.samples
     scores = []
     for start in range(0, len(outcomes), n):
         of_row = outcomes[start : start + n]

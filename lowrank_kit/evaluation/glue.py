@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lowrank_kit import distributed
 from lowrank_kit.config import Metric
 from lowrank_kit.errors import LowRankKitError
 
@@ -62,23 +63,23 @@ def majority(labels: Sequence[float], is_regression: bool) -> float:
 def predict(
     model: nn.Module, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: str
 ) -> NDArray[np.float32]:
-    """Logits ``[rows, classes]`` of encoded rows, in their order.
+    """Logits ``[rows, classes]`` of encoded rows, in their order; several processes read their shares of the rows.
 
     Raises `LowRankKitError` for non-finite logits: they would be scored as if they meant something.
     """
     model.eval()
-    lengths = np.array([len(ids) for ids in rows["input_ids"]])
-    order = np.argsort(-lengths, kind="stable")
-    loader = DataLoader(
-        rows.remove_columns("labels").select(order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
-    logits = torch.cat([model(**batch.to(device)).logits.float().cpu() for batch in loader])
-    if not logits.isfinite().all():
-        bad = int((~logits.isfinite()).any(1).sum())
+    texts, collate = rows.remove_columns("labels"), DataCollatorWithPadding(tokenizer)
+
+    def logits_of(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
+        loader = DataLoader(texts.select(numbers), batch_size, collate_fn=collate)
+        return [logits for batch in loader for logits in model(**batch.to(device)).logits.float().cpu().numpy()]
+
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    logits = np.stack(distributed.in_shares(logits_of, range(len(rows)), lengths))
+    if not np.isfinite(logits).all():
+        bad = int((~np.isfinite(logits)).any(1).sum())
         raise LowRankKitError(
             f"{bad} of {len(logits)} rows have logits that are not finite; use dtype=float32 or bfloat16, "
             "or lower train.learning_rate"
         )
-    restored = np.empty_like(logits.numpy())
-    restored[order] = logits.numpy()
-    return restored
+    return logits

@@ -2,6 +2,7 @@
 
 import logging
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_kit import distributed
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.load import input_device
 
 # lm-eval keeps all logits of a batch and their log-softmax: at 2^27 of them, twice 512 MiB in float32.
 LOGITS_AT_ONCE = 2**27
@@ -34,6 +37,7 @@ class BoundedLM(HFLM):
     """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `LOGITS_AT_ONCE` allow.
 
     Requests are sorted by length, and those that differ in their last token share a forward pass, as in `HFLM`.
+    Several processes that are asked the same answer a share each, and all get all answers.
     A prompt longer than the model reads is an error, where `HFLM` cuts off its beginning. The tokenizer is left as it
     is: lm-eval would give one without padding token one. What ``tokens`` holds is not tokenised again: models with one
     tokenizer share it.
@@ -48,8 +52,9 @@ class BoundedLM(HFLM):
         tokens: Tokens | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size="auto", max_length=max_length)
+        self._device = input_device(model)
         self.advance: Callable[[float], None] = lambda share: None
-        """Called with the share of the present requests that was answered."""
+        """Called with the share of the present requests that was answered, of those that are this process's."""
         self.cut_middle = False
         """Whether a prompt that leaves no room for what is to be generated loses its middle, or is an error."""
         self.cache_hook = self
@@ -58,12 +63,12 @@ class BoundedLM(HFLM):
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As in `HFLM`, without bars of its own."""
-        self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
+        self._asking = str(requests[0].task_name)
         return super().loglikelihood(list(requests), disable_tqdm=True)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         """As in `HFLM`, in batches of ``batch_size``; where tokens are drawn, the same ones every time."""
-        self._share, self._asking = 1 / len(requests), str(requests[0].task_name)
+        self._asking = str(requests[0].task_name)
         room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         if self.cut_middle and max(room) < self.max_length:
@@ -73,14 +78,7 @@ class BoundedLM(HFLM):
             self._refuse_longer(
                 lengths, f"(with the {max(room)} to be generated) ", " or task.benchmarks.NAME.max_new_tokens"
             )
-        chosen: Any = self.batch_size
-        self.batch_size_per_gpu = self._most_rows
-        try:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return super().generate_until(list(requests), disable_tqdm=True)
-        finally:
-            self.batch_size_per_gpu = chosen
+        return distributed.in_shares(self._generate, requests, [len(prompt) for prompt in prompts])
 
     def add_partial(self, *_: object) -> None:
         """Take note of an answer: `HFLM` offers each to its ``cache_hook``."""
@@ -96,7 +94,35 @@ class BoundedLM(HFLM):
     def _loglikelihood_tokens(self, requests: list[Request], *rest: Any, **more: Any) -> list[tuple[float, bool]]:
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
         self._refuse_longer(lengths)
-        return super()._loglikelihood_tokens(requests, *rest, **more)
+        # Those that share a forward pass stay together.
+        passes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            passes[*context, *continuation[:-1]].append(i)
+
+        def answer(mine: Sequence[list[int]]) -> list[dict[int, tuple[float, bool]]]:
+            asked = [requests[i] for together in mine for i in together]
+            self._share = 1 / max(1, len(asked))
+            answers = iter(super(BoundedLM, self)._loglikelihood_tokens(asked, *rest, **more) if asked else ())
+            return [{i: next(answers) for i in together} for together in mine]
+
+        sizes = [lengths[together[0]] for together in passes.values()]
+        found: dict[int, tuple[float, bool]] = {}
+        for answers in distributed.in_shares(answer, list(passes.values()), sizes):
+            found |= answers
+        return [found[i] for i in range(len(requests))]
+
+    def _generate(self, requests: Sequence[Instance]) -> list[str]:
+        if not requests:
+            return []
+        self._share, chosen = 1 / len(requests), self.batch_size
+        self.batch_size_per_gpu = self._most_rows
+        try:
+            with torch.random.fork_rng():
+                # Requests for several texts to one prompt may be shared among processes.
+                torch.manual_seed(distributed.number())
+                return super().generate_until(list(requests), disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = chosen
 
     def _cut(self, request: Instance, prompt: list[int], room: int) -> Instance:
         """A prompt that is too long, without its middle, as LongBench does it (arXiv 2308.14508)."""

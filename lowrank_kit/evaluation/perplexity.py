@@ -1,6 +1,7 @@
 """Perplexity by the protocol of the papers on compression: fixed windows of one long text."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lowrank_kit import distributed
 from lowrank_kit.errors import LowRankKitError
 
 # Rows of logits brought to float32 at a time: at a vocabulary of 128k, 128 MiB.
@@ -46,27 +48,33 @@ def perplexity(
         model: on ``device``; put into evaluation mode.
         windows: token ids without padding.
         batch_size: windows per forward pass; changes memory (whole logits, in the model's dtype) and speed only.
-        device: where the model is.
-        progress: shows a bar over the windows, labelled ``description``.
+        device: where the model is; several processes read their shares of the windows.
+        progress: shows a bar over the windows of this process, labelled ``description``.
 
     Raises `LowRankKitError` that names the first window with logits that are not finite.
     """
     model.eval()
-    means: list[float] = []
-    bar = progress.add_task(description, total=len(windows)) if progress else None
-    for batch in windows.split(batch_size):
-        inputs = batch.to(device)
-        logits = model(input_ids=inputs, use_cache=False).logits
-        for row, targets in zip(logits, inputs, strict=True):
-            losses = _losses(row[:-1], targets[1:])
-            if not losses.isfinite().all():
-                raise LowRankKitError(
-                    f"window {len(means)} of {len(windows)} has logits that are not finite, so there is no perplexity; "
-                    "use dtype=float32 or bfloat16, or remove less (method.ratio)"
-                )
-            means.append(float(losses.mean()))
-        if progress and bar is not None:
-            progress.advance(bar, len(batch))
+
+    def means_of(numbers: Sequence[int]) -> list[float]:
+        means: list[float] = []
+        bar = progress.add_task(description, total=len(numbers)) if progress else None
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            inputs = windows[list(batch)].to(device)
+            logits = model(input_ids=inputs, use_cache=False).logits
+            for number, row, targets in zip(batch, logits, inputs, strict=True):
+                losses = _losses(row[:-1], targets[1:])
+                if not losses.isfinite().all():
+                    raise LowRankKitError(
+                        f"window {number} of {len(windows)} has logits that are not finite, so there is no perplexity; "
+                        "use dtype=float32 or bfloat16, or remove less (method.ratio)"
+                    )
+                means.append(float(losses.mean()))
+            if progress and bar is not None:
+                progress.advance(bar, len(batch))
+        return means
+
+    means = distributed.in_shares(means_of, range(len(windows)))
     # All windows predict equally many tokens: the mean of their means is the mean over tokens.
     spread = torch.tensor(means, dtype=torch.float64)
     nll = float(spread.mean())

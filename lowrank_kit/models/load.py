@@ -1,6 +1,7 @@
 """Models, tokenizers and configurations from the hub, a folder, a GGUF file or the packaged assets."""
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
@@ -92,9 +94,12 @@ def load_model(
     num_labels: int | None = None,
     problem_type: str | None = None,
     quantization: Quantisation = "none",
+    placement: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a model with the head asked for; a GGUF file is dequantised to ``dtype``.
 
+    ``placement`` is what `from_pretrained` takes to spread a model (``device_map``, ``max_memory``), for inference
+    alone; without it, the model is on ``device``.
     ``num_labels`` and ``problem_type`` (as in transformers) are for ``head="classification"``. Modules that
     the checkpoint lacks are drawn from torch's global generator.
     Raises `ConfigError` for a path that cannot be right, `LowRankKitError` where the hub does not deliver,
@@ -105,7 +110,7 @@ def load_model(
         # Decoders classify at the last token that is not padding, so they must know which token pads.
         config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    options |= loading_options(quantization, dtype, device)
+    options |= loading_options(quantization, dtype, device) | dict(placement or {})
     if _locate(source).gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     model, info = _from_pretrained(_AUTO_CLASSES[head], source, **options)
@@ -115,8 +120,15 @@ def load_model(
             f"'{source.path}' is not a whole {type(model).__name__}: it lacks {len(inside)} weights inside "
             f"its blocks, first '{inside[0]}'"
         )
-    # bitsandbytes has quantised it on its device, and does not let it go elsewhere.
-    return LoadedModel(model if quantization != "none" else model.to(device), _new_modules(model, missing))
+    # What bitsandbytes or accelerate has put somewhere does not go elsewhere.
+    stays = quantization != "none" or placement is not None
+    return LoadedModel(model if stays else model.to(device), _new_modules(model, missing))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of a model go, be it spread over devices or not."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return model.device if hook is None else torch.device(hook.execution_device)
 
 
 def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None) -> PreTrainedModel:
@@ -132,21 +144,23 @@ def fingerprint(model: PreTrainedModel, layout: ModelLayout) -> str:
     different or differently initialised heads agree.
     """
     below = {
-        name.removeprefix(f"{model.base_model_prefix}."): parameter
+        name.removeprefix(f"{model.base_model_prefix}."): (name, parameter)
         for name, parameter in model.named_parameters()
         if not any(name.startswith(f"{top}.") for top in layout.on_top)
     }
     # hashlib releases the interpreter lock, so threads hash parameters side by side.
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_digest, below.values()))
+        digests = list(pool.map(lambda named: _digest(model, *named), below.values()))
     whole = hashlib.blake2b(digest_size=16)
-    for (name, parameter), digest in sorted(zip(below.items(), digests, strict=True), key=lambda item: item[0][0]):
+    for (name, (_, parameter)), digest in sorted(zip(below.items(), digests, strict=True), key=lambda item: item[0][0]):
         whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {digest}\n".encode())
     return whole.hexdigest()
 
 
-def _digest(parameter: Tensor) -> str:
-    values = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+def _digest(model: PreTrainedModel, name: str, parameter: Tensor) -> str:
+    # Of a model that is spread: what waits in memory or on disk until a forward pass needs it.
+    held = load_offloaded_parameter(model, name) if parameter.is_meta else parameter
+    values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
 
 

@@ -121,6 +121,8 @@ class RunDirectory:
         if (holder := self._lock.try_acquire()) is not None:
             raise LowRankKitError(f"{path} is in use by {holder}; wait for it, end it, or choose another run.dir")
         earlier = read_status(path)
+        self.was_complete = earlier is not None and earlier.state == "complete"
+        """Whether an earlier process ended the run as complete."""
         self._write_lock = threading.Lock()
         self._closing = threading.Event()
         self._status = Status("running", stages_done=earlier.stages_done if earlier else ())

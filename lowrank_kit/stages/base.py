@@ -35,7 +35,7 @@ Data = TypeVar("Data", bound=TaskData)
 class Stages(Generic[Task, Data]):
     """One task's run. Every public method is a stage; its outcome is on disk when it returns."""
 
-    shared: ClassVar[frozenset[Stage]] = frozenset({"calibrate", "train"})
+    shared: ClassVar[frozenset[Stage]] = frozenset({"calibrate", "train", "evaluate"})
     """The stages that several processes do together; the others are for the first one alone."""
 
     def __init__(

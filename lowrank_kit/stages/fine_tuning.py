@@ -53,7 +53,7 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
     """See `Stages`; a method that trains nothing (none) is judged as it is."""
 
     # The model that is trained, sharded or not, is made ready in every process.
-    shared = frozenset({"calibrate", "plan", "apply", "train"})
+    shared = frozenset({"calibrate", "plan", "apply", "train", "evaluate"})
 
     task_type: ClassVar[str]
     """PEFT's name of the kind of model."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_kit import distributed
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.config import PerplexityTask, RunConfig
 from lowrank_kit.data.texts import EvaluationText, TaskTexts
@@ -108,11 +109,13 @@ def _reference(
     }
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
     file = cache_dir() / "perplexity" / f"{digest}.json"
-    with exclusively(file.with_suffix(".lock"), f"{checkpoint} perplexity"):
-        if not file.is_file():
-            write_atomically(file, json.dumps(asdict(measure())))
-    raw = json.loads(file.read_text())
-    return Perplexity(**{**raw, "per_window": tuple(raw["per_window"])})
+    with distributed.held_by_main(exclusively(file.with_suffix(".lock"), f"{checkpoint} perplexity")):
+        raw = distributed.on_main(lambda: json.loads(file.read_text()) if file.is_file() else None)
+        if raw:
+            return Perplexity(**{**raw, "per_window": tuple(raw["per_window"])})
+        found = measure()
+        distributed.on_main(lambda: write_atomically(file, json.dumps(asdict(found))))
+        return found
 
 
 def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:

@@ -3,8 +3,9 @@
 import gc
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import datasets
@@ -118,26 +119,27 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         save_compressed(recovered.merged(), self._run.path / "recovered", self._tokenizer, dtype=dtype)
 
     def evaluate(self) -> None:
-        """Measure the saved models, and the dense one beside them: ``results.json``."""
+        """Measure the saved models, and the dense one beside them: ``results.json``.
+
+        With `runtime=spread` each lies over all devices of the machine.
+        """
         is_recovered = (self._run.path / "recovered").is_dir()
         # Whatever is wrong with them is found out before a model is loaded.
         _ = self._judge.texts, self._judge.suite
         if self._recovers and not is_recovered:
             log.warning("evaluating the compressed model as it is: it was not recovered")
-        records = []
+        records, saved = [], partial(self._saved, placement=self.config.runtime.placement)
         with StageProgress() as progress:
             if self._compressor is not None:
-                records += self._judged(self._loaded, "dense", progress, as_it_came=True)
+                records += self._judged(self._original, "dense", progress, as_it_came=True)
             if is_recovered:
-                records += self._judged(self._saved("checkpoint"), "compressed", progress)
-            model = (
-                self._loaded if self._compressor is None else self._saved("recovered" if is_recovered else "checkpoint")
-            )
+                records += self._judged(saved("checkpoint"), "compressed", progress)
+            model = self._original if self._compressor is None else saved("recovered" if is_recovered else "checkpoint")
             records += self._judged(model, "final", progress, as_it_came=self._compressor is None)
             if self.config.eval.speed.enabled and self._compressor is not None:
-                speeds = measure_speed(
-                    {"dense": self._loaded, "compressed": model}, self.config.eval.speed, self.device, progress
-                )
+                both = {"dense": self._original, "compressed": model}
+                # Of one process alone: the others wait.
+                speeds = distributed.on_main(lambda: measure_speed(both, self.config.eval.speed, self.device, progress))
                 source = f"random tokens, {self.config.dtype}, {torch.get_num_threads()} threads"
                 records += speed_records(speeds["dense"], speeds["compressed"], source, VERSIONS)
         self._run.write_json("results.json", [asdict(record) for record in records])
@@ -157,8 +159,19 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _loaded(self) -> PreTrainedModel:
+        """The model as it came, on the run's device."""
+        return self._load()
+
+    @cached_property
+    def _original(self) -> PreTrainedModel:
+        """The model as it came, where it is to be judged."""
+        placement = self.config.runtime.placement
+        return self._loaded if placement is None else self._load(placement)
+
+    def _load(self, placement: Mapping[str, Any] | None = None) -> PreTrainedModel:
         set_seed(self.config.seed)
-        model = load_model(self._model_source, "causal", getattr(torch, self.config.dtype), self.device).model
+        dtype = getattr(torch, self.config.dtype)
+        model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
         facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model))}
         self._manifest.record("model", facts)
         return model
@@ -212,14 +225,19 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         set_seed(self.config.seed)
         return adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=settings.batch_size, cache=self._cache)
 
-    def _saved(self, name: Literal["checkpoint", "recovered"], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _saved(
+        self,
+        name: Literal["checkpoint", "recovered"],
+        dtype: torch.dtype | None = None,
+        placement: Mapping[str, Any] | None = None,
+    ) -> PreTrainedModel:
         """What a stage has left; ``dtype`` None: the run's."""
         folder = self._run.path / name
         if name == "checkpoint" and not folder.is_dir():
             distributed.on_main(self.apply)
         gc.collect()
         dtype = dtype or getattr(torch, self.config.dtype)
-        return load_model(ModelSource(str(folder)), "causal", dtype, self.device).model
+        return load_model(ModelSource(str(folder)), "causal", dtype, self.device, placement=placement).model
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:

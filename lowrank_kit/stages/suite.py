@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_kit import distributed, launcher
 from lowrank_kit.evaluation.harness import Answers, Exam, answer_all, averages
 from lowrank_kit.evaluation.language_model import BoundedLM, Tokens
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -55,17 +56,22 @@ class Suite:
             name: [(self.folder, checkpoint), *([(shared / _digest(whole), DENSE)] if shared else [])]
             for name, whole in keys.items()
         }
-        found: dict[str, Answers] = {}
-        for name, whole in keys.items():
-            kept = [answers for shelf in shelves[name] if (answers := _read(*shelf, name, whole))]
-            if kept:
-                found[name] = kept[0]
-                _write(self.folder, checkpoint, kept[0], whole)
+
+        def known() -> dict[str, Answers]:
+            found: dict[str, Answers] = {}
+            for name, whole in keys.items():
+                kept = [answers for shelf in shelves[name] if (answers := _read(*shelf, name, whole))]
+                if kept:
+                    found[name] = kept[0]
+                    _write(self.folder, checkpoint, kept[0], whole)
+            return found
+
+        found = distributed.on_main(known)
         if todo := [exam for exam in self.exams if exam.name not in found]:
             lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens)
             for answers in answer_all(lm, todo, progress, f"{checkpoint} model"):
                 found[answers.name] = answers
-                for shelf in shelves[answers.name]:
+                for shelf in shelves[answers.name] if launcher.is_main() else ():
                     _write(*shelf, answers, keys[answers.name])
         records = [r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint)]
         return [*records, *averages(records)]

@@ -106,6 +106,8 @@ def fit(
         logging_first_step=True,
         disable_tqdm=True,
         logging_nan_inf_filter=False,
+        # Processes that were told to be quiet stay so.
+        log_level_replica="passive",
         bf16=mixed == "bf16",
         fp16=mixed == "fp16",
         use_cpu=device == "cpu",
@@ -116,6 +118,8 @@ def fit(
         ddp_find_unused_parameters=False if isinstance(model, PeftModel) else None,
         **sharding(runtime),
     )
+    # Else the configuration file of `accelerate launch` would decide.
+    arguments.mixed_precision = "no" if mixed == "none" else mixed
     # The model is on its one device already; more that are visible are left to other runs.
     _ = arguments.device
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -176,6 +176,24 @@ def texts_folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def questions_folder(tmp_path_factory) -> Path:
+    """A local data folder with a text and the questions of two benchmarks, of words that the tiny tokenizer knows."""
+    root = tmp_path_factory.mktemp("questions")
+    words = [WORDS[(7 * n) % len(WORDS)] for n in range(700)]
+    (root / "text/mine").mkdir(parents=True)
+    for split in ("validation", "test"):
+        (root / "text/mine" / f"{split}.txt").write_text(" ".join(words) + "\n")
+    piqa = [{"goal": words[n], "sol1": words[n + 1], "sol2": f"w{n} w3", "label": n % 2} for n in range(9)]
+    write_rows(root / "piqa/validation.jsonl", piqa)
+    winogrande = [
+        {"sentence": f"w1 _ w{n} w{2 * n}", "option1": f"w{n}", "option2": "w9", "answer": str(1 + n % 2)}
+        for n in range(8)
+    ]
+    write_rows(root / "winogrande/validation.jsonl", winogrande)
+    return root
+
+
 @pytest.fixture
 def language_arguments(checkpoint, texts_folder, tmp_path, monkeypatch) -> Callable[..., list[str]]:
     """A command line that compresses a tiny causal model, calibrated and judged on the local text `mine` alone."""

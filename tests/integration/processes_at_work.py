@@ -9,8 +9,9 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from lm_eval.api.instance import Instance
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.collect import calibrate
@@ -20,6 +21,8 @@ from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RuntimeConfig, TrainConfig
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.evaluation.language_model import BoundedLM
+from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.fit import fit
@@ -87,12 +90,33 @@ def training(folder, kind="single", **settings):
     return adapted
 
 
+def answers(folder):
+    """What a model says to requests of every kind: of many lengths, some with one forward pass for several."""
+    words = [f"w{i}" for i in range(60)]
+    asked = [(" ".join(words[i : 2 * i + 1]), f" {words[3 * i % 60]}") for i in range(1, 12)]
+    asked += [(context, " w7") for context, _ in asked[:4]] + [(asked[0][0], " w7 w8")]
+    texts = [(context, {"until": ["w5"], "max_gen_toks": 3, "do_sample": False}) for context, _ in asked[:5]]
+    lm = BoundedLM(load(folder, torch.float64), AutoTokenizer.from_pretrained(folder / "model"), batch_size=2)
+    asked_as = {
+        kind: [Instance(kind, {}, arguments, n, metadata=("it", n, 1)) for n, arguments in enumerate(requests)]
+        for kind, requests in {"loglikelihood": asked, "generate_until": texts}.items()
+    }
+    windows = torch.stack([ids[:10] for ids in (row["input_ids"] for row in samples().sequences) if len(ids) > 9])
+    found = {kind: getattr(lm, kind)(requests) for kind, requests in asked_as.items()}
+    alone = lm.loglikelihood(asked_as["loglikelihood"][:1])
+    return found | {"fewer than processes": alone, "windows": perplexity(lm.model, windows, 2).per_window}
+
+
 def _stack(rows):
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 def calibrated(folder):
     torch.save(calibration(folder), folder / f"calibration-{torch.distributed.get_rank()}.pt")
+
+
+def answered(folder):
+    tell(folder / "answered", **answers(folder))
 
 
 def trained(folder):

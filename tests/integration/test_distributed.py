@@ -22,11 +22,11 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, tiny_model):
+def done(tmp_path_factory, checkpoint):
     """The folder that two processes have left, after everything that they do in one go."""
     folder = tmp_path_factory.mktemp("two")
-    tiny_model("llama").save_pretrained(folder / "model")
-    jobs = "calibrated,trained,told,sharded"
+    (folder / "model").symlink_to(checkpoint("llama"))
+    jobs = "calibrated,answered,trained,told,sharded"
     ended = subprocess.run([*TWO, str(WORK), str(folder), jobs], env=work.ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return folder
@@ -61,6 +61,17 @@ def test_each_process_reads_its_share_into_one_cache(done, alone):
     assert keys[0] == keys[1] != set()
     # Of five batches.
     assert [json.loads((done / f"told-{rank}.json").read_text())["batches"] for rank in range(2)] == [3, 2]
+
+
+def test_all_get_the_answers_that_one_process_gets(done, alone):
+    expected = json.loads(json.dumps(work.answers(alone)))
+    for rank in range(2):
+        found = json.loads((done / f"answered-{rank}.json").read_text())
+        assert found["generate_until"] == expected["generate_until"]
+        for kind in ("loglikelihood", "fewer than processes"):
+            for (value, is_greedy), (one, is_greedy_there) in zip(found[kind], expected[kind], strict=True):
+                assert (value, is_greedy) == (pytest.approx(one, rel=1e-12), is_greedy_there)
+        assert found["windows"] == pytest.approx(expected["windows"], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -128,6 +139,27 @@ def test_a_run_in_two_processes_is_the_run_of_one(checkpoint, arguments, compose
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
     manifest = json.loads((two / "manifest.json").read_text())
     assert manifest["runtime"] == {"kind": "ddp", "processes": 2}
+
+
+def test_benchmarks_in_two_processes_are_those_of_one(
+    language_arguments, composed, environment, questions_folder, tmp_path, monkeypatch
+):
+    words = language_arguments("task=smoke", "task.perplexity=true", method="none", data=questions_folder)
+    ended, last = launched([*words, "runtime=ddp", f"run.root={tmp_path / 'two'}"], environment)
+    assert ended.returncode == 0, ended.stderr
+    two = Path(last[0].removeprefix("run: "))
+    # What other runs have answered is known to all: this one is to answer for itself.
+    monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "another cache"))
+    one = execute(composed(words))
+    assert figures(two) == pytest.approx(figures(one), rel=1e-4)
+    for mine, its in zip(sorted(two.glob("samples/*/*")), sorted(one.glob("samples/*/*")), strict=True):
+        assert mine.relative_to(two) == its.relative_to(one)
+        pairs = zip(
+            *([json.loads(line) for line in file.read_text().splitlines()] for file in (mine, its)), strict=True
+        )
+        for sample, expected in pairs:
+            assert sample.pop("log_likelihoods") == pytest.approx(expected.pop("log_likelihoods"), rel=1e-4)
+            assert sample == expected
 
 
 @pytest.mark.nightly

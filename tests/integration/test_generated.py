@@ -38,11 +38,11 @@ def job(language_arguments, composed, rows):
     return build
 
 
-def test_programs_are_refused_before_the_model_is_loaded(job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+def test_programs_are_refused_before_there_is_a_run(job, tmp_path):
     for stages in ("run.stages=[calibrate]", "run.stages=[evaluate]"):
         with pytest.raises(ConfigError, match=r"humaneval runs programs .* eval\.allow_code_execution=true"):
             execute(job(stages))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_a_model_writes_is_run_and_two_runs_are_compared(job, monkeypatch, capsys, tmp_path):

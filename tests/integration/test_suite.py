@@ -10,35 +10,13 @@ from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import write_atomically
 
 
-def write(file, lines):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Questions and text of words that the tiny tokenizer knows."""
-    root = tmp_path_factory.mktemp("questions")
-    words = [f"w{(7 * n) % 60}" for n in range(700)]
-    for split in ("validation", "test"):
-        write(root / "text/mine" / f"{split}.txt", [" ".join(words)])
-    piqa = [{"goal": words[n], "sol1": words[n + 1], "sol2": f"w{n} w3", "label": n % 2} for n in range(9)]
-    write(root / "piqa/validation.jsonl", map(json.dumps, piqa))
-    winogrande = [
-        {"sentence": f"w1 _ w{n} w{2 * n}", "option1": f"w{n}", "option2": "w9", "answer": str(1 + n % 2)}
-        for n in range(8)
-    ]
-    write(root / "winogrande/validation.jsonl", map(json.dumps, winogrande))
-    return root
-
-
 @pytest.fixture
-def job(language_arguments, composed, rows):
+def job(language_arguments, composed, questions_folder):
     compressed = ("method.rank_multiple=1", "method.ratio=0.4")
 
     def build(*more, method="svd_llm"):
         words = ("task=smoke", "task.calibrate_on=null", *(compressed if method != "none" else ()), *more)
-        return composed(language_arguments(*words, method=method, data=rows))
+        return composed(language_arguments(*words, method=method, data=questions_folder))
 
     return build
 

@@ -228,7 +228,7 @@ def test_the_runtime_is_no_part_of_what_a_run_is():
 @pytest.mark.parametrize(
     ("words", "processes", "message"),
     [
-        ([], 2, "2 processes were started for one run: add runtime=ddp"),
+        ([], 2, "2 processes were started for one run: use runtime=ddp"),
         (["runtime=fsdp"], None, "start them with torchrun"),
         (["runtime=ddp", "train.batch_size=3"], 2, "3 rows an optimiser step"),
         (["runtime=ddp", "device=cuda:0"], 2, "device=cuda:0"),
