@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -20,8 +21,7 @@ def command() -> Iterator[None]:
 
     An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the work and exit with 130 and 143.
     """
-    # What a scheduler sends before it kills: unwinding records the interruption.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    unwind_on_sigterm()
     try:
         yield
     except LowRankKitError as error:
@@ -29,6 +29,17 @@ def command() -> Iterator[None]:
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM raise `SystemExit`: a scheduler sends it before it kills, and unwinding records the interruption."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        # Schedulers send it to a process and through its parent: the second must not break off the unwinding.
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def set_up_console(quiet: bool = False) -> None:

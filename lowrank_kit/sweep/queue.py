@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_kit.config.sweeps import Submitit
-from lowrank_kit.console import set_up_console
+from lowrank_kit.console import set_up_console, unwind_on_sigterm
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.lock import SILENCE_SECONDS
 from lowrank_kit.runs.directory import read_status, run_path, write_atomically
@@ -54,22 +55,29 @@ class Work:
         import submitit
 
         set_up_console()
+        # submitit lets it pass, and the job would work on without its tracker, whose process SIGTERM ends.
+        unwind_on_sigterm()
         rank = submitit.JobEnvironment().global_rank
         try:
             if rank < len(numbers):
                 self._folder.run(numbers[rank])
-        finally:
-            if rank == 0:
-                self._wait_for_others(numbers[1:])
+        except Exception:
+            self._wait_for_others(rank, numbers)
+            raise
+        self._wait_for_others(rank, numbers)
 
     def checkpoint(self, numbers: Sequence[int]) -> Any:
         """What to put back to the queue before the time limit or a preemption: the same; a run finds its own work."""
         from submitit.helpers import DelayedSubmission
 
+        # Requeueing brings SIGTERM, and this process is on its way out by then.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(self, numbers)
 
-    def _wait_for_others(self, numbers: Sequence[int]) -> None:
-        """Stay: only the first process of an element puts it back to the queue."""
+    def _wait_for_others(self, rank: int, numbers: Sequence[int]) -> None:
+        """Stay, if this is the first process of its element: only that one puts it back to the queue."""
+        if rank > 0:
+            return
         deadline = time.monotonic() + SILENCE_SECONDS
 
         def at_work(number: int) -> bool:
@@ -78,7 +86,7 @@ class Work:
             status = read_status(run_path(self._folder.config(number)))
             return time.monotonic() < deadline if status is None else status.state == "running"
 
-        while any(at_work(number) for number in numbers):
+        while any(at_work(number) for number in numbers[1:]):
             time.sleep(5)
 
 
@@ -96,7 +104,8 @@ def launch_queued(folder: SweepFolder, numbers: Sequence[int], settings: Submiti
         raise ConfigError("there is no sbatch here: run on a node that submits to SLURM, or use hydra/launcher=joblib")
     queue = Slurm() if settings.cluster == "slurm" else Local()
     size = settings.nodes * settings.tasks_per_node
-    executor = submitit.AutoExecutor(folder.path / "queue" / "%j", cluster=settings.cluster, **_limits(settings))
+    timeouts = {f"{settings.cluster}_max_num_timeout": settings.max_num_timeout}
+    executor = submitit.AutoExecutor(folder.path / "queue" / "%j", cluster=settings.cluster, **timeouts)
     executor.update_parameters(**_parameters(settings, folder.path.name))
     waiting = _still_queued(folder, numbers) if settings.cluster == "slurm" else {}
     todo = [number for number in numbers if number not in waiting]
@@ -182,10 +191,6 @@ def _still_queued(folder: SweepFolder, numbers: Sequence[int]) -> dict[int, str]
 
 def _note(folder: SweepFolder, waiting: Mapping[int, str]) -> None:
     write_atomically(folder.path / "queued.json", json.dumps({str(number): job for number, job in waiting.items()}))
-
-
-def _limits(settings: Submitit) -> dict[str, int]:
-    return {"slurm_max_num_timeout": settings.max_num_timeout} if settings.cluster == "slurm" else {}
 
 
 def _parameters(settings: Submitit, name: str) -> dict[str, Any]:

@@ -57,6 +57,25 @@ def test_a_failed_run_is_failed_for_the_tracker_too(command, environment, tmp_pa
     assert tracked["exit_code"] == 1
 
 
+def test_a_run_that_was_killed_after_its_last_stage_still_tells_the_tracker(
+    command, environment, tmp_path, wandb_records
+):
+    folder = tmp_path / "run"
+    words = command("tracker=wandb", "tracker.mode=offline", f"run.dir={folder}", "method=lora")
+    assert run(words, environment).returncode == 0
+    status = json.loads((folder / "status.json").read_text())
+    results = (folder / "results.json").read_bytes()
+    # As it is while the tracker is being told.
+    (folder / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    for _ in range(2):
+        assert run(words, environment).returncode == 0
+    first, second = wandb_records(folder)
+    assert first["id"] == second["id"]
+    assert [tracked["exit_code"] for tracked in (first, second)] == [0, 0]
+    assert second["summary"]["glue/rte/accuracy/final"] == first["summary"]["glue/rte/accuracy/final"]
+    assert (folder / "results.json").read_bytes() == results
+
+
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="building a wheel needs hatchling: install .[test]")
 def test_an_installed_wheel_finds_its_configuration_from_anywhere(environment, tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]

@@ -60,24 +60,56 @@ def test_two_jobs_that_are_one_run_are_refused(main, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_side_by_side_a_killed_job_takes_no_other_along(language_arguments, environment, tmp_path):
-    words = ["-m", "hydra/launcher=joblib", "method.ratio=0.3,0.4", "calibration.samples=2"]
-    command = [sys.executable, "-m", "lowrank_kit.run", *language_arguments(*words, method="svd")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    found = None
-    while found is None and time.monotonic() < deadline:
-        for file in tmp_path.glob("runs/svd-*/config.yaml"):
-            if "ratio: 0.4" in file.read_text() and (file.parent / "status.json").is_file():
-                found = file.parent
-        time.sleep(0.002)
-    assert found is not None
-    os.kill(read(found / "status.json")["pid"], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+@pytest.fixture
+def signalled(language_arguments, environment, tmp_path):
+    """A sweep in processes of its own, one of which gets a signal as it begins: exit status and errors."""
+
+    def sweep(launcher: str, sign: signal.Signals) -> tuple[int, str]:
+        words = ["-m", f"hydra/launcher={launcher}", "method.ratio=0.3,0.4", "calibration.samples=2"]
+        command = [sys.executable, "-m", "lowrank_kit.run", *language_arguments(*words, method="svd")]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        found = None
+        while found is None and time.monotonic() < deadline:
+            for file in tmp_path.glob("runs/svd-*/config.yaml"):
+                if "ratio: 0.4" in file.read_text() and (file.parent / "status.json").is_file():
+                    found = file.parent
+            time.sleep(0.002)
+        assert found is not None
+        os.kill(read(found / "status.json")["pid"], sign)
+        _, errors = process.communicate(timeout=300)
+        return process.returncode, errors
+
+    return sweep
+
+
+def test_side_by_side_a_killed_job_takes_no_other_along(signalled, tmp_path):
+    status, errors = signalled("joblib", signal.SIGKILL)
+    assert status == 1
     assert re.search(r"job 1 \(method.ratio=0.4\) interrupted: .* exit status -9", errors)
     [folder] = tmp_path.glob("runs/sweeps/*")
     assert [job["state"] for job in read(folder / "sweep.json")["jobs"]] == ["complete", "interrupted"]
+
+
+def test_submitits_own_processes_put_a_job_back_that_was_warned_of_its_time_limit(signalled, tmp_path):
+    status, errors = signalled("submitit_local", signal.SIGUSR2)
+    assert status == 0, errors
+    [folder] = tmp_path.glob("runs/sweeps/*")
+    jobs = read(folder / "sweep.json")["jobs"]
+    assert [job["state"] for job in jobs] == ["complete", "complete"]
+    logs = "".join(file.read_text() for file in folder.glob("queue/*/*_log.out"))
+    # Warned long before the limit: a preemption, which counts as none of max_num_timeout.
+    assert re.findall(r"Requeued job .* \((\d+) remaining timeouts\)", logs) == ["20"]
+
+
+def test_a_job_of_submitits_that_is_told_to_end_does_not_work_on(signalled, tmp_path):
+    status, errors = signalled("submitit_local", signal.SIGTERM)
+    assert status == 1
+    assert "job 1 (method.ratio=0.4) interrupted" in errors
+    [folder] = tmp_path.glob("runs/sweeps/*")
+    first, second = read(folder / "sweep.json")["jobs"]
+    assert (first["state"], second["state"]) == ("complete", "interrupted")
+    assert not (Path(second["run_dir"]) / "results.json").exists()
 
 
 def test_a_search_continues_where_it_stopped(main, tmp_path):
