@@ -4,6 +4,7 @@ dense multiplies the factors out (a stock checkpoint), lowrank keeps them, lora 
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -82,22 +83,38 @@ def _check_output(output: Path) -> None:
 
 def _export(source: Path, style: str, output: Path, dtype: str | None, repository: str | None) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
+    from lowrank_kit.retrace import command_elsewhere
     from lowrank_kit.runs.card import write_card
 
-    runs = [folder for folder in (source, source.parent) if (folder / "config.yaml").is_file()]
+    run = next((folder for folder in (source, source.parent) if (folder / "config.yaml").is_file()), None)
     output.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the target: a rename is atomic only within one file system.
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         whole = Path(temporary, "whole")
         if style == "lora":
             shutil.copytree(source, whole, ignore=shutil.ignore_patterns("README.md"))
+            if repository:
+                _forget_folders(whole)
         else:
             _save_model(source, style, whole, dtype)
         # Asked for by its own folder, the model from before a recovery may be written too.
         before_recovery = (source.parent / "recovered").is_dir() and source.name == "checkpoint"
         measured: Literal["compressed", "final"] = "compressed" if before_recovery else "final"
-        write_card(whole, runs[0] if runs else None, repository or output.name, measured)
+        command = command_elsewhere(run) if run else None
+        write_card(whole, run, repository or output.name, measured, command)
         whole.replace(output)
+
+
+def _forget_folders(adapter: Path) -> None:
+    """Take this machine's folder of the base out of what is published."""
+    from lowrank_kit.runs.portable import portable_model
+    from lowrank_kit.training.adapters import BASE_FILE
+
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), (BASE_FILE, "path")):
+        file = adapter / name
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if content.get(key):
+            file.write_text(json.dumps({**content, key: portable_model(content[key])}, indent=2), "utf-8")
 
 
 def _save_model(source: Path, style: str, output: Path, dtype_name: str | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args
 
@@ -101,9 +102,9 @@ class CalibrationConfig(Section):
     """The rows whose activations a method looks at before it decides."""
 
     samples: int = Field(default=64, ge=1)
-    """Number of training rows."""
+    """Number of training rows; of a text, of windows."""
     seq_len: int = Field(default=512, ge=1)
-    """Longest row in tokens."""
+    """Longest row in tokens; of a text, the length of every window."""
     batch_size: int = Field(default=8, ge=1)
     """Rows per forward pass; changes memory and speed, not the statistics."""
     cache: bool = True
@@ -185,7 +186,7 @@ class RunSettings(Section):
     root: str = "runs"
     """Folder in which run directories are made."""
     dir: str | None = None
-    """The run directory itself; null: ROOT/<method>-<model>-<task>-<hash>-s<seed>."""
+    """The run directory itself; null: `ROOT/<method>-<model>-<task>-<hash>-s<seed>`."""
     stages: tuple[Stage, ...] = Field(default=STAGES, min_length=1)
     """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
     resume: bool = True
@@ -246,16 +247,12 @@ def _named(method: Section, plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
-    """Check a composed configuration.
+    """Check a composed configuration, or the plain JSON of a resolved one.
 
     Raises `ConfigError` with one message that lists every problem: the dotted key, the value given, what is
     legal, and the nearest legal spelling.
     """
-    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
-    try:
-        plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    plain: Any = _resolved(cfg) if isinstance(cfg, DictConfig) else deepcopy(dict(cfg))
     schema = schema_for(plain)
     for method in (plain.get("method"), _recovery_method(plain)):
         if isinstance(method, dict):
@@ -269,6 +266,13 @@ def load(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         inner = {p["loc"][:-1] for p in found}
         problems = [explain(schema, p) for p in found if p["type"] != "too_short" or p["loc"] not in inner]
         raise ConfigError("The configuration is not valid:\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
 def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:

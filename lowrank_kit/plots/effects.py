@@ -28,8 +28,10 @@ def plot_energy(shares: Mapping[str, Sequence[Share]], file: Path) -> Figure:
         panel.plot(steps, [look.top for look in looks], "o-", color="tab:red", label="top directions", markersize=4)
         panel.plot(steps, [look.tail for look in looks], "o-", color="tab:blue", label="tail directions", markersize=4)
         panel.plot(steps, [look.chance for look in looks], ":", color="grey", label="chance")
-        panel.set(title=role, xlabel="step", ylabel="share of the update's energy", ylim=(0, None))
+        panel.set(title=role, xlabel="step", ylabel="share of the update's energy")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # The panels share their axis: a limit set before the last line is drawn would cut what comes after.
+    axes[0].set_ylim(0, None)
     axes[0].legend(fontsize=7)
     save(figure, file)
     return figure

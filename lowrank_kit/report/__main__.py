@@ -39,6 +39,7 @@ def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequen
     from lowrank_kit.report import render
     from lowrank_kit.report.facts import commands
     from lowrank_kit.report.find import find_runs, without
+    from lowrank_kit.report.gallery import gather
     from lowrank_kit.report.pareto import plot_pareto
     from lowrank_kit.report.table import build
     from lowrank_kit.runs.directory import write_atomically
@@ -52,12 +53,13 @@ def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequen
     with console.status("composing the commands"):
         made = list(commands(report))
     output.mkdir(parents=True, exist_ok=True)
-    plots = plot_pareto(report, output)
+    with console.status("drawing the plots"):
+        plots, gallery = plot_pareto(report, output), gather(report)
     for name, text in (
         ("report.md", render.markdown(report, made, plots)),
         ("table.tex", render.latex(report)),
         ("table.csv", render.tidy(report, made)),
-        ("report.html", render.html(report, made, plots)),
+        ("report.html", render.html(report, made, plots, gallery)),
     ):
         write_atomically(output / name, text)
     print(f"report: {output}")

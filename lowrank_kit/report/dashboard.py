@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"'{options.project}' is not ENTITY/PROJECT, for example my-team/lowrank_kit")
         runs, _ = find_runs(options.runs)
         metrics = sorted({f"{r.task}/{r.metric}/{r.checkpoint}" for run in runs for r in run.records})
-        report = compose(entity, project, options.title, metrics)
+        plots = sorted({file.stem for run in runs for file in (run.path / "plots").glob("*.png")})
+        report = compose(entity, project, options.title, metrics, plots)
         try:
             report.save()
         # Its client raises what its own clients raise.
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compose(entity: str, project: str, title: str, metrics: Sequence[str]) -> Any:
+def compose(entity: str, project: str, title: str, metrics: Sequence[str], plots: Sequence[str]) -> Any:
     """The report, not yet saved; ``metrics`` are keys of the runs' summaries, TASK/METRIC/CHECKPOINT.
+
+    ``plots`` are the names of what lies in the runs' ``plots/``.
 
     Raises `ConfigError` where wandb-workspaces is not installed.
     """
@@ -52,8 +55,8 @@ def compose(entity: str, project: str, title: str, metrics: Sequence[str]) -> An
     ratio = wr.Config("method.ratio")
     panels = [wr.BarPlot(metrics=[wr.SummaryMetric(m)], title=m, groupby="config.method.name") for m in final]
     panels += [wr.ScatterPlot(x=ratio, y=wr.SummaryMetric(m), title=f"{m} over the ratio") for m in final]
-    curves = [wr.LinePlot(x="Step", y=["train/loss"], title="training loss")]
-    maps = [wr.MediaBrowser(media_keys=[f"plots/{name}" for name in ("rank_map", "kept_ranks", "spectra")])]
+    curves = [wr.LinePlot(x="Step", y=["train/loss", "eval/loss"], title="loss")]
+    maps = [wr.MediaBrowser(media_keys=[f"plots/{name}" for name in plots])]
 
     def runs(groupby: Sequence[str] = ()) -> Any:
         return wr.Runset(entity=entity, project=project, groupby=list(groupby))

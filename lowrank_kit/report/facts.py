@@ -53,9 +53,8 @@ def _of_row(row: Row) -> Iterator[Made]:
     by_task: dict[str, list[Run]] = {}
     for run in row.runs:
         by_task.setdefault(str(run.config["task"]["name"]), []).append(run)
-    name = row.name if row.budget is None else f"{row.name}, {row.budget[0]} {row.budget[1]:g}"
     for task, runs in by_task.items():
-        yield Made(name, task, command_of(runs[0], [run.seed for run in runs]))
+        yield Made(row.title, task, command_of(runs[0], [run.seed for run in runs]))
 
 
 def sources(report: Report) -> list[str]:

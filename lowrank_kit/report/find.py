@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from lowrank_kit.config import load
 from lowrank_kit.errors import ConfigError
@@ -105,7 +105,8 @@ def _nothing_in(folder: Path) -> str:
 
 
 def _read(path: Path) -> Run | LeftOut | None:
-    config: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    # As libyaml reads it, ten times as fast as OmegaConf: a sweep has hundreds. It is resolved already.
+    config: Any = yaml.load((path / "config.yaml").read_text("utf-8"), yaml.CSafeLoader)
     status = read_status(path)
     state = status.state if status else "unknown"
     if state != "complete":

@@ -4,7 +4,6 @@ import csv
 import io
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowrank_kit.report.facts import Made, missing, notes, sources
-from lowrank_kit.report.table import Block, Cell, Column, Report, Row
+from lowrank_kit.report.gallery import Gallery
+from lowrank_kit.report.grid import WIDEST_NAME, Grid, grid, parts
+from lowrank_kit.report.table import Report
 
 # LaTeX's special characters, and those of ours that its standard fonts lack.
 LATEX = str.maketrans(
@@ -23,48 +24,23 @@ LATEX = str.maketrans(
         **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"},
     }
 )
-# In the terminal, before it is folded.
-WIDEST_NAME = 24
-
-
-@dataclass(frozen=True)
-class Text:
-    """A cell as it is shown; ``number`` marks what is aligned to the right."""
-
-    text: str
-    bold: bool = False
-    number: bool = True
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Headings, and the table's lines block by block."""
-
-    headings: Sequence[Text]
-    blocks: Sequence[Sequence[Sequence[Text]]]
-
-
-def grid(report: Report) -> Grid:
-    """Lay out what every form shows; a column that says the same in every line, or nothing, is left out."""
-    lines = [[_line(report, block, row) for row in block.rows] for block in report.blocks]
-    headings = [Text(h, number=False) for h in ("model", "budget", "method")]
-    headings += [Text(h) for h in ("seeds", "parameters (M)", *(column.heading for column in report.columns))]
-    cells = [line for block in lines for line in block]
-    several_models = len({line[0].text for line in cells}) > 1
-    kept = [
-        place
-        for place, heading in enumerate(headings)
-        if (heading.text != "model" or several_models) and any(line[place].text for line in cells)
-    ]
-    return Grid(
-        [headings[place] for place in kept],
-        [[[line[place] for place in kept] for line in block] for block in lines],
-    )
+# Characters a line: on a page of paper, in a small font.
+PAGE = 100
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the table, how to read it, and what is missing from it."""
-    shown = grid(report)
+    for part in parts(grid(report), console.width - 1):
+        console.print(_rich(part))
+    for note in notes(report):
+        console.print(note, markup=False, highlight=False)
+    if gaps := missing(report):
+        console.print(f"Left out, {len(gaps)}:", style="yellow")
+        for gap in gaps:
+            console.print(f"  {gap}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _rich(shown: Grid) -> Table:
     table = Table()
     for heading in shown.headings:
         justify: Literal["left", "right"] = "right" if heading.number else "left"
@@ -72,19 +48,13 @@ def print_report(report: Report, console: Console) -> None:
             escape(heading.text),
             justify=justify,
             overflow="fold",
-            min_width=WIDEST_NAME if heading.text == "method" else None,
+            max_width=None if heading.number else WIDEST_NAME,
         )
     for block in shown.blocks:
         for line in block:
             table.add_row(*(f"[bold]{escape(c.text)}[/]" if c.bold else escape(c.text) for c in line))
         table.add_section()
-    console.print(table)
-    for note in notes(report):
-        console.print(note, markup=False, highlight=False)
-    if gaps := missing(report):
-        console.print(f"Left out, {len(gaps)}:", style="yellow")
-        for gap in gaps:
-            console.print(f"  {gap}", markup=False, highlight=False, soft_wrap=True)
+    return table
 
 
 def markdown(report: Report, made: Sequence[Made], plots: Sequence[Path]) -> str:
@@ -97,9 +67,9 @@ def latex(report: Report) -> str:
     return _render("table.tex.j2", report)
 
 
-def html(report: Report, made: Sequence[Made], plots: Sequence[Path]) -> str:
+def html(report: Report, made: Sequence[Made], plots: Sequence[Path], gallery: Gallery) -> str:
     """One page with everything inside: no other file, no address."""
-    return _render("report.html.j2", report, made, plots)
+    return _render("report.html.j2", report, made, plots, gallery)
 
 
 def tidy(report: Report, made: Sequence[Made]) -> str:
@@ -113,7 +83,6 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
         for row in block.rows:
             for column, cell in row.cells.items():
                 some = next(iter(cell.runs.values()))
-                label = row.name if row.budget is None else f"{row.name}, {row.budget[0]} {row.budget[1]:g}"
                 best, verdict = block.best.get(column, (None, None))
                 [error] = cell.stderrs.values() if len(cell.stderrs) == 1 else [None]
                 is_best = best is row and verdict is not None
@@ -124,13 +93,19 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
                         *(column.task, column.metric, column.n, column.fewshot),
                         *(cell.mean, cell.deviation, len(cell.values), error, row.parameters),
                         *(is_best, test[0], test[1], test[2], column.source),
-                        words.get((label, str(some.config["task"]["name"])), ""),
+                        words.get((row.title, str(some.config["task"]["name"])), ""),
                     ]
                 )
     return file.getvalue()
 
 
-def _render(template: str, report: Report, made: Sequence[Made] = (), plots: Sequence[Path] = ()) -> str:
+def _render(
+    template: str,
+    report: Report,
+    made: Sequence[Made] = (),
+    plots: Sequence[Path] = (),
+    gallery: Gallery | None = None,
+) -> str:
     environment = Environment(
         loader=PackageLoader("lowrank_kit.report"),
         autoescape=select_autoescape(("html.j2",)),
@@ -140,36 +115,15 @@ def _render(template: str, report: Report, made: Sequence[Made] = (), plots: Seq
         keep_trailing_newline=True,
     )
     environment.filters |= {"latex": lambda text: text.translate(LATEX), "pipes": lambda text: text.replace("|", r"\|")}
-    images = {file.name: b64encode(file.read_bytes()).decode() for file in plots}
+    environment.filters["base64"] = lambda data: b64encode(data).decode()
     return environment.get_template(template).render(
         grid=grid(report),
+        parts=parts(grid(report), PAGE),
         notes=notes(report),
         sources=sources(report),
         missing=missing(report),
         made=made,
-        images=images,
+        images={file.name: file.read_bytes() for file in plots},
+        gallery=gallery,
         runs=report.runs,
     )
-
-
-def _line(report: Report, block: Block, row: Row) -> list[Text]:
-    budget = "" if row.budget is None else f"{row.budget[0]} {row.budget[1]:g}"
-    parameters = "" if row.parameters is None else f"{row.parameters / 1e6:.2f}"
-    figures = [
-        Text(_figure(row.cells.get(column), column), bold=block.is_bold(row, column)) for column in report.columns
-    ]
-    names = [Text(name, number=False) for name in (row.model, budget, row.name)]
-    return [*names, Text(row.seeds), Text(parameters), *figures]
-
-
-def _figure(cell: Cell | None, column: Column) -> str:
-    if cell is None:
-        return ""
-    scale, digits = (100, 1) if column.is_fraction else (1, 2)
-    mean = scale * cell.mean
-    if abs(mean) >= 1e6:
-        return f"{mean:.2e}"
-    if abs(mean) >= 1000:
-        digits = 0
-    deviation = "" if cell.deviation is None else f" ± {scale * cell.deviation:,.{digits}f}"
-    return f"{mean:,.{digits}f}{deviation}"

@@ -88,6 +88,11 @@ class Row:
         """The method with what tells the row from the method's other ones."""
         return f"{self.method} ({self.settings})" if self.settings else self.method
 
+    @property
+    def title(self) -> str:
+        """The name with the budget: what tells the row from every other one of the model."""
+        return self.name if self.budget is None else f"{self.name}, {self.budget[0]} {self.budget[1]:g}"
+
     @cached_property
     def runs(self) -> list[Run]:
         """All runs that the row is made of, by seed."""

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from lowrank_kit.assets import CATALOGUE
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.load import PACKAGED
+from lowrank_kit.runs.portable import PLACE, is_on_hub, portable, portable_model
 
 UNKNOWN = "unknown"
 STATES = {"dense": "base model", "majority_class": "majority class", "compressed": "before recovery"}
@@ -56,24 +57,32 @@ from transformers import {head}
 
 base = {head}.from_pretrained("{base}"{labels})
 model = PeftModel.from_pretrained(base, "{name}")"""
+NOTE = """\
+
+`{place}/NAME` stands for a folder on the machine that this was made on, by its last component: give your own. A
+model that is packaged with lowrank_kit is fetched by `python -m lowrank_kit.assets`; `--list` says where."""
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
 
 
-def write_card(folder: Path, run: Path | None, name: str, measured: Checkpoint = "final") -> None:
+def write_card(
+    folder: Path, run: Path | None, name: str, measured: Checkpoint = "final", command: str | None = None
+) -> None:
     """Write ``folder/README.md`` for the checkpoint or PEFT adapter that lies there.
 
     ``run`` is the directory of the run that made it; None: the card says only what the weights do. ``name`` is what
-    the reader will load it by, a hub id or a folder. ``measured`` says which of the run's figures are this one's.
+    the reader will load it by, a hub id or a folder. ``measured`` says which of the run's figures are this one's;
+    ``command`` makes the run again. No folder of this machine is in the card.
     """
     config = _read_yaml(run / "config.yaml") if run else {}
     records = [EvalRecord(**record) for record in _read_json(run / "results.json") or []] if run else []
     plan = (_read_json(run / "plan.json") if run else None) or {}
     adapter = _read_json(folder / "adapter_config.json")
+    manifest = (_read_json(run / "manifest.json") if run else None) or {}
     base, licence = _base(config.get("model", {}))
     method = config.get("method", {}).get("name", "a low-rank method")
     data = ModelCardData(
         license=licence[0],
-        base_model=base if _on_hub(config.get("model", {})) else None,
+        base_model=base if is_on_hub(config.get("model", {}).get("path", "")) else None,
         library_name="peft" if adapter else "transformers",
         tags=["lowrank_kit", "low-rank", *([config["method"]["name"]] if config else [])],
     )
@@ -84,10 +93,10 @@ def write_card(folder: Path, run: Path | None, name: str, measured: Checkpoint =
         summary=_summary(method, base, adapter is not None),
         base=base,
         base_licence=licence[1],
-        facts="\n".join(f"- {line}" for line in _facts(plan, folder)),
+        facts="\n".join(f"- {line}" for line in _facts(plan, folder, manifest)),
         loading=_loading(folder, adapter, base, name),
         results=_results(records, measured),
-        recipe=_recipe(config),
+        recipe=_recipe(config, command),
     ).save(folder / "README.md")
 
 
@@ -105,7 +114,7 @@ def _base(model: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
     if not path:
         return UNKNOWN, (UNKNOWN, UNKNOWN)
     licence = _licence_of(path, model.get("revision"))
-    shown = path if _on_hub(model) else f"{model['name']} (a local folder)"
+    shown = path if is_on_hub(path) else f"{model['name']} (a local folder)"
     words = licence or f"{UNKNOWN}: the base's card was not found or names none; find out before you share this"
     return shown, (licence or UNKNOWN, words)
 
@@ -122,12 +131,7 @@ def _licence_of(path: str, revision: str | None) -> str | None:
     return str(found) if found else None
 
 
-def _on_hub(model: Mapping[str, Any]) -> bool:
-    path = str(model.get("path", ""))
-    return bool(path) and not path.startswith(PACKAGED) and not Path(path).exists() and path.count("/") <= 1
-
-
-def _facts(plan: Mapping[str, Any], folder: Path) -> list[str]:
+def _facts(plan: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     lines = []
     if plan:
         before, after = plan["parameters_before"], plan["parameters_after"]
@@ -139,6 +143,8 @@ def _facts(plan: Mapping[str, Any], folder: Path) -> list[str]:
     config = _read_json(folder / "config.json") or {}
     if factored := (config.get("lowrank") or {}).get("ranks"):
         lines.append(f"Stored as two factors: {len(factored)} matrices")
+    if versions := manifest.get("versions"):
+        lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}")
     return lines
 
 
@@ -147,9 +153,8 @@ def _loading(folder: Path, adapter: Mapping[str, Any] | None, base: str, name: s
         config = _read_json(folder / "config.json") or {}
         return (LOWRANK if "auto_map" in config else DENSE).format(name=name)
     head = HEADS.get(str(adapter.get("task_type")), "AutoModel")
-    where = str(adapter.get("base_model_name_or_path") or base)
-    # A folder on the machine that trained it says nothing to others.
-    shown = where if not Path(where).is_absolute() else "PATH_OF_THE_BASE_MODEL"
+    where = adapter.get("base_model_name_or_path")
+    shown = portable_model(where) if where else base
     labels = ", num_labels=NUMBER_OF_CLASSES" if head.endswith("SequenceClassification") else ""
     return ADAPTER.format(head=head, base=shown, labels=labels, name=name)
 
@@ -169,11 +174,13 @@ def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
     return "\n".join([*lines, "", "Measured on the checkpoint of the run, in the run's number format."])
 
 
-def _recipe(config: Mapping[str, Any]) -> str:
+def _recipe(config: Mapping[str, Any], command: str | None) -> str:
     if not config:
         return "Unknown: this checkpoint is of no run directory."
-    plain = {key: value for key, value in config.items() if key not in ("run", "tracker", "runtime")}
-    return f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain)).strip()}\n```"
+    plain = {key: value for key, value in portable(config).items() if key not in ("run", "tracker", "runtime")}
+    typed = f"```console\n{command}\n```\n\nWith every setting:\n\n" if command else ""
+    text = f"{typed}```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain)).strip()}\n```"
+    return text + (f"\n{NOTE.format(place=PLACE)}" if f"{PLACE}/" in text else "")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

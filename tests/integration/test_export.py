@@ -1,11 +1,17 @@
+import json
+import shlex
+
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.export import main
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import LowRankLinear, replace_linear
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.pipeline import execute
+from lowrank_kit.runs.directory import run_name
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 
@@ -92,6 +98,55 @@ def test_an_adapter_is_written_with_its_card(tmp_path, capsys):
     assert not (adapter / "README.md").exists()
     assert main([str(tmp_path), "--format", "lora", "--output", str(tmp_path / "other")]) == 2
     assert "has no adapter" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything, and remembers what it took."""
+    taken = {}
+
+    def upload(self, *, repo_id, folder_path):
+        taken.update({file.name: file.read_bytes() for file in folder_path.iterdir()})
+        return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    return taken
+
+
+@pytest.mark.parametrize("style", ["lowrank", "lora"])
+def test_what_is_published_names_no_folder_of_this_machine_and_says_how_to_make_it_again(
+    config, language_arguments, composed, sharp_checkpoint, tmp_path, hub, style
+):
+    wanted = (
+        config("method=astra")
+        if style == "lora"
+        else composed(language_arguments("method.ratio=0.4", path=sharp_checkpoint))
+    )
+    folder = execute(wanted)
+    published = ["--format", style, "--output", str(tmp_path / "out"), "--push-to-hub", "me/small"]
+    assert main([str(folder), *published]) == 0
+    assert "README.md" in hub
+    here = str(tmp_path.parent).encode()
+    assert [name for name, content in hub.items() if here in content] == []
+    base, rows = wanted.model.path, wanted.data.root
+    card = hub["README.md"].decode()
+    assert f"PATH_TO/{base.rpartition('/')[2]}" in card
+    # What the reader does: the command, with folders of his own.
+    program, command = card.partition("```console\n")[2].partition("\n```")[0].split("lowrank_kit.run ")
+    assert program == "python -m "
+    own = {f"model.path=PATH_TO/{base.rpartition('/')[2]}": f"model.path={base}"}
+    own |= {f"data.root=PATH_TO/{rows.rpartition('/')[2]}": f"data.root={rows}"}
+    assert run_name(composed([own.get(word, word) for word in shlex.split(command)])) == folder.name
+    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert {"method", "model", "data", "train", "seed"} <= recipe.keys()
+    # Here the adapter still knows its base.
+    if style == "lora":
+        assert main([str(folder), "--format", "lora", "--output", str(tmp_path / "here")]) == 0
+        assert json.loads((tmp_path / "here/adapter_config.json").read_text())["base_model_name_or_path"] == base
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@ import shlex
 
 import pytest
 
-from lowrank_kit.report.command import command_of, overrides_of
+from lowrank_kit.report.command import command_of
 from lowrank_kit.report.find import find_runs
+from lowrank_kit.retrace import overrides_of
 from lowrank_kit.runs.directory import identity
 
 LINES = [

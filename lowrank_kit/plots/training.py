@@ -1,0 +1,25 @@
+"""Loss and evaluation loss along a training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lowrank_kit.plots.figure import PANEL_INCHES, save
+
+Points = Sequence[tuple[int, float]]
+
+
+def plot_loss(training: Points, evaluation: Points, file: Path) -> Figure:
+    """Draw pairs of step and loss, in nats; ``evaluation`` may be empty."""
+    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+    panel = figure.subplots()
+    panel.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1, label="training")
+    if evaluation:
+        panel.plot(*zip(*evaluation, strict=True), "o-", color="tab:orange", markersize=4, label="evaluation")
+        panel.legend(fontsize=7)
+    panel.set(xlabel="step", ylabel="loss")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, file)
+    return figure
