@@ -1,47 +1,58 @@
 """Fills the reference page of the configuration from the schema that checks it."""
 
-import re
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
 
+from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from lowrank_kit.compose import Composer
 from lowrank_kit.config import RunConfig
-from lowrank_kit.help import type_name
+from lowrank_kit.help import one_line, type_name, yaml_value
 
 MARK = "<!-- schema -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the mark by a table for every section."""
-    return markdown.replace(MARK, "\n".join(_sections(RunConfig, "Top level"))) if MARK in markdown else markdown
+    if MARK not in markdown:
+        return markdown
+    values: Any = OmegaConf.to_container(Composer().compose(), resolve=True)
+    return markdown.replace(MARK, "\n".join(_sections(RunConfig, "", values)))
 
 
-def _sections(section: type[BaseModel], title: str) -> Iterator[str]:
-    yield f"## {title}\n"
-    yield f"{_flat(section.__doc__)}\n"
+def _sections(section: type[BaseModel], key: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """A section and those inside; `values` are what `conf` makes its defaults, where it does."""
+    yield f"## {key}: {section.__name__}\n" if key else "## Top level\n"
+    yield f"{one_line(section.__doc__)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
-    inner = []
+    inner: list[tuple[type[BaseModel], str, Mapping[str, Any]]] = []
     for name, field in section.model_fields.items():
-        found = list(_models(field.annotation))
-        inner += [(member, f"{name}: {member.__name__}") for member in found]
-        value = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
-        default = "" if found else value
-        cells = [f"`{name}`", type_name(field), default, _flat(field.description)]
+        path = f"{key}.{name}" if key else name
+        value = values.get(name, field.get_default(call_default_factory=True))
+        for member, below in _models(field.annotation, path):
+            given = value if isinstance(value, Mapping) and below == path and _is_kind(member, value) else {}
+            inner.append((member, below, given))
+        shown = "required" if field.is_required() and name not in values else f"`{yaml_value(value)}`"
+        default = "" if isinstance(value, Mapping) and value else shown
+        cells = [f"`{name}`", type_name(field), default, one_line(field.description)]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
-    for member, heading in inner:
-        yield from _sections(member, heading)
+    for member, below, given in inner:
+        yield from _sections(member, below, given)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models(annotation: Any, path: str) -> Iterator[tuple[type[BaseModel], str]]:
+    """The sections that a key may hold, and where: those of a mapping lie below a name of the user's."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if annotation.model_fields:
-            yield annotation
+            yield annotation, path
         return
+    below = f"{path}.NAME" if get_origin(annotation) is dict else path
     for argument in get_args(annotation):
-        yield from _models(argument)
+        yield from _models(argument, below)
 
 
-def _flat(text: str | None) -> str:
-    return re.sub(r"\s+", " ", text or "").strip()
+def _is_kind(section: type[BaseModel], value: Mapping[str, Any]) -> bool:
+    kind = section.model_fields.get("kind")
+    return kind is None or "kind" not in value or value["kind"] in get_args(kind.annotation)

@@ -52,7 +52,7 @@ def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Map
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
         if (section := _section_type(field.annotation, value)) is not None:
-            keys += [f"\n{name}: {_flat(field.description)}", *_section(name, section, value or {})]
+            keys += [f"\n{name}: {one_line(field.description)}", *_section(name, section, value or {})]
         else:
             keys += ["", *_key(name, field, value)]
     heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
@@ -88,19 +88,23 @@ def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -
 
 
 def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:
-    shown = ", ".join(value) if isinstance(value, Mapping) and value else _yaml(value)
+    shown = ", ".join(value) if isinstance(value, Mapping) and value else yaml_value(value)
     yield f"  {key} ({type_name(field)}) = {shown}"
-    yield fill(_flat(field.description), 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    yield fill(one_line(field.description), 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _yaml(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """Return a value as it is typed: `null`, `true`, `[a, b]`; line breaks as `\\n`."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
+    if isinstance(value, str):
+        return value.replace("\n", "\\n")
     return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
-def _flat(text: str | None) -> str:
+def one_line(text: str | None) -> str:
+    """Return a docstring without its line breaks."""
     return re.sub(r"\s+", " ", text or "").strip()
 
 

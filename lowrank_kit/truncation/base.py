@@ -55,7 +55,7 @@ def check_tokens(request: StatisticsRequest, refs: Sequence[LinearRef], tokens: 
     if request.moments is not None and tokens < (side := largest.full_rank):
         raise ConfigError(
             f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
-            f"calibration.samples or calibration.seq_len to {side} tokens at least, better ten times as many"
+            f"calibration.samples or calibration.seq_len; their product should be ten times {side}, and {side} at least"
         )
 
 

@@ -1,0 +1,32 @@
+"""Every `lowrank_kit.run` command of the documentation is one that can be started."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+from lowrank_kit.compose import Composer, force_dotted
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")]
+
+
+def commands():
+    for page in PAGES:
+        for found in re.findall(r"-m lowrank_kit\.run ([^\n`]+)", page.read_text().replace("\\\n", " ")):
+            words = [word for word in shlex.split(found, comments=True) if word != "..."]
+            # That folder is the reader's own.
+            if "--config-dir" not in words:
+                yield " ".join(words), words
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_documented_command_composes(command):
+    arguments = get_args_parser().parse_intermixed_args(COMMANDS[command])
+    assert Composer().jobs(force_dotted(arguments.overrides), arguments.multirun)
