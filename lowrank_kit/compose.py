@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -180,6 +180,9 @@ class Composer:
         for part in PARTS_OF_METHODS:
             if any(override.startswith(f"{part}=") for override in overrides):
                 self._check_part(part, overrides)
+        given = {override.lstrip("+").partition("=")[0] for override in overrides}
+        if "model.path" in given and not given & {"model", "model.name"}:
+            composed.model.name = _name_of(str(composed.model.path))
         return composed
 
     @contextmanager
@@ -245,6 +248,12 @@ def ends(dimension: Override) -> list[str]:
     if dimension.is_discrete_sweep():
         return list(dimension.sweep_string_iterator())
     raise ConfigError(f"{dimension.get_key_element()}: a dimension of a search is a list of values, range or interval")
+
+
+def _name_of(path: str) -> str:
+    """What a model is called that is given by its path alone: as its folder or repository, one of a run as the run."""
+    parts = [part for part in PurePath(path).parts if part not in ("checkpoint", "recovered")]
+    return parts[-1].removesuffix(".gguf") if parts else path
 
 
 def _without_hydra(overrides: Sequence[str]) -> list[str]:

