@@ -38,6 +38,9 @@ def notes(report: Report) -> list[str]:
         lines.append("Speed is one machine's, and is never compared by a test.")
     if any(row.kind == "baseline" for block in report.blocks for row in block.rows):
         lines.append("Baselines are of the model, not of a method, and do not compete.")
+    measured = [row for block in report.blocks for row in block.rows if row.kind == "measured"]
+    if mixed := [row.title for row in measured if len({_software(run) for run in row.runs}) > 1]:
+        lines.append(f"Figures from several states of the software stand in one row (below): {'; '.join(mixed)}.")
     return lines
 
 
@@ -71,12 +74,16 @@ def sources(report: Report) -> list[str]:
         for split, fact in facts.get("data", {}).items():
             note = f", {fact['note']}" if fact["note"] else ""
             lines.append(f"data {split}: {fact['source']}, {fact['rows']} rows, sha256 {fact['sha256'][:12]}{note}")
-        versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-        git = facts.get("git")
-        commit = f" at {git['revision'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
         hardware = facts.get("device", {}).get("hardware", "hardware not recorded")
-        lines.append(f"software{commit}: {versions}; {hardware}")
+        lines.append(f"{_software(run)}; {hardware}")
     return list(dict.fromkeys(lines))
+
+
+def _software(run: Run) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run.manifest.get("versions", {}).items())
+    git = run.manifest.get("git")
+    commit = f" at {git['revision'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
+    return f"software{commit}: {versions}"
 
 
 def missing(report: Report) -> Sequence[str]:

@@ -1,8 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_rel
 
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.report.facts import notes
 from lowrank_kit.report.find import find_runs, without
 from lowrank_kit.report.pareto import front
 from lowrank_kit.report.table import build
@@ -113,6 +116,17 @@ def test_tasks_of_one_configuration_share_a_row_and_the_dense_model_has_its_own(
     rows = rows_of(report_of(tmp_path))
     assert {column.task for column in rows["svd_llm"].cells} == {"wikitext2", "ptb"}
     assert (rows["dense model"].parameters, rows["dense model"].kind) == (200, "baseline")
+
+
+def test_a_row_of_several_states_of_the_software_is_named(leave_run, tmp_path):
+    for method in ("svd_llm", "asvd"):
+        runs = [leave_run(f"{method}{seed}", [("piqa", "acc", 0.5)], words(method, seed)) for seed in range(2)]
+    # Of asvd's alone.
+    manifest = json.loads((runs[1] / "manifest.json").read_text())
+    manifest["git"]["revision"] = "facade" * 7
+    (runs[1] / "manifest.json").write_text(json.dumps(manifest))
+    [told] = [note for note in notes(report_of(tmp_path)) if "several states" in note]
+    assert told.endswith("in one row (below): asvd, ratio 0.2.")
 
 
 def test_the_front_is_what_nothing_dominates():
