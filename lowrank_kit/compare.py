@@ -35,6 +35,8 @@ def samples_in(path: Path) -> Path:
     for folder in (path, path / "samples/final"):
         if any(folder.glob("*.jsonl")):
             return folder
+    if not path.is_dir():
+        raise ConfigError(f"there is no folder '{path}'")
     raise ConfigError(f"'{path}' has no samples/final/NAME.jsonl: give a finished run that was judged by benchmarks")
 
 

@@ -143,7 +143,6 @@ def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family
     if original not in FAMILIES:
         raise LowRankKitError(
             f"model type '{model_type}' is not known{did_you_mean(model_type, FAMILIES)}\n"
-            f"Supported: {', '.join(sorted(FAMILIES))}.\n"
             f"To add it, give FAMILIES in lowrank_kit/models/families.py an entry '{model_type}': the paths "
             "of its block list, of the linears in a block by role, of its embedding and of its final norm."
         )

@@ -118,5 +118,6 @@ def test_the_command_prints_a_line_for_each_metric(run, answers, capsys):
     out = capsys.readouterr().out
     assert f"{np.mean(answers[1]) - np.mean(answers[0]):+.4f}" in out
     assert "piqa" in out
-    assert main([str(a), str(a / "nowhere")]) == 2
-    assert "has no samples/final/NAME.jsonl" in capsys.readouterr().err
+    for folder, message in ((a / "nowhere", "there is no folder"), (a / "samples", "has no samples/final/NAME.jsonl")):
+        assert main([str(a), str(folder)]) == 2
+        assert message in capsys.readouterr().err
