@@ -1,10 +1,12 @@
 """What the stages of every kind of task share. What a stage needs of earlier ones is made, or read back, when asked."""
 
+import time
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit import __version__
@@ -13,7 +15,7 @@ from lowrank_kit.config import RunConfig, Stage
 from lowrank_kit.methods.base import Method
 from lowrank_kit.models.load import ModelSource, load_config, load_tokenizer
 from lowrank_kit.runs.directory import RunDirectory
-from lowrank_kit.runs.manifest import Manifest
+from lowrank_kit.runs.manifest import Manifest, peak_rss_bytes
 from lowrank_kit.runs.tracking import Tracker
 
 VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
@@ -72,6 +74,17 @@ class Stages(Generic[Task, Data]):
     def evaluate(self) -> None:
         """Measure the final model: ``results.json``."""
         raise NotImplementedError
+
+    def _note(self, what: str, started: float) -> None:
+        """Keep in the manifest what a part of an adapter's start took; the peak is the process's until then."""
+        figures = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        if torch.cuda.is_available():
+            figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+        self._manifest.record("initialisation", self._initialisation | {what: figures})
+
+    @property
+    def _initialisation(self) -> dict[str, Any]:
+        return self._manifest.as_dict().get("initialisation", {})
 
     @property
     def _cache(self) -> Path | None:

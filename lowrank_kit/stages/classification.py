@@ -28,7 +28,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
     def evaluate(self) -> None:
         """Measure the final model on every evaluation split: ``results.json``."""
         effects = self.config.eval.effects.enabled and isinstance(self.method, FineTuning)
-        drift_of = self._drift_of(self._compared) if effects else None
+        drift_of = self._effects.drift_of(self._original(), self._compared, self.device) if effects else None
         model, records = self._final_model(), []
         guess = glue.majority(self._data.train_labels, self.task.labels == 1)
         for rows in self._evaluation:
@@ -44,7 +44,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
                 records.append(self._record(rows, metric, value, "final", stderr=error))
         records += self._looks_while_training(self._evaluation[0])
         if drift_of:
-            self._write_effects(drift_of(model), f"{len(self._compared)} rows", records)
+            self._effects.write(drift_of(model), f"{len(self._compared)} rows", records, self._initialisation)
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     def _load(self) -> LoadedModel:

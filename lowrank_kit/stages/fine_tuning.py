@@ -1,41 +1,33 @@
 """What every run that trains shares, an adapter or the whole model: all but its data, its head and its judges."""
 
 import logging
-import math
 import time
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import fmean
 from typing import Any, ClassVar, Generic
 
 import datasets
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.methods.base import Adapter, FineTuning, Plan
-from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, fingerprint, local_path
-from lowrank_kit.plots.effects import Share, plot_drift, plot_energy
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.runs.manifest import peak_rss_bytes
 from lowrank_kit.stages.base import Data, Stages, Task
+from lowrank_kit.stages.effects import EFFECTS_FILE, Effects
 from lowrank_kit.training.adapters import Adapted, load_adapted
-from lowrank_kit.training.effects import EnergyLog, Look, UpdateEnergy, drift, hidden_states, looked_at
+from lowrank_kit.training.effects import UpdateEnergy
 from lowrank_kit.training.fit import fit
 from lowrank_kit.training.initialise import adapted, calibrate_for
 
 log = logging.getLogger(__name__)
-
-ENERGY_FILE = "energy.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
         if not isinstance(self.method, FineTuning):
             return
         # Of an untrained model, should one have been judged before.
-        self._run.forget("evaluate", "results.json", "effects.json")
+        self._run.forget("evaluate", "results.json", EFFECTS_FILE)
         lessons, folder, energy = self._lessons(), self._run.path / "checkpoints", self._energy
         ready = self._adapted
         assert ready is not None
@@ -195,24 +187,22 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
 
     @cached_property
     def _energy(self) -> UpdateEnergy | None:
-        settings, plan = self.config.eval.effects, self._plan
-        # Only before training: afterwards there is nothing left to look at.
-        if not settings.enabled or plan is None or self._run.done("train"):
+        method, plan = self.method, self._plan
+        if not isinstance(method, FineTuning) or plan is None or not self.config.eval.effects.enabled:
+            return None
+        # Afterwards there is nothing left to look at.
+        if self._run.done("train"):
             return None
         if self.config.runtime.shards or self.config.model.quantization != "none":
             log.info("where the update lies is not looked at: weights are sharded or quantised while they learn")
             return None
-        model = self._loaded.model
-        refs = self._linears_looked_at()
-        samples = CalibrationSamples(self._samples.sequences[: settings.samples])
-        logged = EnergyLog(self._run.path / ENERGY_FILE, settings.looks)
-        return UpdateEnergy.of(
-            model, refs, plan.ranks, samples, logged, self.config.calibration.batch_size, self._cache
+        return self._effects.energy(
+            self._loaded.model, method, plan.ranks, self._samples, self.config.calibration.batch_size, self._cache
         )
 
-    def _linears_looked_at(self) -> list[LinearRef]:
-        assert isinstance(self.method, FineTuning)
-        return looked_at(self.method.targets(layout_of(self._loaded.model)), self.config.eval.effects.blocks)
+    @property
+    def _effects(self) -> Effects:
+        return Effects(self._run, self.config.eval.effects)
 
     def _original(self) -> PreTrainedModel:
         """The model as it came: loaded anew where an adapter has been put into it."""
@@ -231,63 +221,3 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
         log.warning("%s: evaluating the adapter as it starts: it was not trained", self.config.task.name)
         assert self._adapted is not None
         return self._adapted.model
-
-    def _drift_of(self, rows: Sequence[Mapping[str, Tensor]]) -> Callable[[nn.Module], list[float]]:
-        """Remember the original's hidden states on these inputs; the outcome tells how far another model's are."""
-        original = self._original()
-        names = layout_of(original).blocks
-        inputs = [{name: values[None].to(self.device) for name, values in row.items()} for row in rows]
-        before = hidden_states(original, [original.get_submodule(name) for name in names], inputs)
-
-        def measure(model: nn.Module) -> list[float]:
-            base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-            return drift(before, hidden_states(model, [base.get_submodule(name) for name in names], inputs))
-
-        return measure
-
-    def _write_effects(self, moved: list[float], rows: str, records: Sequence[EvalRecord]) -> None:
-        """``effects.json`` and its plots; ``rows`` says on what the hidden states were compared."""
-        looks = EnergyLog(self._run.path / ENERGY_FILE, self.config.eval.effects.looks).read()
-        figures = {(r.task, r.metric, r.checkpoint): r for r in records}
-        forgetting = [
-            {"text": task, "before": dense.value, "after": final.value, "nats": math.log(final.value / dense.value)}
-            for (task, metric, checkpoint), dense in figures.items()
-            if metric == "perplexity" and checkpoint == "dense" and (final := figures.get((task, metric, "final")))
-        ]
-        self._run.write_json(
-            "effects.json",
-            {
-                "forgetting": forgetting,
-                "drift": {"by_block": moved, "on": rows},
-                "energy": [asdict(look) for look in looks],
-                "initialisation": self._manifest.as_dict().get("initialisation", {}),
-            },
-        )
-        with self._run.write_folder("plots") as plots:
-            plot_drift(moved, plots / "drift.png")
-            if looks:
-                plot_energy(_shares(looks), plots / "energy.png")
-
-    def _note(self, what: str, started: float) -> None:
-        """Keep in the manifest what a part of the initialisation took; the peak is the process's until then."""
-        figures = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
-        if torch.cuda.is_available():
-            figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-        self._initialisation[what] = figures
-        self._manifest.record("initialisation", self._initialisation)
-
-    @cached_property
-    def _initialisation(self) -> dict[str, dict[str, float]]:
-        return {}
-
-
-def _shares(looks: Sequence[Look]) -> dict[str, list[Share]]:
-    """The mean over the linears of a role, step by step."""
-    groups: dict[tuple[str, int], list[Look]] = defaultdict(list)
-    for look in looks:
-        groups[look.role, look.step].append(look)
-    shares: dict[str, list[Share]] = defaultdict(list)
-    for (role, step), found in groups.items():
-        top, tail, chance = (fmean(getattr(look, name) for look in found) for name in ("top", "tail", "chance"))
-        shares[role].append(Share(step, top, tail, chance))
-    return shares

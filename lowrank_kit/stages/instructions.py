@@ -6,7 +6,7 @@ from functools import cached_property
 import datasets
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from lowrank_kit.config import PerplexityTask
@@ -20,6 +20,7 @@ from lowrank_kit.models.load import LoadedModel, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS
+from lowrank_kit.stages.effects import Inputs, windows_or_rows
 from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
 from lowrank_kit.stages.judging import CausalJudge
 
@@ -39,7 +40,7 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
             layout = layout_of(original)
             records += self._judge.judge(original, layout, "dense", progress, as_it_came=True)
             records += self._on_held_out(original, "dense")
-            drift_of = self._drift_of(self._compared) if effects.enabled else None
+            drift_of = self._effects.drift_of(original, self._compared, self.device) if effects.enabled else None
             trained = self._final_model()
             # PEFT has put its layers into the model itself.
             model = trained.get_base_model() if isinstance(trained, PeftModel) else trained
@@ -47,7 +48,7 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
             records += self._judge.judge(model, layout, "final", progress)
             records += self._on_held_out(model, "final")
         if drift_of:
-            self._write_effects(drift_of(model), f"{len(self._compared)} windows", records)
+            self._effects.write(drift_of(model), f"{len(self._compared)} windows", records, self._initialisation)
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     def _load(self) -> LoadedModel:
@@ -90,13 +91,9 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
         return DataCollatorForSeq2Seq(self._tokenizer, label_pad_token_id=IGNORED)
 
     @property
-    def _compared(self) -> list[dict[str, Tensor]]:
-        """Inputs on which hidden states are compared: windows of the first text, or rows that are learnt."""
-        count = self.config.eval.effects.rows
-        if texts := self._judge.texts:
-            return [{"input_ids": window} for window in texts[0].windows[:count]]
-        rows = self._held_out or self._train_rows
-        return [{"input_ids": torch.tensor(ids)} for ids in rows[:count]["input_ids"]]
+    def _compared(self) -> Inputs:
+        """Inputs on which hidden states are compared."""
+        return windows_or_rows(self._judge.texts, self._held_out or self._train_rows, self.config.eval.effects.rows)
 
     def _on_held_out(self, model: nn.Module, checkpoint: Checkpoint) -> list[EvalRecord]:
         rows = self._held_out

@@ -3,16 +3,17 @@
 import gc
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import datasets
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from lowrank_kit import distributed
+from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
@@ -27,6 +28,7 @@ from lowrank_kit.models.load import ModelSource, fingerprint, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
+from lowrank_kit.stages.effects import EFFECTS_FILE, Effects, windows_or_rows
 from lowrank_kit.stages.judging import CausalJudge
 from lowrank_kit.training.adapters import AdaptedModel
 from lowrank_kit.training.initialise import adapt
@@ -88,11 +90,11 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         if not self._recovers:
             return
         # Of the unrecovered model, should it have been judged before.
-        self._run.forget("evaluate", "results.json")
+        self._run.forget("evaluate", "results.json", EFFECTS_FILE)
         rows, recovery, folder = self._recovery_rows, self.config.recovery, self._run.path / "checkpoints"
         # In float32, whatever the model is stored in: small steps would be rounded away.
         model = self._saved("checkpoint", torch.float32)
-        ready = self._adapted(model, rows) if recovery.method else None
+        ready, looks = self._adapted(model, rows) if recovery.method else (None, [])
         recovered = recover(
             model,
             rows,
@@ -105,6 +107,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
             device=self.device,
             seed=self.config.seed,
             track=self._tracker.log,
+            callbacks=looks if launcher.is_main() else [],
         )
         self._manifest.record("trained_parameters", recovered.trained_parameters)
         self._run.write_json("history.json", recovered.history)
@@ -128,12 +131,18 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         _ = self._judge.texts, self._judge.suite
         if self._recovers and not is_recovered:
             log.warning("evaluating the compressed model as it is: it was not recovered")
+        effects, drift_of = self.config.eval.effects, None
         records, saved = [], partial(self._saved, placement=self.config.runtime.placement)
         with StageProgress() as progress:
             if self._compressor is not None:
                 records += self._judged(self._original, "dense", progress, as_it_came=True)
             if is_recovered:
-                records += self._judged(saved("checkpoint"), "compressed", progress)
+                unrecovered = saved("checkpoint")
+                records += self._judged(unrecovered, "compressed", progress)
+                if effects.enabled:
+                    inputs = windows_or_rows(self._judge.texts, self._recovery_rows, effects.rows)
+                    drift_of = self._effects.drift_of(unrecovered, inputs, self.device)
+                del unrecovered
             model = self._original if self._compressor is None else saved("recovered" if is_recovered else "checkpoint")
             records += self._judged(model, "final", progress, as_it_came=self._compressor is None)
             if self.config.eval.speed.enabled and self._compressor is not None:
@@ -142,6 +151,9 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
                 speeds = distributed.on_main(lambda: measure_speed(both, self.config.eval.speed, self.device, progress))
                 source = f"random tokens, {self.config.dtype}, {torch.get_num_threads()} threads"
                 records += speed_records(speeds["dense"], speeds["compressed"], source, VERSIONS)
+        if drift_of:
+            rows = f"{effects.rows} windows, against the compressed model"
+            self._effects.write(drift_of(model), rows, records, self._initialisation, before="compressed")
         self._run.write_json("results.json", [asdict(record) for record in records])
 
     @cached_property
@@ -214,16 +226,29 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
     def _recovery_rows(self) -> datasets.Dataset:
         return self._data.recovery(self._tokenizer, ask)
 
-    def _adapted(self, model: PreTrainedModel, rows: datasets.Dataset) -> AdaptedModel:
-        """The compressed model with the adapter of `recovery.method`, calibrated on what it will learn."""
+    def _adapted(
+        self, model: PreTrainedModel, rows: datasets.Dataset
+    ) -> tuple[AdaptedModel, Sequence[TrainerCallback]]:
+        """The compressed model with the adapter of `recovery.method`, calibrated on what it learns, and its looks."""
         method, settings = self.config.recovery.method, self.config.calibration
         assert isinstance(method, Adapter)
         chosen = rows.select(range(min(settings.samples, len(rows))))
         samples = CalibrationSamples(
             tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen)
         )
+        looks = []
+        if self.config.eval.effects.enabled:
+            ranks = method.base_ranks(layout_of(model))
+            looks.append(self._effects.energy(model, method, ranks, samples, settings.batch_size, self._cache))
+        started = time.perf_counter()
         set_seed(self.config.seed)
-        return adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=settings.batch_size, cache=self._cache)
+        ready = adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=settings.batch_size, cache=self._cache)
+        self._note("start", started)
+        return ready, looks
+
+    @property
+    def _effects(self) -> Effects:
+        return Effects(self._run, self.config.eval.effects)
 
     def _saved(
         self,

@@ -1,7 +1,7 @@
 """Recovery: what a compression has replaced in a model is trained briefly, and nothing else, to win quality back."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lowrank_kit.config import RecoveryConfig, TrainConfig
 from lowrank_kit.data.instructions import IGNORED
@@ -84,6 +84,7 @@ def recover(
     device: str,
     seed: int,
     track: Callable[[Mapping[str, float], int], None],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Recovered:
     """Train a compressed model.
 
@@ -99,6 +100,7 @@ def recover(
         device: where to train.
         seed: data order, dropout, the start of LoRA.
         track: gets every log entry, as ``log`` of `fit` does.
+        callbacks: of the Trainer.
 
     Raises:
         LowRankKitError: of `learner` and of `fit`.
@@ -118,6 +120,7 @@ def recover(
         log=track,
         optimizer=adapted.optimizer if adapted else None,
         loss=None if teacher is None else partial(_distil, teacher.eval()),
+        callbacks=callbacks,
     )
     return Recovered(learning, trained, history)
 

@@ -63,6 +63,12 @@ def read(file):
     return json.loads(file.read_text())
 
 
+def windows_of(tokenizer):
+    """What a run is judged on, made apart from it."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer)(TEXT)["input_ids"])
+    return ids[: len(ids) // 32 * 32].view(-1, 32)[:4]
+
+
 def losses(run):
     return [entry["loss"] for entry in read(run / "history.json") if "loss" in entry]
 
@@ -86,9 +92,8 @@ def test_the_final_figures_are_those_of_the_exported_adapter(job, sharp_checkpoi
     run = execute(job())
     [after] = [r["value"] for r in read(run / "results.json") if (r["task"], r["checkpoint"]) == ("mine", "final")]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharp_checkpoint), run / "adapter").eval()
-    ids = torch.tensor(AutoTokenizer.from_pretrained(sharp_checkpoint)(TEXT)["input_ids"])
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)[:4]
     with torch.no_grad():
+        windows = windows_of(sharp_checkpoint)
         mean = torch.stack([model(input_ids=w[None], labels=w[None]).loss.double() for w in windows]).mean()
     assert float(mean.exp()) == pytest.approx(after, rel=1e-4)
 
@@ -189,7 +194,7 @@ def test_what_cannot_be_learnt_is_said_before_the_model_is_loaded(settings, wher
 
 
 @pytest.mark.parametrize("adapter", ["astra", "lora"])
-def test_a_model_is_compressed_adapted_and_judged_in_one_run(adapter, job, environment):
+def test_a_model_is_compressed_adapted_and_judged_in_one_run(adapter, job, environment, sharp_checkpoint):
     recovery = ("recovery=adapter", f"recovery.method={adapter}", "recovery.method.rank=2", "method.ratio=0.4")
     run = execute(job(*recovery, "~task.benchmarks", method="svd_llm", rank=False))
     values = {r["checkpoint"]: r["value"] for r in read(run / "results.json")}
@@ -216,6 +221,27 @@ print(float((merged - apart).abs().max() / apart.abs().max()), float((without - 
     difference, change = map(float, done.stdout.split()[-2:])
     assert difference < 1e-5
     assert change > 1e-2
+    check_effects_of_a_recovery(run, windows_of(sharp_checkpoint))
+
+
+def check_effects_of_a_recovery(run, windows):
+    """Against the models that were saved, before and after it."""
+    effects, values = read(run / "effects.json"), {r["checkpoint"]: r["value"] for r in read(run / "results.json")}
+    [text] = effects["forgetting"]
+    assert (text["before"], text["after"]) == (values["compressed"], values["final"])
+    assert effects["initialisation"]["start"]["seconds"] > 0
+    looks = [look for look in effects["energy"] if look["linear"] == "model.layers.0.mlp.down_proj.up"]
+    factors = [load_file(run / name / "model.safetensors") for name in ("checkpoint", "recovered")]
+    old, new = (weights["model.layers.0.mlp.down_proj.up.weight"].double() for weights in factors)
+    assert looks[-1]["norm"] == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(run / name) for name in ("checkpoint", "recovered")]
+    with torch.no_grad():
+        before, after = (model(input_ids=windows, output_hidden_states=True).hidden_states for model in models)
+    # Behind the last block transformers hands out what the final norm has made of it.
+    moved = [float((new - old).norm() / old.norm()) for old, new in zip(before[1:-1], after[1:-1], strict=True)]
+    assert effects["drift"]["by_block"][:-1] == pytest.approx(moved, rel=1e-4)
+    # That of the plan stays.
+    assert {"drift.png", "energy.png", "rank_map.png"} <= {path.name for path in (run / "plots").iterdir()}
 
 
 def test_an_adapter_learns_on_a_compressed_checkpoint(job):
