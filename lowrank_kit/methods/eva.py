@@ -1,5 +1,6 @@
 """EVA (Paischer et al., arXiv 2410.07170): A starts at the principal directions of a layer's inputs. By PEFT."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
@@ -16,8 +17,10 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 
-# PEFT goes round the batches until all directions have settled, be it for ever.
-MOST_ROUNDS = 100
+log = logging.getLogger(__name__)
+
+# PEFT goes round the batches until all directions have settled, be it for ever; 300 rounds of two do happen.
+MOST_ROUNDS = 1000
 
 
 class Eva(Adapter):
@@ -61,14 +64,17 @@ class Eva(Adapter):
                 f"batch has {largest} tokens: raise calibration.batch_size or calibration.samples, or lower method.rank"
             )
         config = LoraConfig(target_modules=sorted(ranks), r=self.rank, rank_pattern=ranks, **self.lora_options())
-        passes = count(1)
+        passes = count()
 
         def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-            if next(passes) > MOST_ROUNDS * len(batches):
+            rounds, batch = divmod(next(passes), len(batches))
+            if rounds == MOST_ROUNDS:
                 raise LowRankKitError(
                     f"EVA's directions have not settled after {MOST_ROUNDS} rounds of {len(batches)} calibration "
                     "batches: raise calibration.samples, or lower method.tau, method.rho or method.rank"
                 )
+            if batch == 0 and rounds and rounds % 25 == 0:
+                log.info("EVA: %d rounds of %d batches, and not all directions have settled", rounds, len(batches))
             model(**inputs)
 
         found = get_eva_state_dict(model, batches, config, forward_fn=forward, show_progress_bar=False)
