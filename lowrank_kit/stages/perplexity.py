@@ -28,7 +28,7 @@ from lowrank_kit.models.load import ModelSource, fingerprint, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
-from lowrank_kit.stages.effects import EFFECTS_FILE, Effects, windows_or_rows
+from lowrank_kit.stages.effects import EFFECTS_FILE, Effects, Inputs, windows_or_rows
 from lowrank_kit.stages.judging import CausalJudge
 from lowrank_kit.training.adapters import AdaptedModel
 from lowrank_kit.training.initialise import adapt
@@ -131,7 +131,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         _ = self._judge.texts, self._judge.suite
         if self._recovers and not is_recovered:
             log.warning("evaluating the compressed model as it is: it was not recovered")
-        effects, drift_of = self.config.eval.effects, None
+        compared: Inputs = ()
         records, saved = [], partial(self._saved, placement=self.config.runtime.placement)
         with StageProgress() as progress:
             if self._compressor is not None:
@@ -139,9 +139,9 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
             if is_recovered:
                 unrecovered = saved("checkpoint")
                 records += self._judged(unrecovered, "compressed", progress)
-                if effects.enabled:
-                    inputs = windows_or_rows(self._judge.texts, self._recovery_rows, effects.rows)
-                    drift_of = self._effects.drift_of(unrecovered, inputs, self.device)
+                if self.config.eval.effects.enabled:
+                    compared = windows_or_rows(self._judge.texts, self._recovery_rows, self.config.eval.effects.rows)
+                    drift_of = self._effects.drift_of(unrecovered, compared, self.device)
                 del unrecovered
             model = self._original if self._compressor is None else saved("recovered" if is_recovered else "checkpoint")
             records += self._judged(model, "final", progress, as_it_came=self._compressor is None)
@@ -151,8 +151,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
                 speeds = distributed.on_main(lambda: measure_speed(both, self.config.eval.speed, self.device, progress))
                 source = f"random tokens, {self.config.dtype}, {torch.get_num_threads()} threads"
                 records += speed_records(speeds["dense"], speeds["compressed"], source, VERSIONS)
-        if drift_of:
-            rows = f"{effects.rows} windows, against the compressed model"
+        if compared:
+            rows = f"{len(compared)} windows, against the compressed model"
             self._effects.write(drift_of(model), rows, records, self._initialisation, before="compressed")
         self._run.write_json("results.json", [asdict(record) for record in records])
 

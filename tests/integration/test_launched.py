@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowrank_kit.errors import ConfigError
+from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import read_status
 
@@ -117,7 +117,7 @@ def test_those_whose_launcher_was_killed_keep_the_run(words, composed, environme
     words = words("train.max_steps=400", f"run.dir={run}")
     launcher, processes = kill_in_training(words, environment, run, the_launcher)
     assert launcher.wait() < 0
-    with pytest.raises(Exception, match="is in use by"):
+    with pytest.raises(LowRankKitError, match="is in use by"):
         execute(composed(words))
     for process in processes[1:]:
         process.kill()
