@@ -137,12 +137,12 @@ def reduce_spans(
     if known == set(blocks):
         return
     batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
-    if request.gradient != "none":
+    if request.gradient is not None:
         assert gradients is not None
         _collect_gradients(model, layout, batches, refs, request, gradients, progress)
     waiting: list[LayerStatistics] = []
     for block, statistics in _statistics(model, layout, batches, request, refs, known):
-        if request.gradient != "none" and gradients is not None:
+        if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
         waiting += statistics
@@ -182,36 +182,26 @@ def _collect_gradients(
     store: CalibrationStore,
     progress: Progress | None,
 ) -> None:
-    blocks, with_mean = {ref.block for ref in refs}, request.gradient == "all"
+    assert request.gradient is not None
+    blocks = {ref.block for ref in refs}
     with store.missing(blocks) as missing:
         if not missing:
             return
         skip = blocks - missing
-        for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=skip, progress=progress):
-            store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
-
-
-def _packed(statistics: GradientStatistics) -> Kept:
-    kept = {
-        "gram": statistics.gram.float(),
-        "rows": statistics.rows.float(),
-        "sums": torch.tensor([statistics.tokens, statistics.energy], dtype=torch.float64),
-    }
-    if statistics.mean is not None:
-        kept["mean"] = statistics.mean.float()
-    return _on_cpu(kept)
+        passes = stream_gradients(model, layout, batches, refs, request.gradient, skip=skip, progress=progress)
+        for block, found in passes:
+            store.save(block, {name: _on_cpu(statistics.tensors()) for name, statistics in found.items()})
 
 
 def load_gradients(
     store: CalibrationStore, block: int, device: torch.device | str = "cpu"
 ) -> dict[str, GradientStatistics]:
     """Read the gradient statistics of one block's linears back, by name."""
-    found = {}
-    for name, kept in store.load(block).items():
-        tokens, energy = kept["sums"].tolist()
-        mean = kept["mean"].to(device) if "mean" in kept else None
-        found[name] = GradientStatistics(int(tokens), kept["gram"].to(device), energy, kept["rows"].to(device), mean)
-    return found
+    found = store.load(block).items()
+    return {
+        name: GradientStatistics.from_tensors({part: tensor.to(device) for part, tensor in kept.items()})
+        for name, kept in found
+    }
 
 
 def _below_the_head(config: PretrainedConfig) -> dict[str, Any]:

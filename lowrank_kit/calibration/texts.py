@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_kit.errors import LowRankKitError
-
-# What transformers' losses leave out.
-NOT_PREDICTED = -100
+from lowrank_kit.models.head import NOT_PREDICTED
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.backward import frozen
 from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.compression.decompose import Decomposition, decompose
 from lowrank_kit.methods.base import Plan

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.collect import calibration_key
-from lowrank_kit.calibration.gradients import STATISTICS_BYTES
+from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.llm_pruner import LLMPruner

@@ -65,7 +65,7 @@ def slice_model(
     layout = layout_of(model)
     model.eval()
     layers = [model.get_submodule(path) for path in layout.blocks]
-    batches = samples.batches(batch_size, model.config.pad_token_id or 0)
+    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
     recorded = [record_calls(model, layers, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
     states = [hidden[0] for hidden, _ in recorded]
     first = before = _basis(model, states, width, "the embeddings")

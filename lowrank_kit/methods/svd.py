@@ -7,6 +7,7 @@ peers differ in nothing else.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from lowrank_kit.allocation import AnyAllocation
 from lowrank_kit.allocation.base import Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import options_of
 from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
@@ -33,7 +34,7 @@ WHAT_SPECTRA_NEED: dict[Quantity, StatisticsRequest] = {
     "weight": StatisticsRequest(),
     "whitened": Optimal().needs(),
     "two_sided": TwoSided().needs(),
-    "change": StatisticsRequest(gradient="all"),
+    "change": StatisticsRequest(gradient=GradientRequest(mean=True)),
 }
 
 
@@ -108,11 +109,11 @@ class TruncatedSVD(Compressor):
     def needs(self) -> StatisticsRequest:
         """What the truncation and the spectra of the allocation need."""
         requests = [self.truncation.needs(), *(WHAT_SPECTRA_NEED[q] for q in sorted(self._extra_quantities()))]
-        levels = ("none", "moments", "all")
+        gradients = [r.gradient for r in requests if r.gradient is not None]
         return StatisticsRequest(
             moments=next((r.moments for r in requests if r.moments is not None), None),
             magnitudes=any(r.magnitudes for r in requests),
-            gradient=max((r.gradient for r in requests), key=levels.index),
+            gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
         )
 
     def reduction_key(self) -> dict[str, object]:
