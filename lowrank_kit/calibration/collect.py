@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
@@ -136,7 +137,7 @@ def reduce_spans(
     task = progress.add_task("calibrate", total=len(blocks), completed=len(known)) if progress else None
     if known == set(blocks):
         return
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     if request.gradient is not None:
         assert gradients is not None
         _collect_gradients(model, layout, batches, refs, request, gradients, progress)

@@ -182,7 +182,11 @@ def clipped(
     zero but for rounding (`NEARLY_ZERO`) stays as it is.
     """
     norms = vector_norm(g, dim=-1)
-    counted = kept & (norms > NEARLY_ZERO * (norms * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1))
-    mean = (norms * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    counted = kept & (norms > NEARLY_ZERO * _mean(norms, kept))
+    mean = _mean(norms, counted)
     scale = torch.where(counted, norms.clamp(low * mean, high * mean) / norms, 1)
     return g * scale[..., None]
+
+
+def _mean(values: Float[Tensor, "rows tokens"], counted: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows 1"]:
+    return (values * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)

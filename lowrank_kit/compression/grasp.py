@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.backward import frozen
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
@@ -219,7 +220,7 @@ class GraspCompression(Compression[Grasp]):
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:
         bench = self.bench
-        return bench.samples.batches(bench.batch_size, bench.model.config.get_text_config().pad_token_id or 0)
+        return batches_of(bench.model, bench.samples, bench.batch_size)
 
     def _store(self, **request: Any) -> CalibrationStore:
         return CalibrationStore(self._root, {**self._key, "request": request})

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import load_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.store import CalibrationStore
@@ -77,7 +78,7 @@ def factorise_sequentially(
             if ref.role in WRITERS:
                 writers[ref.block].append(ref.name)
     model.eval()
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     modules = [model.get_submodule(path) for path in layout.blocks]
     recorded = [record_calls(model, modules, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
     states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]

@@ -5,13 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lowrank_kit.calibration.batches import batches_of, check_room
 from lowrank_kit.calibration.gradients import stream_gradients, weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.lora_ga import LoraGA
+from lowrank_kit.models import memory
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.initialise import adapt
 
@@ -126,3 +129,24 @@ def test_every_statistic_is_the_same_for_every_batch_size(statistic, tiny_model)
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert (other[name].double() - value.double()).norm() <= 1e-4 * value.double().norm(), name
+
+
+def test_batches_are_as_large_as_their_largest_tensor_allows(tiny_model, monkeypatch):
+    model, rows = tiny_model("llama"), samples()
+    sizes = [len(batch["input_ids"]) for batch in batches_of(model, rows, 8)]
+    assert sizes == [8, 2]
+    # 48 numbers a token are the widest tensor, the longest row has 30 tokens.
+    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE", 3 * 30 * 48)
+    assert [len(batch["input_ids"]) for batch in batches_of(model, rows, 8)] == [3, 3, 3, 1]
+    monkeypatch.setattr(memory, "NUMBERS_AT_ONCE", 1)
+    assert {len(batch["input_ids"]) for batch in batches_of(model, rows, 8)} == {1}
+
+
+def test_a_row_that_cannot_fit_is_refused_before_the_work(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(LowRankKitError, match=r"window of 1000 tokens needs .* lower calibration\.seq_len") as found:
+        check_room(model, 1000, 2**20)
+    fits = int(str(found.value).split("seq_len to ")[1].split()[0])
+    check_room(model, fits, 2**20)
+    with pytest.raises(LowRankKitError):
+        check_room(model, fits + 2, 2**20)

@@ -116,7 +116,9 @@ def test_in_bfloat16_nothing_is_lost_in_the_sums(tiny_model):
             assert (found.mean.double() - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-@pytest.mark.parametrize(("clipping", "margin"), [((0.5, 1.5), 0.0), (None, 0.125), ((0.1, 10.0), 0.125), ((0.0, 1.0), 0.3)])
+@pytest.mark.parametrize(
+    ("clipping", "margin"), [((0.5, 1.5), 0.0), (None, 0.125), ((0.1, 10.0), 0.125), ((0.0, 1.0), 0.3)]
+)
 def test_clipped_gradients_and_windows_without_their_ends(clipping, margin, tiny_model, batches):
     model = tiny_model("llama", initializer_range=0.3)
     layout = layout_of(model)

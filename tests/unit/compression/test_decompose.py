@@ -95,9 +95,7 @@ def test_a_sweep_over_ratios_decomposes_once(tiny_model, samples, method, tmp_pa
         assert torch.equal(ours.tail, theirs.tail)
 
 
-def test_gradients_are_collected_once_for_all_who_ask_for_the_same(
-    tiny_model, samples, method, tmp_path, monkeypatch
-):
+def test_gradients_are_collected_once_for_all_who_ask_for_the_same(tiny_model, samples, method, tmp_path, monkeypatch):
     model = tiny_model("llama")
     decompose(model, method(truncation=TwoSided()), samples, batch_size=2, cache=tmp_path)
     monkeypatch.setattr("lowrank_kit.calibration.collect.stream_gradients", None)
@@ -194,3 +192,15 @@ def test_role_scope_gives_every_role_the_ratio(tiny_model, samples, method):
         dense = sum(c.dense_cost for c in members)
         # What a role cannot spend of its own share goes to the next one.
         assert abs(kept - dense / 2) <= 2 * max(c.cost_per_rank for c in found.candidates)
+
+
+def test_the_probe_measures_a_dense_matrix_dense(tiny_model, samples, method):
+    """In bfloat16 a product of all its components would be another matrix."""
+    model = tiny_model("llama", initializer_range=0.2).bfloat16()
+    found = decompose(model, method(), samples, batch_size=2, cache=None)
+    windows = torch.stack([s["input_ids"] for s in samples.sequences])
+    probe = LossProbe(model, found, windows)
+    full = {candidate.name: candidate.full_rank for candidate in found.candidates}
+    assert probe.loss_change(full) == 0
+    name = "model.layers.1.mlp.up_proj"
+    assert probe.loss_change(full | {name: 4}) == probe.loss_change({name: 4}) != 0

@@ -5,8 +5,8 @@ from torch import nn
 from lowrank_kit.config import SpeedConfig
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.speed import (
-    Speed,
     LiveTensors,
+    Speed,
     ideal_speedup,
     measure_speed,
     speed_records,
