@@ -12,16 +12,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.calibration.gradients import stream_gradients
-from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.load import fingerprint
 from lowrank_kit.spectral.moments import Moments
-
-# What a method keeps of one layer: small named tensors.
-Kept = dict[str, Tensor]
 
 # Settings of heads and bookkeeping: activations of the blocks do not depend on them.
 NOT_OF_THE_BLOCKS = {

@@ -9,8 +9,8 @@ from typing import Any
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept, calibration_key, reduce_spans
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.collect import calibration_key, reduce_spans
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
