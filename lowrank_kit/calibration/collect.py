@@ -12,16 +12,13 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.cache.key import Maker, StatisticsKey
 from lowrank_kit.calibration.gradients import stream_gradients
-from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
-
-# What a method keeps of one layer: small named tensors.
-Kept = dict[str, Tensor]
 
 
 def calibrate(

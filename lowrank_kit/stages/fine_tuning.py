@@ -14,7 +14,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.methods.base import Adapter, FineTuning, Plan
 from lowrank_kit.models.fingerprint import fingerprint
