@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
@@ -46,6 +47,7 @@ def execute(config: RunConfig) -> Path:
     """
     device = _resolve_device(config.device)
     _check_machine(config, device)
+    limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
     _check_method(config, tasks[0])

@@ -55,8 +55,8 @@ def block_influence(
     """
     if cache is None:
         return _measured(model, layout, samples, batch_size, distance, span, progress)
-    key = calibration_key(model, layout, samples, (), batch_size)
-    store = CalibrationStore(cache, {**key, "influence": {"distance": distance, "span": span}})
+    asked = {"quantity": "block influence", "distance": distance, "span": span}
+    store = CalibrationStore(cache, calibration_key(model, layout, samples, batch_size, "blocks", asked))
     with store.missing([0]) as missing:
         if missing:
             found = _measured(model, layout, samples, batch_size, distance, span, progress)

@@ -18,9 +18,9 @@ from lowrank_kit.calibration.collect import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
-from lowrank_kit.models.load import fingerprint
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.untouched import SubtractInitial
 

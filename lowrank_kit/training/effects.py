@@ -103,6 +103,7 @@ class UpdateEnergy(TrainerCallback):
             StatisticsRequest(moments="smaller"),
             reduce,
             batch_size=batch_size,
+            maker=cls,
             cache=cache,
             reduction_key={"effects": count},
         )

@@ -84,6 +84,7 @@ def calibrate_for(
         request,
         reduce,
         batch_size=batch_size,
+        maker=type(method),
         cache=cache,
         reduction_key=method.reduction_key(),
         progress=progress,
