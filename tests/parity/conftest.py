@@ -1,6 +1,5 @@
 """A tiny Llama, its calibration rows, and what an observer sees of them: numpy in float64, nothing of the package."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -78,16 +77,20 @@ def seen(rows) -> Callable[..., dict[str, Seen]]:
 
     def look(model):
         model = deepcopy(model).double()
-        found = defaultdict(lambda: None)
+        found = {}
         for name, module in model.model.layers.named_modules():
             if isinstance(module, torch.nn.Linear):
                 layer = found[f"model.layers.{name}"] = Seen(module.weight.detach().numpy())
-                module.register_forward_pre_hook(lambda _m, x, layer=layer: layer.inputs.append(x[0][0].detach().numpy()))
-                module.register_full_backward_hook(lambda _m, _x, g, layer=layer: layer.gradients.append(g[0][0].numpy()))
+                module.register_forward_pre_hook(
+                    lambda _m, x, layer=layer: layer.inputs.append(x[0][0].detach().numpy())
+                )
+                module.register_full_backward_hook(
+                    lambda _m, _x, g, layer=layer: layer.gradients.append(g[0][0].numpy())
+                )
         for row in rows:
             logits = model(input_ids=row[None]).logits[0]
             cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
-        return dict(found)
+        return found
 
     return look
 

@@ -165,7 +165,8 @@ def test_asvd_searches_one_threshold_of_the_measured_loss(model, work, seen, cut
         shares = {n: min([s for s in grid if measured[n, s] <= threshold], default=1) for n in layers}
         cut_ranks = {n: int(shares[n] * break_even(layer)) for n, layer in layers.items() if shares[n] < 1}
         spent = sum(
-            cut_ranks[n] * sum(layer.weight.shape) if n in cut_ranks else layer.weight.size for n, layer in layers.items()
+            cut_ranks[n] * sum(layer.weight.shape) if n in cut_ranks else layer.weight.size
+            for n, layer in layers.items()
         )
         if spent <= budget:
             break

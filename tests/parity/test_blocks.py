@@ -1,6 +1,7 @@
 """Methods that take blocks away, or components inside them: ShortGPT, LaCo, GRASP."""
 
 from copy import deepcopy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def states(model, rows):
 def influence(model, rows):
     """Arxiv 2403.03853, equation 1: 1 - E[cos] of what enters and leaves a block."""
     found, h = [], states(model, rows)
-    for before, after in zip(h[:-1], h[1:], strict=True):
+    for before, after in pairwise(h):
         cosines = [
             a @ b / np.sqrt((a @ a) * (b @ b))
             for a, b in zip(before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1]), strict=True)

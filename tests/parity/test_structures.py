@@ -30,7 +30,7 @@ def normed(model):
 
 
 def principal(states, width):
-    """Projector on the principal directions of the RMS-normalised states, and the share of energy that it leaves out."""
+    """Projector on the principal directions of the RMS-normalised states, and the energy's share left out."""
     x = states.double().reshape(-1, states.shape[-1]).numpy()
     x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
     values, vectors = np.linalg.eigh(x.T @ x)
@@ -116,9 +116,7 @@ def test_llm_pruner_takes_out_the_groups_of_least_first_order_effect(model, rows
         for head in range(2):  # a key-value head of 12 dimensions and its two query heads
             q = slice(24 * head, 24 * head + 24)
             kv = slice(12 * head, 12 * head + 12)
-            heads.append(
-                effect["q"][q].sum() + effect["k"][kv].sum() + effect["v"][kv].sum() + effect["o"][:, q].sum()
-            )
+            heads.append(effect["q"][q].sum() + effect["k"][kv].sum() + effect["v"][kv].sum() + effect["o"][:, q].sum())
         for c in range(48):
             channels.append(effect["gate"][c].sum() + effect["up"][c].sum() + effect["down"][:, c].sum())
         for kind, scores in (("heads", heads), ("channels", channels)):
