@@ -23,12 +23,6 @@ def effective_rank(spectrum: Float[Tensor, " n"]) -> float:
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
 
 
-def stable_rank(spectrum: Float[Tensor, " n"]) -> float:
-    """`sum lambda / lambda_1`; 0 for an all-zero spectrum. Of a matrix: pass its squared singular values."""
-    values = _descending(spectrum)
-    return float(values.sum() / values[0]) if values.any() else 0.0
-
-
 def rank_density(spectrum: Float[Tensor, " n"], out_features: int, in_features: int) -> float:
     """Effective rank as a share of the largest rank the matrix can have, in [0, 1]."""
     return effective_rank(spectrum) / min(out_features, in_features)
