@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from lowrank_kit.stages.suite import Suite
 
 
+WINDOWS = "windows"
+"""Folder below the run directory: ``windows/CHECKPOINT/TEXT.json`` has a text's mean loss (nats) window by window."""
+
+
 class CausalJudge:
     """What a task asks of causal models: texts and benchmarks, the same for every model.
 
@@ -65,7 +69,8 @@ class CausalJudge:
         exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self._config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder)
+        opening = self._data.opening("eval", tokenizer)
+        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
 
     def judge(
         self,
@@ -87,10 +92,22 @@ class CausalJudge:
             measure = partial(self._measure, model, text, checkpoint, progress)
             found = _reference(measure, key, text, checkpoint) if as_it_came else measure()
             figures.append(_record(text, found, checkpoint))
+            distributed.on_main(partial(self._keep_windows, text, found, checkpoint))
         if self.suite is None:
             return figures
         shared = cache_dir() / "benchmarks" if as_it_came else None
         return figures + self.suite.judge(model, checkpoint, key, progress, shared)
+
+    def _keep_windows(self, text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> None:
+        """The figure of every window: what a spread, or a comparison with another model's, is computed from."""
+        kept = {
+            "nll": found.per_window,
+            "predicted_tokens": text.windows.shape[1] - 1,
+            "bos": text.opening.facts(),
+            "windows_sha256": _sha256(text),
+        }
+        file = self._folder / WINDOWS / checkpoint / f"{text.name}.json"
+        write_atomically(file, json.dumps(kept) + "\n")
 
     def _measure(
         self, model: PreTrainedModel, text: EvaluationText, checkpoint: Checkpoint, progress: StageProgress
@@ -104,7 +121,8 @@ def _reference(
 ) -> Perplexity:
     """What ``measure`` gives, once for all runs that read the same windows with the same model."""
     whole = key | {
-        "windows": hashlib.sha256(text.windows.numpy().tobytes()).hexdigest(),
+        # BOS, where there is one, is among them.
+        "windows": _sha256(text),
         "shape": list(text.windows.shape),
     }
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
@@ -118,7 +136,12 @@ def _reference(
         return found
 
 
+def _sha256(text: EvaluationText) -> str:
+    return hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
+
+
 def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:
     return EvalRecord(
-        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint
-    )
+        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint,
+        bos=text.opening.token or "",
+    )  # fmt: skip

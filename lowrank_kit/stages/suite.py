@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.data.special_tokens import Opening
 from lowrank_kit.evaluation.harness import Answers, Exam, answer_all, averages
 from lowrank_kit.evaluation.language_model import BoundedLM, Tokens
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -27,7 +28,7 @@ class Suite:
 
     Below ``folder`` lie ``benchmarks/CHECKPOINT/NAME.json``, figures with the key of all that they depend on, and
     ``samples/CHECKPOINT/NAME.jsonl``, one line a row. What lies there with the same key is not measured again.
-    ``tokens`` are those of the questions, which all models share.
+    ``opening`` begins every prompt; ``tokens`` are those of the questions, which all models share.
     """
 
     exams: Sequence[Exam]
@@ -36,6 +37,7 @@ class Suite:
     max_length: int
     versions: Mapping[str, str]
     folder: Path
+    opening: Opening
     tokens: Tokens = field(default_factory=dict)
 
     def judge(
@@ -51,7 +53,10 @@ class Suite:
         ``key`` says what the answers depend on besides the benchmark. ``shared`` is a folder where other runs, too,
         leave and find answers of the dense model.
         """
-        keys = {exam.name: {**key, **exam.key, "max_length": self.max_length} for exam in self.exams}
+        keys = {
+            exam.name: {**key, **exam.key, "max_length": self.max_length, "bos": self.opening.ids}
+            for exam in self.exams
+        }
         shelves: dict[str, list[tuple[Path, Checkpoint]]] = {
             name: [(self.folder, checkpoint), *([(shared / _digest(whole), DENSE)] if shared else [])]
             for name, whole in keys.items()
@@ -68,12 +73,14 @@ class Suite:
 
         found = distributed.on_main(known)
         if todo := [exam for exam in self.exams if exam.name not in found]:
-            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens)
+            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens, self.opening)
             for answers in answer_all(lm, todo, progress, f"{checkpoint} model"):
                 found[answers.name] = answers
                 for shelf in shelves[answers.name] if launcher.is_main() else ():
                     _write(*shelf, answers, keys[answers.name])
-        records = [r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint)]
+        records = [
+            r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint, self.opening)
+        ]
         return [*records, *averages(records)]
 
 
