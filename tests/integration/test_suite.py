@@ -107,7 +107,7 @@ def test_without_a_cache_nothing_of_a_run_is_kept_for_others(job, tmp_path):
 
 
 def test_all_models_of_a_run_share_the_tokens_of_the_questions(job, monkeypatch):
-    texts, encode = [], HFLM.tok_encode
+    texts, encode = [], BoundedLM.tok_encode
 
     def watched(self, text, *rest, **more):
         texts.append(text)
