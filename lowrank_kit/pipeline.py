@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
@@ -49,6 +50,7 @@ def execute(config: RunConfig) -> Path:
     _check_machine(config, device)
     if device == "cpu" and config.dtype == "float16":
         log.warning("dtype=float16 on a CPU is slow, and its sums overflow above 65504: use dtype=float32 or bfloat16")
+    limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
     _check_method(config, tasks)

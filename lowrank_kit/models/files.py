@@ -1,12 +1,14 @@
-"""The files of weights in a checkpoint folder, looked at before any weight is read: no code of theirs runs."""
+"""Files of weights: written for all whom the umask allows; looked at before a weight is read, and no code runs."""
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_kit.errors import LowRankKitError
@@ -39,6 +41,21 @@ def check_tensors(file: Path) -> None:
         raise LowRankKitError(damage(file, error)) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise LowRankKitError(f"'{file}' holds no weights: a dictionary of tensors is wanted, as torch.save writes it")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of safetensors, with the permissions that any new file gets."""
+    save_file(dict(tensors), file, dict(metadata) if metadata else None)
+    share(file)
+
+
+def share(*files: Path) -> None:
+    """Give files the permissions of any new one: safetensors writes for the owner alone, whatever the umask says."""
+    for file in files:
+        new = file.with_name(f".{file.name}.new")
+        new.touch()
+        file.chmod(new.stat().st_mode & 0o777)
+        new.unlink()
 
 
 def damage(file: Path, error: Exception) -> str:

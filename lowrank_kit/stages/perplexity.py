@@ -23,8 +23,9 @@ from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.methods.base import Adapter, Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, load_model
+from lowrank_kit.models.load import ModelSource, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
@@ -184,7 +185,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         set_seed(self.config.seed)
         dtype = getattr(torch, self.config.dtype)
         model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
-        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model))}
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model), "loss")}
         self._manifest.record("model", facts)
         return model
 

@@ -10,17 +10,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
+from lowrank_kit.models.files import save_tensors
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
-from lowrank_kit.models.load import fingerprint, load_like
+from lowrank_kit.models.load import load_like
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.untouched import SubtractInitial
 
@@ -116,7 +117,7 @@ class AdaptedModel:
         config.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
         (folder / BASE_FILE).write_text(json.dumps({"path": base, "fingerprint": self.base_fingerprint}))
 
     def _export_factors(self, name: str) -> LowRankFactors:

@@ -28,6 +28,7 @@ from lowrank_kit.data.instructions import IGNORED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
+from lowrank_kit.models.files import share
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.progress import ProgressReport
@@ -223,6 +224,12 @@ class _Trainer(Trainer):
         items = sum((items_of(one["labels"], self._shifts) for one in passes), torch.tensor(0))
         # A step without any item has no loss, where 0 / 0 would be none.
         return passes, self.accelerator.gather(items.to(device)).sum().clamp(min=1)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer, for all whom the umask allows."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            share(*Path(output_dir or self.args.output_dir).glob("*.safetensors"))
 
     def compute_loss(
         self,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.methods.full_ft import FullFineTuning
+from lowrank_kit.models.files import share
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.optimizer import adamw
 
@@ -32,6 +33,7 @@ class FullyTrained:
     def export(self, folder: Path, base: str) -> None:
         """Write a checkpoint of transformers; ``base`` is not needed to load it."""
         self.model.save_pretrained(folder)
+        share(*folder.glob("*.safetensors"))
 
 
 def unfreeze(model: PreTrainedModel, method: FullFineTuning, new_modules: Sequence[str]) -> FullyTrained:
