@@ -23,6 +23,7 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import load_like
 from lowrank_kit.training.optimizer import adamw
+from lowrank_kit.training.precision import hold_in_float32
 from lowrank_kit.training.untouched import SubtractInitial
 
 ADAPTER = "default"
@@ -163,10 +164,10 @@ def attach(
     layout = layout_of(model)
     base_fingerprint = fingerprint(model, layout)
     heads = [layout.head] if task_type == "SEQ_CLS" and layout.head else []
-    in_full = list(dict.fromkeys([*new_modules, *heads]))
+    in_full = tuple(dict.fromkeys([*new_modules, *heads]))
     alphas = {name: method.alpha_of(rank) for name, rank in plan.ranks.items()}
     options = {"use_rslora": method.rslora, "lora_dropout": method.dropout, **method.lora_options()}
-    config = _lora_config(plan.ranks, alphas, task_type, in_full or None, **options)
+    config = _lora_config(plan.ranks, alphas, task_type, list(in_full) or None, **options)
     wrapped = method.wrap(model, config, kept or {}, batches)
     initial = {name: _as_stored(start) for name, start in factors.items()}
     adapted = AdaptedModel(wrapped, method, plan, initial, base_fingerprint, tuple(new_modules))
@@ -181,6 +182,9 @@ def attach(
         initial.update({name: _as_stored(adapted.factors(name)) for name in plan.ranks})
     for name in plan.ranks:
         adapted.layer(name).frozen_peft_weight_names = {ADAPTER: FROZEN[method.train]}
+    for name in in_full:
+        # PEFT holds adapters in float32, and these in the base's dtype.
+        hold_in_float32(wrapped.get_base_model().get_submodule(name).modules_to_save[ADAPTER])
     # PEFT freezes what the layers declare, here and whenever an adapter is loaded or switched.
     wrapped.set_adapter(ADAPTER)
     return adapted
