@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lowrank_kit.data.instructions import IGNORED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
-from lowrank_kit.models.files import share
+from lowrank_kit.models.files import check_tensors, share
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.progress import ProgressReport
@@ -159,21 +160,41 @@ def _whole_checkpoint(folder: Path) -> str | None:
     """The latest checkpoint that was finished; halves of others, left by a killed process, are removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
+        if _is_finished(path):
             whole.append(path)
         else:
             shutil.rmtree(path)
     latest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if latest is None else str(latest)
+    if latest is None:
+        return None
+    _check_undamaged(latest)
+    return str(latest)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_finished(checkpoint: Path) -> bool:
     # The Trainer writes its state file last, but not atomically.
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
     return True
+
+
+def _check_undamaged(checkpoint: Path) -> None:
+    """Raise `LowRankKitError` for a file that is not as it was written, or gone."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    # Those of sharded trainings have folders, which are left to who wrote them.
+    if not any(path.is_dir() for path in checkpoint.iterdir()):
+        files += [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
+    remedy = f"remove '{checkpoint}', and training starts over, or bring back what was there"
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                check_tensors(file)
+            except LowRankKitError as error:
+                raise LowRankKitError(f"{error}; or {remedy}") from error
+        elif not zipfile.is_zipfile(file):
+            raise LowRankKitError(f"'{file}' is gone or was not written to its end: {remedy}")
 
 
 def items_of(labels: Tensor, shifted: bool) -> Tensor:
