@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lowrank_kit import distributed, launcher
 from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
+from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.texts import TaskTexts
@@ -21,7 +22,7 @@ from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.methods.base import Adapter, Compressor, FineTuning, Method
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, load_config, skeleton
+from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
@@ -48,10 +49,12 @@ def execute(config: RunConfig) -> Path:
     """
     device = _resolve_device(config.device)
     _check_machine(config, device)
+    if device == "cpu" and config.dtype == "float16":
+        log.warning("dtype=float16 on a CPU is slow, and its sums overflow above 65504: use dtype=float32 or bfloat16")
     limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
-    model = _check_method(config, tasks[0])
+    model = _check_method(config, tasks)
     found = [_open_data(config, task, source, model) for task in tasks]
     with distributed.together(device), RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
         log.info(
@@ -97,12 +100,12 @@ def _open_data(config: RunConfig, task: SingleTask, source: Source, model: Pretr
     return TaskTexts(config, task, source, learns, model)
 
 
-def _check_method(config: RunConfig, task: SingleTask) -> PretrainedConfig:
-    """Let the method look at the task and at the model's shapes: no weight is read for this.
+def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedConfig:
+    """Let the method look at the tasks and at the model's shapes: no weight is read for this.
 
     Returns the model's configuration.
     """
-    method = _method(config)
+    method, task = _method(config), tasks[0]
     if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
         raise ConfigError(
             f"method={method.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
@@ -130,6 +133,10 @@ def _check_method(config: RunConfig, task: SingleTask) -> PretrainedConfig:
             layout = layout_of(skeleton(model_config, "classification", task.labels))
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
+    check_files(source)
+    for each in tasks:
+        if isinstance(each, ClassificationTask):
+            check_labels(model_config, each)
     if config.model.quantization != "none":
         layout = as_quantised(layout)
     method.check(layout)
