@@ -1,6 +1,5 @@
 """The stages of a classification task: an adapter is fine-tuned and judged."""
 
-import json
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
@@ -18,6 +17,7 @@ from lowrank_kit.data.special_tokens import put_before
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import FineTuning
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
@@ -132,8 +132,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
 
     def _looks_while_training(self, rows: EvaluationRows) -> list[EvalRecord]:
         """The first and the best of the evaluations that the training log holds."""
-        file = self._run.path / "history.json"
-        history = json.loads(file.read_text()) if file.is_file() else []
+        history = read_json(self._run.path / "history.json", list) or []
         looks = [entry for entry in history if f"eval_{self.task.metrics[0]}" in entry]
         if not looks:
             return []
