@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.forward import forward_replaced
-from lowrank_kit.models.head import NOT_PREDICTED, Head
+from lowrank_kit.models.head import Head
 
 Batch = Mapping[str, Tensor]
 
@@ -51,7 +52,10 @@ def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> tup
     """
     labels, head = predicted_tokens(batch, ahead), Head(model)
     inputs = {name: values for name, values in batch.items() if name != "labels"}
-    return head.summed_loss(head.hidden(**inputs), labels), int((labels != NOT_PREDICTED).sum())
+    predicting = labels != NOT_PREDICTED
+    hidden = head.hidden(**inputs)
+    predicting, labels = predicting.to(hidden.device), labels.to(hidden.device)
+    return head.summed_loss(hidden[predicting], labels[predicting]), int(predicting.sum())
 
 
 def model_loss(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], int]:

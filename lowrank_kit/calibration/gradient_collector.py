@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import Batch, Loss, predicted_tokens
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
+from lowrank_kit.calibration.texts import measured
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.head import NOT_PREDICTED
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.spectral.moments import Moments
@@ -31,10 +32,12 @@ class GradientCollector:
     parameter has to want a gradient either; a graph begins at the lowest of the linears.
     """
 
-    def __init__(self, model: PreTrainedModel, refs: Collection[LinearRef], request: GradientRequest) -> None:
+    def __init__(
+        self, model: PreTrainedModel, refs: Collection[LinearRef], request: GradientRequest, opening: int = 0
+    ) -> None:
         self._modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
-        self._request, self._device = request, next(model.parameters()).device
-        self._sums = {ref: _Sums(ref, request, self._device) for ref in refs}
+        self._request, self._opening = request, opening
+        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in self._modules.items()}
         self._predicted = self._positions = 0
         self._rows = 1
         self._kept: Tensor | None = None
@@ -53,7 +56,8 @@ class GradientCollector:
         """Add one batch, on the model's device."""
         self._rows = len(batch["input_ids"])
         if self._request.moments:
-            self._kept = within_margin(batch["attention_mask"].bool(), self._request.margin)
+            real = batch["attention_mask"].bool()
+            self._kept = within_margin(real, self._request.margin) & measured(real, self._opening)
             self._positions += int((self._kept & (predicted_tokens(batch) != NOT_PREDICTED)).sum())
         total, predicted = loss(model, batch)
         self._predicted += predicted
@@ -118,12 +122,14 @@ class _Observed(torch.autograd.Function):
 class _Sums:
     """What is summed of one linear."""
 
-    def __init__(self, ref: LinearRef, request: GradientRequest, device: torch.device) -> None:
-        self._ref = ref
+    def __init__(self, weight: Tensor, ref: LinearRef, request: GradientRequest) -> None:
+        self._ref, device, dtype = ref, weight.device, torch.promote_types(weight.dtype, torch.float32)
         self._moments = Moments.zeros(ref.full_rank, device) if request.moments else None
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
         self._fisher = torch.zeros(ref.in_features, dtype=torch.float64, device=device) if request.fisher else None
-        self._mean = torch.zeros(ref.out_features, ref.in_features, device=device) if request.mean else None
+        self._mean = (
+            torch.zeros(ref.out_features, ref.in_features, device=device, dtype=dtype) if request.mean else None
+        )
 
     def add_weight_gradients(
         self, inputs: Float[Tensor, "rows tokens in"], gradients: Float[Tensor, "rows tokens out"]

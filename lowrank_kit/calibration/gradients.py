@@ -32,6 +32,7 @@ def stream_gradients(
     request: GradientRequest,
     skip: Collection[int] = (),
     progress: Progress | None = None,
+    opening: int = 0,
 ) -> Iterator[tuple[int, dict[str, GradientStatistics]]]:
     """Yield `(block index, gradient statistics of its linears by name)` from the last block to the first.
 
@@ -46,6 +47,8 @@ def stream_gradients(
         request: which statistics.
         skip: block indices whose statistics are known already.
         progress: shows one bar over all batches.
+        opening: tokens at the beginning of every row (BOS) at which the moments do not count; the gradients in the
+            weights are of what these contribute, too.
 
     Raises:
         LowRankKitError: a model without next-token head, nothing to predict, or gradients that are not finite.
@@ -64,7 +67,7 @@ def stream_gradients(
 
     for blocks in passes:
         linears = [ref for block in blocks for ref in wanted[block]]
-        collector = _passed(model, layout, batches, linears, request, next_token_loss, None, advance)
+        collector = _passed(model, layout, batches, linears, request, next_token_loss, None, advance, opening)
         collector.add_up()
         statistics = collector.statistics()
         for block in blocks:
@@ -113,13 +116,14 @@ def _passed(
     loss: Loss,
     prefix: Prefix | None,
     on_batch: Callable[[], object],
+    opening: int = 0,
 ) -> GradientCollector:
     """Run every batch forwards and backwards once. What is below the lowest linear builds no graph."""
     lowest = min(ref.block for ref in refs)
     longest = max((batch["input_ids"].numel() for batch in batches), default=1)
     keeping = _blocks_that_fit(layout, longest, model.dtype)
     with frozen(model), ExitStack() as stack:
-        collector = stack.enter_context(GradientCollector(model, refs, request))
+        collector = stack.enter_context(GradientCollector(model, refs, request, opening))
         stack.enter_context(recomputed(model, layout.blocks[lowest : max(lowest, len(layout.blocks) - keeping)]))
         for number, batch in enumerate(batches):
             with ExitStack() as start, torch.enable_grad():

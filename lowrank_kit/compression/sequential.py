@@ -97,7 +97,7 @@ def factorise_sequentially(
         known = load_gradients(gradients, index, model.device) if gradients and groups else {}
         for group in groups:
             first = group[0]
-            sums = _Sums(first, first.name in writers[index], model.device)
+            sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
             for state, original in zip(states, reads, strict=True):
                 sums.add(original.pop(first.name), state.read(model, module, first.name, writers[index], index))
             correction = sums.correction(method)
@@ -207,7 +207,8 @@ class _Correction:
 class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
-    def __init__(self, ref: LinearRef, with_stream: bool, device: torch.device) -> None:
+    def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: torch.device) -> None:
+        self._opening = opening
         self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
         self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
         self._difference = torch.zeros_like(self._new.gram)
@@ -215,7 +216,7 @@ class _Sums:
 
     def add(self, old: _Read, new: _Read) -> None:
         """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
-        before, after = self._rows(old.inputs), self._rows(new.inputs)
+        before, after = (self._rows(read.inputs.view(*read.stream.shape[:2], -1)) for read in (old, new))
         self._old.update(before)
         self._new.update(after)
         self._old_magnitudes.update(before)
@@ -241,8 +242,8 @@ class _Sums:
         magnitudes = self._new_magnitudes.mean() + method.anchor * self._old_magnitudes.mean()
         return _Correction(inputs, residual, moments, magnitudes / (1 + method.anchor))
 
-    def _rows(self, activations: Tensor) -> Tensor:
-        return activations.to(self._difference.device).flatten(0, -2).float()
+    def _rows(self, activations: Float[Tensor, "rows tokens _"]) -> Float[Tensor, "counted _"]:
+        return activations[:, self._opening :].to(self._difference.device).flatten(0, -2).float()
 
 
 def _add_product(

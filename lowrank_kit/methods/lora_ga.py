@@ -1,23 +1,19 @@
 """LoRA-GA (Wang et al., arXiv 2407.05000): an adapter whose first step is nearest that of full fine-tuning. By PEFT."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import LoraGAConfig
 from pydantic import Field
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.backward import model_loss, next_token_loss
-from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.gradients import weight_gradients
+from lowrank_kit.calibration.statistics import Kept
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches
-from lowrank_kit.models.head import NOT_PREDICTED
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.linear import is_transposed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 class LoraGA(Adapter):
@@ -39,11 +35,21 @@ class LoraGA(Adapter):
 
     def lora_options(self) -> dict[str, Any]:
         """See `Adapter`."""
+        from peft.tuners.lora.config import LoraGAConfig
+
         settings = LoraGAConfig(direction=self.direction, scale=self.scale, stable_gamma=self.stable_gamma)
         return {"init_lora_weights": "lora_ga", "lora_ga_config": settings}
 
-    def wrap(self, model: PreTrainedModel, config: LoraConfig, kept: Mapping[str, Kept], batches: Batches) -> PeftModel:
+    def wrap(
+        self, model: "PreTrainedModel", config: "LoraConfig", kept: Mapping[str, Kept], batches: Batches
+    ) -> "PeftModel":
         """See `Adapter`. Raises `LowRankKitError` for a classifier whose samples have no labels."""
+        from peft import get_peft_model
+
+        from lowrank_kit.calibration.backward import model_loss, next_token_loss
+        from lowrank_kit.calibration.gradients import weight_gradients
+        from lowrank_kit.models.linear import is_transposed
+
         layout = layout_of(model)
         loss = next_token_loss if _is_causal(model) else model_loss
         batches = [batch if loss is next_token_loss else _labelled(model, batch) for batch in batches]
@@ -54,11 +60,13 @@ class LoraGA(Adapter):
         return get_peft_model(model, config)
 
 
-def _is_causal(model: PreTrainedModel) -> bool:
+def _is_causal(model: "PreTrainedModel") -> bool:
     return model.get_output_embeddings() is not None and not model.config.is_encoder_decoder
 
 
-def _labelled(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _labelled(model: "PreTrainedModel", batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    from lowrank_kit.data.padding import NOT_PREDICTED
+
     if "labels" in batch:
         return batch
     if "Classification" in type(model).__name__:

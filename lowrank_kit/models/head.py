@@ -20,9 +20,6 @@ from lowrank_kit.models.forward import forward_replaced
 LOGITS_AT_ONCE = 2**24
 """Logits that exist at a time: 64 MiB a copy in float32."""
 
-NOT_PREDICTED = -100
-"""The label that transformers' losses leave out."""
-
 
 class Head:
     """What a model makes of its last hidden states: the output layer, and whatever its family does to the logits.
@@ -68,17 +65,13 @@ class Head:
         """How many positions' logits may exist at a time."""
         return max(1, LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
 
-    def summed_loss(
-        self, hidden: Float[Tensor, "rows tokens hidden"], labels: Int64[Tensor, "rows tokens"]
-    ) -> Float[Tensor, ""]:
-        """Sum of the negative log-likelihoods (nats) of the ``labels`` in float32, those of `NOT_PREDICTED` left out.
+    def summed_loss(self, hidden: Float[Tensor, "n hidden"], tokens: Int64[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Sum of the negative log-likelihoods (nats) that these hidden states give to these ``tokens``, in float32.
 
         Differentiable in ``hidden`` alone. The gradient is computed along with the loss, some positions at a time: no
         logits wait for the backward pass, and none are computed twice.
         """
-        labels = labels.to(hidden.device)
-        predicting = labels != NOT_PREDICTED
-        total: Tensor = _SummedLoss.apply(hidden[predicting], labels[predicting], self)  # type: ignore[no-untyped-call]
+        total: Tensor = _SummedLoss.apply(hidden, tokens, self)  # type: ignore[no-untyped-call]
         return total
 
 
@@ -90,11 +83,11 @@ class _SummedLoss(torch.autograd.Function):
     """See `Head.summed_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
         size, wants_gradient = head.positions_at_once(), ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradients = []
-        for part, wanted in zip(hidden.split(size), labels.split(size), strict=True):
+        for part, wanted in zip(hidden.split(size), tokens.split(size), strict=True):
             with torch.set_grad_enabled(wants_gradient):
                 read = part.detach().requires_grad_(wants_gradient)
                 logits = head.logits(read)

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Literal
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.truncate import (
     Projection,
     damped_root,
