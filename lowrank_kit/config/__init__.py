@@ -108,7 +108,8 @@ class CalibrationConfig(Section):
     seq_len: int = Field(default=512, ge=1)
     """Longest row in tokens; of a text, the length of every window."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows per forward pass; changes memory and speed, not the statistics."""
+    """Most rows per forward pass, fewer where they would not fit; changes memory and speed, not the statistics. The one
+    exception is `method=eva`, which looks for its directions batch by batch."""
     bos: Bos = "auto"
     """Whether every calibration window, or row of instructions, begins with BOS: as `eval.bos`. Nothing is measured at
     that token."""

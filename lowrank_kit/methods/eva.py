@@ -26,6 +26,8 @@ MOST_ROUNDS = 1000
 class Eva(Adapter):
     """A holds right singular vectors of the layer's inputs, found batch by batch; B starts at zero.
 
+    PEFT updates a truncated SVD with every batch and stops where it settles, as published: unlike every other method's,
+    its start depends on `calibration.batch_size`.
     Ranks move between matrices so that together they explain most variance; a matrix may end without an adapter.
     """
 
