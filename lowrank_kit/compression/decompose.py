@@ -10,8 +10,8 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from lowrank_kit.cache.key import StatisticsKey, maker_of
-from lowrank_kit.calibration.collect import Kept, calibration_key, reads_of, reduce_spans
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.collect import calibration_key, reads_of, reduce_spans
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError

@@ -18,7 +18,8 @@ from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.llm_pruner import LLMPruner
 from lowrank_kit.models.linear import check_linear, weight_of
-from lowrank_kit.models.narrow import Units, keep_units
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.units import Units
 from lowrank_kit.plots.units import plot_kept_units
 
 

@@ -11,13 +11,11 @@ from math import log1p
 from typing import Literal
 from zlib import crc32
 
-import torch
 from jaxtyping import Float, Float64
 from pydantic import Field
-from torch import Tensor
 
-from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import InitialisedAdapter, LowRankFactors, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout

@@ -1,8 +1,8 @@
 """Scalar descriptions of a spectrum: eigenvalues or singular values, in any order, none negative."""
 
-import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+
+from lowrank_kit.deferred import Tensor, torch
 
 
 def _descending(spectrum: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Float64, Int
-from torch import Tensor
+
+from lowrank_kit.deferred import Tensor, torch
 
 ROWS_PER_PRODUCT = 1024
 """Rows summed in one float32 product before the float64 sum takes over.
@@ -32,7 +32,7 @@ class Moments:
     count: int
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device | str = "cpu") -> "Moments":
+    def zeros(cls, n: int, device: "torch.device | str" = "cpu") -> "Moments":
         """Moments of no tokens yet, of width `n`."""
         gram = torch.zeros(n, n, dtype=torch.float64, device=device)
         return cls(gram, torch.zeros(n, dtype=torch.float64, device=device), 0)

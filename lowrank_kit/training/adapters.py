@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
