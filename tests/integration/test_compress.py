@@ -16,7 +16,7 @@ from lowrank_kit.runs.directory import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
-    *("kfac_svd", "basis_sharing", "hisvd", "loss_svd"),
+    *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd"),
 ]
 
 
