@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
@@ -46,10 +48,11 @@ def execute(config: RunConfig) -> Path:
     """
     device = _resolve_device(config.device)
     _check_machine(config, device)
+    limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
-    _check_method(config, tasks[0])
-    found = [_open_data(config, task, source) for task in tasks]
+    model = _check_method(config, tasks[0])
+    found = [_open_data(config, task, source, model) for task in tasks]
     with distributed.together(device), RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
         log.info(
             "%s on %s (%s), %s, %s", _method(config).name, config.model.name, config.model.path, config.dtype, device
@@ -87,15 +90,18 @@ def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
     return there or wanted
 
 
-def _open_data(config: RunConfig, task: SingleTask, source: Source) -> TaskRows | TaskTexts:
+def _open_data(config: RunConfig, task: SingleTask, source: Source, model: PretrainedConfig) -> TaskRows | TaskTexts:
     if isinstance(task, ClassificationTask):
-        return TaskRows(config, task, source)
+        return TaskRows(config, task, source, model)
     learns = isinstance(config.method, FineTuning) or config.recovery.learns_the_task
-    return TaskTexts(config, task, source, learns)
+    return TaskTexts(config, task, source, learns, model)
 
 
-def _check_method(config: RunConfig, task: SingleTask) -> None:
-    """Let the method look at the task and at the model's shapes: no weight is read for this."""
+def _check_method(config: RunConfig, task: SingleTask) -> PretrainedConfig:
+    """Let the method look at the task and at the model's shapes: no weight is read for this.
+
+    Returns the model's configuration.
+    """
     method = _method(config)
     if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
         raise ConfigError(
@@ -131,6 +137,7 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
         recovering.check(layout)
     if isinstance(method, Compressor):
         method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
+    return model_config
 
 
 def _check_recovery(config: RunConfig, task: SingleTask) -> None:

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float64
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.allocation.keep import Keep
 from lowrank_kit.config import Section
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.layout import LinearRef
 
 Quantity = Literal["weight", "whitened", "two_sided", "change"]

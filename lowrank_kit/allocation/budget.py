@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from jaxtyping import Float64
-from torch import Tensor
 
 from lowrank_kit.allocation.base import Budget, Candidate
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.spectral.allocate import spend, water_fill
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from jaxtyping import Float64
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import break_even_of, depth_clusters, proportional, share_out, standardised
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.spectral.metrics import (
     decay_exponent,
     effective_rank,

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from jaxtyping import Float64
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.config import Section
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.models.layout import LinearRef
 

@@ -1,8 +1,6 @@
 """Models, tokenizers and configurations from the hub, a folder, a GGUF file or the packaged assets."""
 
-import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,12 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.families import base_type
-from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.quantised import Quantisation, loading_options
 
 Head = Literal["causal", "classification", "seq2seq", "base"]
@@ -135,33 +130,6 @@ def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None
     """Build the model on the meta device: every name and shape, no memory for weights."""
     with torch.device("meta"):
         return _AUTO_CLASSES[head].from_config(_headed(config, head, num_labels, None))
-
-
-def fingerprint(model: PreTrainedModel, layout: ModelLayout) -> str:
-    """Return a hash (32 hex digits) of the weights on which activations of the blocks depend.
-
-    Head and pooler are left out and names are those of the base model, so that models of one checkpoint with
-    different or differently initialised heads agree.
-    """
-    below = {
-        name.removeprefix(f"{model.base_model_prefix}."): (name, parameter)
-        for name, parameter in model.named_parameters()
-        if not any(name.startswith(f"{top}.") for top in layout.on_top)
-    }
-    # hashlib releases the interpreter lock, so threads hash parameters side by side.
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda named: _digest(model, *named), below.values()))
-    whole = hashlib.blake2b(digest_size=16)
-    for (name, (_, parameter)), digest in sorted(zip(below.items(), digests, strict=True), key=lambda item: item[0][0]):
-        whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {digest}\n".encode())
-    return whole.hexdigest()
-
-
-def _digest(model: PreTrainedModel, name: str, parameter: Tensor) -> str:
-    # Of a model that is spread: what waits in memory or on disk until a forward pass needs it.
-    held = load_offloaded_parameter(model, name) if parameter.is_meta else parameter
-    values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
 
 
 def _headed(config: PretrainedConfig, head: Head, num_labels: int | None, problem_type: str | None) -> PretrainedConfig:

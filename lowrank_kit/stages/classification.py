@@ -3,14 +3,17 @@
 import json
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import EvalPrediction
 
 from lowrank_kit.config import ClassificationTask, Metric
+from lowrank_kit.data.padding import RightPadded, padding_id
+from lowrank_kit.data.special_tokens import put_before
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -58,11 +61,21 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
             quantization=self.config.model.quantization,
         )
         # A decoder classifies at the last token that is no padding, and tells padding by this id alone.
-        loaded.model.config.pad_token_id = self._tokenizer.pad_token_id
+        for config in (loaded.model.config, loaded.model.config.get_text_config()):
+            config.pad_token_id = self._pad_token_id
         return loaded
 
     def _read_data(self) -> None:
-        _ = self._evaluation
+        _ = self._pad_token_id
+
+    @cached_property
+    def _pad_token_id(self) -> int:
+        judged = (ids for rows in self._evaluation for ids in rows.rows["input_ids"])
+        return padding_id(self._tokenizer, self._model_config, chain(judged, self._learnt["input_ids"]))
+
+    @cached_property
+    def _learnt(self) -> datasets.Dataset:
+        return self._data.train(self._tokenizer)
 
     @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
@@ -71,10 +84,16 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
     def _calibration_rows(self) -> datasets.Dataset:
         return self._data.calibration(self._tokenizer)
 
+    @property
+    def _calibration_opening(self) -> int:
+        """BOS is not calibrated on; an encoder's CLS, which it may classify at, is."""
+        begun = put_before(self._tokenizer)
+        return int(begun is not None and begun != self._tokenizer.cls_token_id)
+
     def _lessons(self) -> Lessons:
         return Lessons(
-            self._data.train(self._tokenizer),
-            DataCollatorWithPadding(self._tokenizer),
+            self._learnt,
+            RightPadded(self._pad_token_id),
             self._evaluation[0].rows,
             self._score,
             self.config.eval.batch_size,

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
-from lowrank_kit.models.load import fingerprint
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.untouched import SubtractInitial
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.factored import ranks_of, replace_linear, share_down, shared_downs
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, load_config, load_model, skeleton
+from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
 TIED = ("llama", "gemma2", "opt")

@@ -4,10 +4,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import (
     ModelSource,
-    fingerprint,
     load_config,
     load_model,
     load_tokenizer,
