@@ -190,10 +190,14 @@ class TruncatedSVD(Compressor):
         for candidate in free:
             parts[candidate.role if self.scope == "role" else ""].append(candidate)
         rules: list[tuple[Allocation, list[Candidate]]] = [(Uniform(), held)] if held else []
+        before = 0
         for rule, part in [*rules, *((self.allocation, part) for part in parts.values())]:
             share = sum(candidate.dense_cost for candidate in part)
             elsewhere = (total - dense) * share // dense
-            yield rule, part, Budget(left * share // dense, self.rank_multiple, floor, self.dense, elsewhere=elsewhere)
+            # Shares of the whole so far, so that rounding them down loses nothing of the sum.
+            parameters = left * (before + share) // dense - left * before // dense
+            before += share
+            yield rule, part, Budget(parameters, self.rank_multiple, floor, self.dense, elsewhere=elsewhere)
 
     def _extra_quantities(self) -> set[Quantity]:
         """The spectra to compute beside the truncation's own."""
