@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_kit import distributed, launcher
@@ -16,6 +15,7 @@ from lowrank_kit.cache.entry import make_room, open_entry, touch, write_atomical
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.lock import exclusively
+from lowrank_kit.models.files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ class CalibrationStore:
             for linear, quantities in results.items()
             for quantity, tensor in quantities.items()
         }
-        write_atomically(self._path(block), lambda path: save_file(flat, path, {CHECKSUM: self._checksum(block, flat)}))
+        write_atomically(
+            self._path(block), lambda path: save_tensors(flat, path, {CHECKSUM: self._checksum(block, flat)})
+        )
         self._whole.add(block)
 
     def load(self, block: int) -> BlockResults:

@@ -135,7 +135,8 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
         set_seed(self.config.seed)
         loaded = self._load()
         facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(loaded.model, layout_of(loaded.model))}
-        self._manifest.record("model", facts)
+        on_top = {"new_modules": list(loaded.new_modules), "left_out": list(loaded.left_out)}
+        self._manifest.record("model", facts | on_top)
         return loaded
 
     @cached_property
