@@ -111,9 +111,8 @@ def test_svd_llm_v2_cuts_by_one_over_log_loss(model, work, seen, wanted):
 
 def test_d_rank_follows_the_root_of_the_effective_rank(model, work, seen, wanted):
     """Arxiv 2509.25622, sections 3.1 and 3.2: k ~ sqrt(R / (out + in)) within a role, R of the whitened spectrum."""
-    unmoved = {"moved": 0.0} | ({"guard": False} if "guard" in DRank.model_fields else {})
     shares = wanted(d_rank_module)
-    plan, _ = work(model, settings(allocation=DRank(**unmoved), dense=False))
+    plan, _ = work(model, settings(allocation=DRank(moved=0.0, guard=False), dense=False))
     layers, ideal = seen(model), {}
     for role in ("q", "k", "v", "o", "gate", "up", "down"):
         members = [name for name in layers if role_of(name) == role]
@@ -127,6 +126,27 @@ def test_d_rank_follows_the_root_of_the_effective_rank(model, work, seen, wanted
         for name in members:
             ideal[name] = root[name] * budget / (cost * sum(root.values()))
     assert_shares(shares, ideal, layers, plan)
+
+
+def test_d_rank_gives_v_what_it_can_take_of_q_and_k(model, work, seen, wanted):
+    """Section 3.3, with grouped queries: a share of all q and k is pooled, divided among the v, what they cannot hold
+    goes back. This model's v, half as tall as its q, is offered more than it can hold."""
+    before, _ = work(model, settings(allocation=DRank(moved=0.0, guard=False), dense=True))
+    shares = wanted(d_rank_module)
+    plan, _ = work(model, settings(allocation=DRank(moved=0.3, guard=False), dense=True))
+    layers = seen(model)
+    cost = {n: min(before.ranks[n] * sum(layers[n].weight.shape), layers[n].weight.size) for n in layers}
+    of = {role: [n for n in layers if role_of(n) == role] for role in ("q", "k", "v")}
+    gift = {role: 0.3 * sum(cost[n] for n in of[role]) for role in ("q", "k")}
+    gain = {n: min((gift["q"] + gift["k"]) / 3, layers[n].weight.size - cost[n]) for n in of["v"]}
+    left = gift["q"] + gift["k"] - sum(gain.values())
+    assert left > 0
+    after = dict(cost) | {n: cost[n] + gain[n] for n in of["v"]}
+    for role in ("q", "k"):
+        for n in of[role]:
+            after[n] = 0.7 * cost[n] + left * gift[role] / (gift["q"] + gift["k"]) / 3
+    assert shares == pytest.approx({n: c / sum(after.values()) for n, c in after.items()}, rel=1e-6)
+    assert all(plan.ranks[n] == min(layers[n].weight.shape) for n in of["v"])
 
 
 def test_swift_shares_half_by_importance_and_output_norm(model, work, seen, cut, loss, replaced, wanted, probe_rows):
