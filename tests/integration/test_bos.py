@@ -191,7 +191,9 @@ def test_statistics_of_samples_with_and_without_opening_are_kept_apart():
     assert SAMPLES.without_labels().opening == SAMPLES.first(1).opening == SAMPLES.with_decoder_inputs(0).opening == 1
 
 
-@pytest.mark.parametrize("adds", [{"bos": True}, {"bos": False}, {"bos": True, "eos": True}, {"bos": False, "eos": True}])
+@pytest.mark.parametrize(
+    "adds", [{"bos": True}, {"bos": False}, {"bos": True, "eos": True}, {"bos": False, "eos": True}]
+)
 @pytest.mark.parametrize("choice", ["always", "never"])
 def test_lm_evals_likelihoods_are_of_the_whole_answer_behind_a_prompt_that_begins_as_asked(tiny_model, adds, choice):
     model, its = tiny_model("llama", initializer_range=0.3), tokenizer(**adds)

@@ -81,7 +81,9 @@ def test_windows_hold_the_text_once_each_behind_bos(length):
     assert (begun[:, 0] == 1).all()
     step = length - 1
     assert begun[:, 1:].flatten().tolist() == list(range(4, 4 + 8 // step * step))
-    assert opening_of("never", tokenizer()).windows(text, length).flatten().tolist() == list(range(4, 4 + 8 // length * length))
+    assert opening_of("never", tokenizer()).windows(text, length).flatten().tolist() == list(
+        range(4, 4 + 8 // length * length)
+    )
 
 
 @pytest.mark.parametrize("eos", [False, True])
