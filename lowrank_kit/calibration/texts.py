@@ -82,8 +82,11 @@ class CalibrationSamples:
         for sample in self.sequences:
             digest.update(f"{len(sample)} inputs;".encode())
             for name in sorted(sample):
-                digest.update(f"{name}:{len(sample[name])};".encode())
-                digest.update(sample[name].to(torch.int64).numpy().tobytes())
+                values = sample[name]
+                digest.update(f"{name}:{tuple(values.shape)};".encode())
+                # Whole numbers as such, whatever their width; scores as they are.
+                exact = values.double() if values.is_floating_point() else values.to(torch.int64)
+                digest.update(exact.numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, size: int, pad_token_id: int) -> list[dict[str, Tensor]]:

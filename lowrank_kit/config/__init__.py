@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from lowrank_kit.config.plugins import OURS, installed_prefixes
 from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Bos, Section
 from lowrank_kit.config.tasks import (
@@ -198,8 +199,9 @@ class RunSettings(Section):
     """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
     resume: bool = True
     """Continue what an earlier run with the same configuration left; false: start over."""
-    method_prefixes: tuple[str, ...] = Field(default=("lowrank_kit.methods",), min_length=1)
-    """Packages whose classes `method._target_` may name; add your own package here."""
+    method_prefixes: tuple[str, ...] = Field(default=OURS, min_length=1)
+    """Packages whose classes `method._target_` may name; add your own package here. Those that an installed package
+    declares as an entry point of the group `lowrank_kit.methods` are allowed too."""
 
 
 def _check_device(device: str) -> str:
@@ -309,7 +311,7 @@ def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type
         raise ConfigError(f"{key}._target_ is missing: choose a method, for example {key}=astra")
     target = str(method["_target_"])
     module_name, _, class_name = target.rpartition(".")
-    if not any(target.startswith(f"{prefix}.") for prefix in prefixes):
+    if not any(target.startswith(f"{prefix}.") for prefix in (*prefixes, *installed_prefixes())):
         raise ConfigError(
             f"{key}._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
             f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"

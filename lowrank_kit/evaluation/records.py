@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from lowrank_kit.files import read_as
 
 Checkpoint = Literal["dense", "compressed", "early", "best", "final", "majority_class"]
 
@@ -30,3 +33,8 @@ class EvalRecord:
     checkpoint: Checkpoint = "final"
     step: int | None = None
     bos: str | None = None
+
+
+def read_records(file: Path) -> list[EvalRecord]:
+    """Read a run's `results.json`; none where there is no such file. Raises `DamagedFileError`."""
+    return list(read_as(file, tuple[EvalRecord, ...]) or ())

@@ -1,7 +1,6 @@
 """The stages of a perplexity task: a causal model is compressed, perhaps recovered, and judged beside the dense one."""
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,12 @@ from lowrank_kit.data.padding import padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
+from lowrank_kit.files import read_as
 from lowrank_kit.methods.base import Adapter, Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, load_model
+from lowrank_kit.models.load import ModelSource, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
@@ -186,7 +187,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         set_seed(self.config.seed)
         dtype = getattr(torch, self.config.dtype)
         model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
-        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model))}
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model), "loss")}
         self._manifest.record("model", facts)
         return model
 
@@ -218,8 +219,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         file = self._run.path / "plan.json"
         if not file.is_file():
             self.plan()
-        raw = json.loads(file.read_text())
-        return Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
+        plan: Plan = read_as(file, Plan)
+        return plan
 
     @property
     def _recovers(self) -> bool:

@@ -131,17 +131,17 @@ def distillation_loss(
     theirs: Float[Tensor, "rows tokens vocabulary"],
     labels: Int64[Tensor, "rows tokens"],
 ) -> Float[Tensor, ""]:
-    """Mean of KL(theirs || ours) over the positions whose next token has a label, in nats, from logits in float32."""
+    """Sum of KL(theirs || ours) over the positions whose next token has a label, in nats, from logits in float32."""
     predicted = labels[:, 1:] != NOT_PREDICTED
     log_p, log_q = (logits[:, :-1][predicted].float().log_softmax(-1) for logits in (theirs, ours))
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / predicted.sum()
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch) -> Tensor:
+def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch, items: Tensor) -> Tensor:
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     with torch.no_grad():
         theirs = teacher(**inputs).logits
-    return distillation_loss(model(**inputs).logits, theirs, batch["labels"])
+    return distillation_loss(model(**inputs).logits, theirs, batch["labels"]) / items
 
 
 def _parts(ref: LinearRef, shared: Mapping[str, str]) -> list[str]:
