@@ -160,7 +160,7 @@ def test_no_gradient_moment_counts_bos(tiny_model):
         gradients = []
 
         def note(_module, _inputs, output, gradients=gradients):
-            output.register_hook(lambda g: gradients.append(g[0].double()))
+            output.register_hook(lambda grad, gradients=gradients: gradients.append(grad[0].double()))
 
         hook = model.get_submodule(name).register_forward_hook(note)
         logits = model(row[None]).logits[0]

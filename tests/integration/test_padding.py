@@ -111,7 +111,6 @@ CASES = [
     ("llama", "eos", "left", "[PAD]", 2), ("llama", "both", "right", None, 0), ("gpt2", "eos", "left", "[EOS]", 2),
     *((family, "both", side, "[PAD]", 0) for family in ENCODERS for side in ("left", "right")),
     *(("t5", "eos", side, pad, 0) for side, pad in (("left", "[PAD]"), ("right", "[PAD]"), ("left", None))),
-    ("t5", "eos", "left", None, None),
 ]  # fmt: skip
 
 
