@@ -195,9 +195,7 @@ class Composer:
         for part in PARTS_OF_METHODS:
             if any(override.startswith(f"{part}=") for override in overrides):
                 self._check_part(part, overrides)
-        given = {override.lstrip("+").partition("=")[0] for override in overrides}
-        if "model.path" in given and not given & {"model", "model.name"}:
-            composed.model.name = _name_of(str(composed.model.path))
+        name_model(composed, overrides)
         return composed
 
     @contextmanager
@@ -275,6 +273,13 @@ def force_dotted(overrides: Sequence[str]) -> list[str]:
     named = (re.sub(r"^recovery\.method=(?=\w+$)", "method@recovery.method=", override) for override in overrides)
     named = (re.sub(r"^\+*method\.preset=", "preset=", override) for override in named)
     return [f"++{override}" if plain.match(override) else override for override in named]
+
+
+def name_model(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Give a model that is named by ``model.path`` alone its folder's or repository's name."""
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "model.path" in given and not given & {"model", "model.name"}:
+        composed.model.name = _name_of(str(composed.model.path))
 
 
 def _forget_namesakes(ours: Mapping[str, Sequence[str]]) -> None:

@@ -108,7 +108,8 @@ def run(overrides: list[str]) -> Row:
     from lowrank_kit.compose import Composer, force_dotted
     from lowrank_kit.pipeline import execute
     from lowrank_kit.run import set_up_console
-    from lowrank_kit.runs.directory import read_status, run_path
+    from lowrank_kit.runs.directory import run_path
+    from lowrank_kit.runs.status import read_status
 
     set_up_console()
     [config] = Composer().jobs(force_dotted(overrides), multirun=False)

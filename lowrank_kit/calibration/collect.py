@@ -135,9 +135,9 @@ def reduce_spans(
     batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
     if request.gradient != "none":
         assert gradients is not None
-        _collect_gradients(model, layout, batches, refs, request, gradients, progress)
+        _collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
-    for block, statistics in _statistics(model, layout, batches, request, refs, known):
+    for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
         if request.gradient != "none" and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
@@ -161,9 +161,10 @@ def _statistics(
     request: StatisticsRequest,
     refs: Collection[LinearRef],
     skip: Collection[int],
+    opening: int,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     if request.reads_activations:
-        yield from stream_statistics(model, layout, batches, request, refs, skip=skip)
+        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
         return
     for block in sorted({ref.block for ref in refs} - set(skip)):
         yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
@@ -177,13 +178,15 @@ def _collect_gradients(
     request: StatisticsRequest,
     store: CalibrationStore,
     progress: Progress | None,
+    opening: int,
 ) -> None:
     blocks, with_mean = {ref.block for ref in refs}, request.gradient == "all"
     with store.missing(blocks) as missing:
         if not missing:
             return
         skip = blocks - missing
-        for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=skip, progress=progress):
+        streamed = stream_gradients(model, layout, batches, refs, with_mean, skip, progress, opening)
+        for block, found in streamed:
             store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -101,7 +101,7 @@ def hidden_states(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Bool[Tensor, "rows tokens"], Callable[[Visit], None]]]:
-    """Yield every batch's mask of real tokens, and what runs the model on it.
+    """Yield every batch's mask of the tokens that are measured at, and what runs the model on it.
 
     The latter calls ``visit(i, state)`` with the state ``[rows, tokens, hidden]`` before block i, for the last i
     with the state after the last block, before the final norm. The model is in evaluation mode meanwhile.
@@ -123,7 +123,7 @@ def hidden_states(
                     # The base model: logits over a large vocabulary would be the largest tensor of all.
                     model.base_model(**inputs, use_cache=False)
 
-            yield inputs["attention_mask"].bool(), run
+            yield measured(inputs["attention_mask"], samples.opening), run
             if progress and task is not None:
                 progress.advance(task)
     finally:

@@ -1,20 +1,23 @@
 """The stages of a classification task: an adapter is fine-tuned and judged."""
 
-import json
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import EvalPrediction
 
 from lowrank_kit.config import ClassificationTask, Metric
 from lowrank_kit.data.labels import LabelOrder, label_order, name_classes
+from lowrank_kit.data.padding import RightPadded, padding_id
+from lowrank_kit.data.special_tokens import put_before
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import FineTuning
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
@@ -60,7 +63,8 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
             quantization=self.config.model.quantization,
         )
         # A decoder classifies at the last token that is no padding, and tells padding by this id alone.
-        loaded.model.config.pad_token_id = self._tokenizer.pad_token_id
+        for config in (loaded.model.config, loaded.model.config.get_text_config()):
+            config.pad_token_id = self._pad_token_id
         if layout_of(loaded.model).head in loaded.new_modules:
             name_classes(loaded.model.config, self.task)
         return loaded
@@ -70,7 +74,16 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
         return label_order(self._loaded.model.config, self.task)
 
     def _read_data(self) -> None:
-        _ = self._evaluation
+        _ = self._pad_token_id
+
+    @cached_property
+    def _pad_token_id(self) -> int:
+        judged = (ids for rows in self._evaluation for ids in rows.rows["input_ids"])
+        return padding_id(self._tokenizer, self._model_config, chain(judged, self._learnt["input_ids"]))
+
+    @cached_property
+    def _learnt(self) -> datasets.Dataset:
+        return self._data.train(self._tokenizer)
 
     @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
@@ -79,10 +92,16 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
     def _calibration_rows(self) -> datasets.Dataset:
         return self._order.for_model(self._data.calibration(self._tokenizer))
 
+    @property
+    def _calibration_opening(self) -> int:
+        """BOS is not calibrated on; an encoder's CLS, which it may classify at, is."""
+        begun = put_before(self._tokenizer)
+        return int(begun is not None and begun != self._tokenizer.cls_token_id)
+
     def _lessons(self) -> Lessons:
         return Lessons(
-            self._order.for_model(self._data.train(self._tokenizer)),
-            DataCollatorWithPadding(self._tokenizer),
+            self._order.for_model(self._learnt),
+            RightPadded(self._pad_token_id),
             self._order.for_model(self._evaluation[0].rows),
             self._score,
             self.config.eval.batch_size,
@@ -113,8 +132,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
 
     def _looks_while_training(self, rows: EvaluationRows) -> list[EvalRecord]:
         """The first and the best of the evaluations that the training log holds."""
-        file = self._run.path / "history.json"
-        history = json.loads(file.read_text()) if file.is_file() else []
+        history = read_json(self._run.path / "history.json", list) or []
         looks = [entry for entry in history if f"eval_{self.task.metrics[0]}" in entry]
         if not looks:
             return []

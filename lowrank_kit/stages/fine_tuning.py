@@ -63,6 +63,11 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
     def _calibration_rows(self) -> datasets.Dataset:
         """The training rows to calibrate on, encoded as in training."""
 
+    @property
+    @abstractmethod
+    def _calibration_opening(self) -> int:
+        """Tokens at the beginning of those rows that are not calibrated on."""
+
     @abstractmethod
     def _lessons(self) -> Lessons:
         """What is learnt."""
@@ -137,7 +142,8 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
     @cached_property
     def _samples(self) -> CalibrationSamples:
         rows = self._calibration_rows()
-        samples = CalibrationSamples(tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows))
+        sequences = tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows)
+        samples = CalibrationSamples(sequences, self._calibration_opening)
         self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
         return samples
 

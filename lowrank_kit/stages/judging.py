@@ -1,5 +1,6 @@
 """How causal models are judged: perplexity on texts and answers to benchmarks, the original's measured only once."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_kit import distributed
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.figures import content_hash, shared_figures
 from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
@@ -17,10 +19,15 @@ from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.progress import StageProgress
+from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.stages.base import VERSIONS
 
 if TYPE_CHECKING:
     from lowrank_kit.stages.suite import Suite
+
+
+WINDOWS = "windows"
+"""Folder below the run directory: ``windows/CHECKPOINT/TEXT.json`` has a text's mean loss (nats) window by window."""
 
 
 class CausalJudge:
@@ -60,7 +67,8 @@ class CausalJudge:
         exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self._config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder)
+        opening = self._data.opening("eval", tokenizer)
+        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
 
     def judge(
         self,
@@ -84,17 +92,34 @@ class CausalJudge:
                 its_key = replace(key, text=content_hash(text.windows))
                 found = _shared(cache / "perplexity", its_key, f"{checkpoint} perplexity", measure)
             figures.append(_record(text, found, checkpoint))
+            distributed.on_main(partial(self._keep_windows, text, found, checkpoint))
         if self.suite is None:
             return figures
         generation = model.generation_config.to_dict() if model.can_generate() else {}
         asks = replace(
             key,
             batch_size=self.suite.batch_size,
-            request={"quantity": "answers", "max_length": self.suite.max_length, "generation": generation},
+            request={
+                "quantity": "answers",
+                "max_length": self.suite.max_length,
+                "bos": self.suite.opening.ids,
+                "generation": generation,
+            },
             tokenizer=tokenizer_fingerprint(self._tokenizer),
         )
         shared = None if cache is None else cache / "benchmarks"
         return figures + self.suite.judge(model, checkpoint, asks, progress, shared)
+
+    def _keep_windows(self, text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> None:
+        """The figure of every window: what a spread, or a comparison with another model's, is computed from."""
+        kept = {
+            "nll": found.per_window,
+            "predicted_tokens": text.windows.shape[1] - 1,
+            "bos": text.opening.facts(),
+            "windows_sha256": content_hash(text.windows),
+        }
+        file = self._folder / WINDOWS / checkpoint / f"{text.name}.json"
+        write_atomically(file, json.dumps(kept) + "\n")
 
     def _measure(
         self, model: PreTrainedModel, text: EvaluationText, checkpoint: Checkpoint, progress: StageProgress
@@ -111,5 +136,6 @@ def _shared(root: Path, key: StatisticsKey, what: str, measure: Callable[[], Per
 
 def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:
     return EvalRecord(
-        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint
-    )
+        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint,
+        bos=text.opening.token or "",
+    )  # fmt: skip

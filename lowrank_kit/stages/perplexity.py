@@ -1,7 +1,6 @@
 """The stages of a perplexity task: a causal model is compressed, perhaps recovered, and judged beside the dense one."""
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,11 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
 from lowrank_kit.config import PerplexityTask
+from lowrank_kit.data.padding import padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
+from lowrank_kit.files import read_as
 from lowrank_kit.methods.base import Adapter, Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.fingerprint import fingerprint
@@ -49,7 +50,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         # Texts that are too short are found out before the model is loaded.
         _ = self._judge.texts, self._judge.suite
         if self._recovers:
-            _ = self._recovery_rows
+            _ = self._recovery_rows, padding_id(self._tokenizer, self._model_config)
         if self._compressor is not None:
             _ = self._samples, self._probe_windows
             with StageProgress() as progress:
@@ -159,6 +160,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _judge(self) -> CausalJudge:
+        self._manifest.record("bos", self._data.openings(self._tokenizer))
         return CausalJudge(self.config, self.task, self._data, self._tokenizer, self._run.path, self.device)
 
     def _judged(
@@ -195,7 +197,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         self._manifest.record(
             "calibration", {"text": self._data.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
         )
-        return CalibrationSamples(tuple({"input_ids": window} for window in windows))
+        opening = self._data.opening("calibration", self._tokenizer)
+        return CalibrationSamples(tuple({"input_ids": window} for window in windows), len(opening))
 
     @property
     def _probe_windows(self) -> Windows | None:
@@ -216,8 +219,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         file = self._run.path / "plan.json"
         if not file.is_file():
             self.plan()
-        raw = json.loads(file.read_text())
-        return Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
+        plan: Plan = read_as(file, Plan)
+        return plan
 
     @property
     def _recovers(self) -> bool:
@@ -235,7 +238,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         assert isinstance(method, Adapter)
         chosen = rows.select(range(min(settings.samples, len(rows))))
         samples = CalibrationSamples(
-            tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen)
+            tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen),
+            len(self._data.opening(self._data.learnt_as, self._tokenizer)),
         )
         looks = []
         if self.config.eval.effects.enabled:

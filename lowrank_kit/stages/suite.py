@@ -12,6 +12,7 @@ from lowrank_kit import distributed, launcher
 from lowrank_kit.cache.entry import make_room, open_entry, touch
 from lowrank_kit.cache.figures import checksum
 from lowrank_kit.cache.key import StatisticsKey
+from lowrank_kit.data.special_tokens import Opening
 from lowrank_kit.evaluation.harness import Answers, Exam, answer_all, averages
 from lowrank_kit.evaluation.language_model import BoundedLM, Tokens
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -29,7 +30,7 @@ class Suite:
 
     Below ``folder`` lie ``benchmarks/CHECKPOINT/NAME.json``, figures with the key of all that they depend on, and
     ``samples/CHECKPOINT/NAME.jsonl``, one line a row. What lies there with the same key is not measured again.
-    ``tokens`` are those of the questions, which all models share.
+    ``opening`` begins every prompt; ``tokens`` are those of the questions, which all models share.
     """
 
     exams: Sequence[Exam]
@@ -38,6 +39,7 @@ class Suite:
     max_length: int
     versions: Mapping[str, str]
     folder: Path
+    opening: Opening
     tokens: Tokens = field(default_factory=dict)
 
     def judge(
@@ -70,7 +72,7 @@ class Suite:
 
         found = distributed.on_main(known)
         if todo := [exam for exam in self.exams if exam.name not in found]:
-            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens)
+            lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens, self.opening)
             for answers in answer_all(lm, todo, progress, f"{checkpoint} model"):
                 found[answers.name] = answers
                 if launcher.is_main():
@@ -81,7 +83,9 @@ class Suite:
                         _write(*shelf, answers, whole)
             if shared and launcher.is_main():
                 make_room(shared)
-        records = [r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint)]
+        records = [
+            r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint, self.opening)
+        ]
         return [*records, *averages(records)]
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.config import RuntimeConfig, TrainConfig
-from lowrank_kit.data.instructions import IGNORED
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
@@ -204,7 +204,7 @@ def items_of(labels: Tensor, shifted: bool) -> Tensor:
     """
     if labels.ndim == 1:
         return torch.tensor(len(labels))
-    return (labels[:, 1:] if shifted else labels).ne(IGNORED).sum()
+    return (labels[:, 1:] if shifted else labels).ne(NOT_PREDICTED).sum()
 
 
 class _Trainer(Trainer):

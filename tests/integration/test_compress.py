@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),

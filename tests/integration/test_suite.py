@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from lm_eval.models.huggingface import HFLM
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.harness import Exam
@@ -107,13 +106,13 @@ def test_without_a_cache_nothing_of_a_run_is_kept_for_others(job, tmp_path):
 
 
 def test_all_models_of_a_run_share_the_tokens_of_the_questions(job, monkeypatch):
-    texts, encode = [], HFLM.tok_encode
+    texts, encode = [], BoundedLM.tok_encode
 
     def watched(self, text, *rest, **more):
         texts.append(text)
         return encode(self, text, *rest, **more)
 
-    monkeypatch.setattr(HFLM, "tok_encode", watched)
+    monkeypatch.setattr(BoundedLM, "tok_encode", watched)
     execute(job())
     # Once for two models; of a question and its answer, the whole and the question.
     questions = 2 * (9 + 8)
