@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.files import check_tensors, damage, read_json
+from lowrank_kit.files import read_json
+from lowrank_kit.models.files import REMEDY, check_tensors, damage
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -24,7 +25,7 @@ def check_adapter(folder: Path) -> dict[str, Tensor]:
     that are not those of its configuration.
     """
     config_file = folder / "adapter_config.json"
-    read_json(config_file)
+    read_json(config_file, dict, REMEDY)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     # Settings of a wrong kind fail in ways that nobody lists.

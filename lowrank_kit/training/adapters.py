@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
-from lowrank_kit.models.files import read_json, save_tensors
+from lowrank_kit.models.files import REMEDY, save_tensors
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
@@ -200,7 +201,7 @@ def load_adapted(method: FineTuning, base_model: PreTrainedModel, folder: Path) 
     if not isinstance(method, Adapter):
         return load_like(base_model, folder)
     if (folder / BASE_FILE).is_file():
-        base = read_json(folder / BASE_FILE)
+        base = read_json(folder / BASE_FILE, dict, REMEDY)
         found = fingerprint(base_model, layout_of(base_model))
         if found != base.get("fingerprint"):
             raise LowRankKitError(
