@@ -55,7 +55,7 @@ def test_a_bit_that_was_flipped_behind_the_clocks_back_is_found_when_the_run_goe
     times = file.stat()
     file.write_bytes(bytes(256))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(LowRankKitError, match="model.safetensors was altered"):
+    with pytest.raises(LowRankKitError, match=r"model\.safetensors was altered"):
         RunDirectory.open(make())
 
 
