@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
+from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.texts import TaskTexts
@@ -20,7 +23,7 @@ from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import Adapter, Compressor, FineTuning, Method
 from lowrank_kit.models.contents import contents
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, load_config, skeleton
+from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.inputs import Inputs, inputs_of
@@ -48,10 +51,13 @@ def execute(config: RunConfig) -> Path:
     """
     device = _resolve_device(config.device)
     _check_machine(config, device)
+    if device == "cpu" and config.dtype == "float16":
+        log.warning("dtype=float16 on a CPU is slow, and its sums overflow above 65504: use dtype=float32 or bfloat16")
+    limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
-    _check_method(config, tasks[0])
-    found = [_open_data(config, task, source) for task in tasks]
+    model = _check_method(config, tasks)
+    found = [_open_data(config, task, source, model) for task in tasks]
     facts = {
         f"{task.name}/{split}": fact
         for task, data in zip(tasks, found, strict=True)
@@ -98,16 +104,19 @@ def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
     return there or wanted
 
 
-def _open_data(config: RunConfig, task: SingleTask, source: Source) -> TaskRows | TaskTexts:
+def _open_data(config: RunConfig, task: SingleTask, source: Source, model: PretrainedConfig) -> TaskRows | TaskTexts:
     if isinstance(task, ClassificationTask):
-        return TaskRows(config, task, source)
+        return TaskRows(config, task, source, model)
     learns = isinstance(config.method, FineTuning) or config.recovery.learns_the_task
-    return TaskTexts(config, task, source, learns)
+    return TaskTexts(config, task, source, learns, model)
 
 
-def _check_method(config: RunConfig, task: SingleTask) -> None:
-    """Let the method look at the task and at the model's shapes: no weight is read for this."""
-    method = _method(config)
+def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedConfig:
+    """Let the method look at the tasks and at the model's shapes: no weight is read for this.
+
+    Returns the model's configuration.
+    """
+    method, task = _method(config), tasks[0]
     if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
         raise ConfigError(
             f"method={method.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
@@ -135,6 +144,10 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
             layout = layout_of(skeleton(model_config, "classification", task.labels))
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
+    check_files(source)
+    for each in tasks:
+        if isinstance(each, ClassificationTask):
+            check_labels(model_config, each)
     if config.model.quantization != "none":
         layout = as_quantised(layout)
     method.check(layout)
@@ -142,6 +155,7 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
         recovering.check(layout)
     if isinstance(method, Compressor):
         method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
+    return model_config
 
 
 def _check_recovery(config: RunConfig, task: SingleTask) -> None:

@@ -41,7 +41,7 @@ def _main(argv: list[str]) -> None:
     composer = _composer(args)
     if args.help:
         plain: Any = OmegaConf.to_container(composer.compose(overrides), resolve=True)
-        print(help_text(schema_for(plain), plain, composer.options))
+        print(help_text(schema_for(plain), plain, composer.options, composer.presets))
         return
     if args.hydra_help or args.shell_completion:
         _hydra([*flags, *overrides], composer)

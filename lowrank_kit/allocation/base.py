@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float64
-from torch import Tensor
 
 from lowrank_kit.config import Section
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.layout import LinearRef
 
 Quantity = Literal["weight", "whitened", "two_sided", "change"]

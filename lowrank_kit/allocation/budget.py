@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float64
-from torch import Tensor
 
 from lowrank_kit.allocation.base import Budget, Candidate
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.spectral.allocate import spend, water_fill
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 from jaxtyping import Float64
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import break_even_of, proportional, share_out
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.spectral.metrics import decay_exponent, effective_rank, rank_density, tail_redundancy
 
 ATTENTION = frozenset({"q", "k", "v", "o", "qkv"})

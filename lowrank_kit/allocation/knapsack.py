@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,10 @@ def solve(
     is in no better answer; the few that remain go to HiGHS. Should it end without a better answer, the
     Lagrangian one stands.
     """
+    # Imported where it is used: whoever only reads settings does without.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     relaxed = relax(costs, losses, budget)
     slack = relaxed.loss - relaxed.bound
     values = [np.asarray(v, float) + relaxed.price * np.asarray(c, float) for c, v in zip(costs, losses, strict=True)]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import Batch, frozen, next_token_loss, recomputed
 from lowrank_kit.calibration.statistics import GradientStatistics
+from lowrank_kit.calibration.texts import measured
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import check_linear, is_transposed
@@ -33,6 +34,7 @@ def stream_gradients(
     with_mean: bool,
     skip: Collection[int] = (),
     progress: Progress | None = None,
+    opening: int = 0,
 ) -> Iterator[tuple[int, dict[str, GradientStatistics]]]:
     """Yield `(block index, gradient statistics of its linears by name)` from the last block to the first.
 
@@ -45,6 +47,8 @@ def stream_gradients(
         with_mean: also the gradient in the weight itself.
         skip: block indices whose statistics are known already.
         progress: shows one bar over all batches.
+        opening: tokens at the beginning of every row that are read and not counted (BOS); ``mean``, the gradient of
+            the loss, is of what they contribute to it, too.
 
     Raises:
         LowRankKitError: a model without next-token head, or gradients that are not finite.
@@ -58,7 +62,7 @@ def stream_gradients(
     with frozen(model):
         for blocks in passes:
             linears = [ref for block in blocks for ref in wanted[block]]
-            collector = _Collector(model, linears, with_mean)
+            collector = _Collector(model, linears, with_mean, opening)
             with ExitStack() as stack:
                 stack.enter_context(collector)
                 stack.enter_context(recomputed(model, layout.blocks[min(blocks) :]))
@@ -92,7 +96,7 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], with_mean: bool) -> Itera
 class _Collector:
     """Hooks on the linears of one pass."""
 
-    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], with_mean: bool) -> None:
+    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], with_mean: bool, opening: int) -> None:
         self._linears = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
         device = next(model.parameters()).device
         self._grams = {ref: Moments.zeros(ref.full_rank, device) for ref in refs}
@@ -101,7 +105,7 @@ class _Collector:
         self._input_energy: dict[LinearRef, Tensor] = {}
         self._mask: Tensor | None = None
         self._tokens = 0
-        self._with_mean = with_mean
+        self._with_mean, self._opening = with_mean, opening
 
     def __enter__(self) -> "_Collector":
         self._handles: list[Any] = []
@@ -119,7 +123,7 @@ class _Collector:
 
     def read(self, model: PreTrainedModel, batch: Batch) -> None:
         """Add one batch."""
-        self._mask = batch["attention_mask"].bool()
+        self._mask = measured(batch["attention_mask"], self._opening)
         self._tokens += int(self._mask.sum())
         with torch.enable_grad():
             next_token_loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -160,6 +164,8 @@ class _Collector:
         def hook(_module: nn.Module, towards_input: tuple[Tensor, ...], at_output: tuple[Tensor, ...]) -> None:
             gradient = at_output[0].float()
             squares = gradient.pow(2)
+            if self._mask is not None:
+                squares = squares * self._mask.reshape(*squares.shape[:-1], 1)
             self._energy[ref] += float(squares.sum(dtype=torch.float64))
             self._rows[ref] += (squares * self._input_energy[ref][..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
             seen = gradient if ref.out_features <= ref.in_features else towards_input[0]

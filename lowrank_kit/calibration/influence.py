@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -15,12 +15,11 @@ from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
-
-Distance = Literal["cosine", "angular"]
 
 
 def block_influence(
@@ -55,8 +54,8 @@ def block_influence(
     """
     if cache is None:
         return _measured(model, layout, samples, batch_size, distance, span, progress)
-    key = calibration_key(model, layout, samples, (), batch_size)
-    store = CalibrationStore(cache, {**key, "influence": {"distance": distance, "span": span}})
+    asked = {"quantity": "block influence", "distance": distance, "span": span}
+    store = CalibrationStore(cache, calibration_key(model, layout, samples, batch_size, "blocks", asked))
     with store.missing([0]) as missing:
         if missing:
             found = _measured(model, layout, samples, batch_size, distance, span, progress)
@@ -102,7 +101,7 @@ def hidden_states(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Bool[Tensor, "rows tokens"], Callable[[Visit], None]]]:
-    """Yield every batch's mask of real tokens, and what runs the model on it.
+    """Yield every batch's mask of the tokens that are measured at, and what runs the model on it.
 
     The latter calls ``visit(i, state)`` with the state ``[rows, tokens, hidden]`` before block i, for the last i
     with the state after the last block, before the final norm. The model is in evaluation mode meanwhile.
@@ -124,7 +123,7 @@ def hidden_states(
                     # The base model: logits over a large vocabulary would be the largest tensor of all.
                     model.base_model(**inputs, use_cache=False)
 
-            yield inputs["attention_mask"].bool(), run
+            yield measured(inputs["attention_mask"], samples.opening), run
             if progress and task is not None:
                 progress.advance(task)
     finally:

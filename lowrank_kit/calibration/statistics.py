@@ -1,15 +1,21 @@
 """What a method may ask calibration for, and what it gets for each linear layer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from jaxtyping import Float
-from torch import Tensor
 
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
 
 Side = Literal["input", "output", "smaller"]
+
+Distance = Literal["cosine", "angular"]
+"""How far a block moves the hidden states."""
+
+# What a method keeps of one layer: small named tensors.
+Kept: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

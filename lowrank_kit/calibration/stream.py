@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.texts import measured
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
@@ -43,6 +44,7 @@ def stream_statistics(
     request: StatisticsRequest,
     refs: Collection[LinearRef],
     skip: Collection[int] = (),
+    opening: int = 0,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     """Yield ``(block index, statistics of its linears)`` in execution order.
 
@@ -54,6 +56,7 @@ def stream_statistics(
         request: which side's moments to collect.
         refs: the linears wanted; blocks without any only pass their hidden states on.
         skip: block indices whose statistics are known already; they pass their hidden states on.
+        opening: tokens at the beginning of every row that are read and not counted (BOS).
     """
     wanted = defaultdict(list)
     for ref in refs:
@@ -67,7 +70,8 @@ def stream_statistics(
         for stack in layout.stacks:
             last = max((b for b in wanted if first <= b < first + len(stack)), default=None)
             if last is not None:
-                yield from _stream_stack(model, stack[: last - first + 1], first, batches, request, wanted)
+                blocks = stack[: last - first + 1]
+                yield from _stream_stack(model, blocks, first, batches, request, wanted, opening)
             first += len(stack)
     finally:
         model.train(was_training)
@@ -80,12 +84,16 @@ def _stream_stack(
     batches: Sequence[Batch],
     request: StatisticsRequest,
     wanted: Mapping[int, list[LinearRef]],
+    opening: int,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     device = model.device
     blocks = [model.get_submodule(path) for path in stack]
     own = "decoder_attention_mask" if first > 0 else "attention_mask"
     calls = [record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
-    masks = [TokenMasks(batch.get(own), batch.get("attention_mask")) for batch in batches]
+    masks = [
+        TokenMasks(_counted(batch.get(own), opening), _counted(batch.get("attention_mask"), opening))
+        for batch in batches
+    ]
     for offset, block in enumerate(blocks):
         linears = wanted.get(first + offset, [])
         is_last = offset == len(blocks) - 1
@@ -102,6 +110,10 @@ def _stream_stack(
             yield first + offset, collector.statistics()
         # Else it would hold this block's moments while the next block's are summed.
         del collector
+
+
+def _counted(mask: Tensor | None, opening: int) -> Tensor | None:
+    return None if mask is None else measured(mask, opening)
 
 
 @dataclass(frozen=True)

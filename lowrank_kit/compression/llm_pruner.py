@@ -18,7 +18,8 @@ from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.llm_pruner import LLMPruner
 from lowrank_kit.models.linear import check_linear, weight_of
-from lowrank_kit.models.narrow import Units, keep_units
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.units import Units
 from lowrank_kit.plots.units import plot_kept_units
 
 
@@ -64,8 +65,17 @@ class PrunerCompression(Compression[LLMPruner]):
             passes = self._taylor(list(by_block.values()))
             return {name: values for _, scores in passes for name, values in scores.items()}
         refs = [ref for u in self._units for ref in u.linears]
-        key = calibration_key(bench.model, bench.layout, bench.samples, refs, bench.batch_size)
-        store = CalibrationStore(bench.cache, {**key, "units": self.method.importance})
+        key = calibration_key(
+            bench.model,
+            bench.layout,
+            bench.samples,
+            bench.batch_size,
+            "loss",
+            {"quantity": "scores of units", "importance": self.method.importance},
+            (type(self.method),),
+            refs,
+        )
+        store = CalibrationStore(bench.cache, key)
         with store.missing(by_block) as missing:
             for units, scores in self._taylor([by_block[block] for block in by_block if block in missing]):
                 store.save(units[0].block, {name: {"scores": values} for name, values in scores.items()})

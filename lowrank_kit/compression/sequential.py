@@ -96,7 +96,7 @@ def factorise_sequentially(
         known = load_gradients(gradients, index, model.device) if gradients and groups else {}
         for group in groups:
             first = group[0]
-            sums = _Sums(first, first.name in writers[index], model.device)
+            sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
             for state, original in zip(states, reads, strict=True):
                 sums.add(original.pop(first.name), state.read(model, module, first.name, writers[index], index))
             correction = sums.correction(method)
@@ -205,14 +205,15 @@ class _Correction:
 class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
-    def __init__(self, ref: LinearRef, with_stream: bool, device: torch.device) -> None:
+    def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: torch.device) -> None:
+        self._opening = opening
         self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
         self._difference = torch.zeros_like(self._new.gram)
         self._stream = torch.zeros(ref.out_features, ref.in_features).to(self._difference) if with_stream else None
 
     def add(self, old: _Read, new: _Read) -> None:
         """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
-        before, after = self._rows(old.inputs), self._rows(new.inputs)
+        before, after = (self._rows(read.inputs.view(*read.stream.shape[:2], -1)) for read in (old, new))
         self._old.update(before)
         self._new.update(after)
         _add_product(self._difference, before - after, after)
@@ -234,8 +235,8 @@ class _Sums:
         residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T
         return _Correction(inputs, residual, Moments(gram / (1 + method.anchor), self._new.total, self._new.count))
 
-    def _rows(self, activations: Tensor) -> Tensor:
-        return activations.to(self._difference.device).flatten(0, -2).float()
+    def _rows(self, activations: Float[Tensor, "rows tokens _"]) -> Float[Tensor, "counted _"]:
+        return activations[:, self._opening :].to(self._difference.device).flatten(0, -2).float()
 
 
 def _add_product(

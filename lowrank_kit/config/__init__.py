@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, cre
 
 from lowrank_kit.config.plugins import OURS, installed_prefixes
 from lowrank_kit.config.runtime import RuntimeConfig
-from lowrank_kit.config.section import Section
+from lowrank_kit.config.section import Bos, Section
 from lowrank_kit.config.tasks import (
     Benchmark,
     BenchmarkMetric,
@@ -33,6 +33,7 @@ __all__ = [
     "STAGES",
     "Benchmark",
     "BenchmarkMetric",
+    "Bos",
     "CalibrationConfig",
     "ClassificationTask",
     "DataConfig",
@@ -108,6 +109,9 @@ class CalibrationConfig(Section):
     """Longest row in tokens; of a text, the length of every window."""
     batch_size: int = Field(default=8, ge=1)
     """Rows per forward pass; changes memory and speed, not the statistics."""
+    bos: Bos = "auto"
+    """Whether every calibration window, or row of instructions, begins with BOS: as `eval.bos`. Nothing is measured at
+    that token."""
     cache: bool = True
     """Keep statistics on disk, keyed by everything that determines them."""
 
@@ -153,6 +157,9 @@ class EvalConfig(Section):
     behind those calibrated on. Of instructions: the perplexity of their answers, and what `lm_eval` makes of them."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of labelled text per forward pass."""
+    bos: Bos = "auto"
+    """Whether every window of a text, every prompt of a benchmark and every instruction learnt begins with BOS. `auto`:
+    where the model's tokenizer puts it before a text, and for Gemma, as lm-eval does. BOS is not predicted."""
     # Left out where it says nothing, so that older run directories are found again.
     allow_code_execution: bool = Field(default=False, exclude_if=lambda allowed: not allowed)
     """Run programs that the model wrote (benchmarks scored by pass@k), in a sandbox."""

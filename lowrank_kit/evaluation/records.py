@@ -18,7 +18,8 @@ class EvalRecord:
     compressed one before its recovery, the first evaluation while training, the best one (the highest of several
     looks at the evaluation split, so an optimistic figure), the end (the figure to quote), or the training set's
     majority class without any model.
-    ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks.
+    ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks. ``bos`` is the token that began
+    every window or prompt, empty where none did; None where a tokenizer's own special tokens were read, or no text.
     """
 
     task: str
@@ -31,6 +32,7 @@ class EvalRecord:
     versions: Mapping[str, str]
     checkpoint: Checkpoint = "final"
     step: int | None = None
+    bos: str | None = None
 
 
 def read_records(file: Path) -> list[EvalRecord]:

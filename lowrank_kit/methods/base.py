@@ -3,19 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Section
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 # Inputs of a model on its device, right-padded, with attention masks.
 Batches: TypeAlias = Sequence[dict[str, Tensor]]
@@ -54,6 +55,10 @@ class Method(Section):
 
     name: str
     """Name in tables and run directories."""
+    # Left out where it says nothing, so that older run directories are found again.
+    preset: str = Field(default="default", exclude_if=lambda preset: preset == "default")
+    """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
+    included. What else is on the command line wins over them."""
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
@@ -219,18 +224,20 @@ class Adapter(FineTuning):
         """Fields of PEFT's `LoraConfig` that make this method, beside targets, ranks, scaling and dropout."""
         return {}
 
-    def collect(self, model: PreTrainedModel, targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
+    def collect(self, model: "PreTrainedModel", targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
         """What an initialisation of PEFT has to know of every target before ranks are decided."""
         return {}
 
     def wrap(
         self,
-        model: PreTrainedModel,
-        config: LoraConfig,
+        model: "PreTrainedModel",
+        config: "LoraConfig",
         kept: Mapping[str, Kept],
         batches: Batches,
-    ) -> PeftModel:
+    ) -> "PeftModel":
         """Let PEFT put the adapter into ``model``; ``kept`` is what `collect` found."""
+        from peft import get_peft_model
+
         return get_peft_model(model, config)
 
     def _plan_of(self, layout: ModelLayout, ranks: dict[str, int], scores: dict[str, float] | None = None) -> Plan:

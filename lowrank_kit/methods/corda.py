@@ -1,16 +1,15 @@
 """CorDA (Yang et al., arXiv 2406.05223): an adapter from the SVD of W weighted by its inputs. By PEFT."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
-from transformers import PreTrainedModel
-
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
+from lowrank_kit.deferred import torch
 from lowrank_kit.methods.base import Adapter, Batches
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 class Corda(Adapter):
@@ -33,10 +32,16 @@ class Corda(Adapter):
 
     def lora_options(self) -> dict[str, Any]:
         """See `Adapter`."""
+        from peft.tuners.lora.config import CordaConfig
+
         return {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method=self.mode)}
 
-    def wrap(self, model: PreTrainedModel, config: LoraConfig, kept: Mapping[str, Kept], batches: Batches) -> PeftModel:
+    def wrap(
+        self, model: "PreTrainedModel", config: "LoraConfig", kept: Mapping[str, Kept], batches: Batches
+    ) -> "PeftModel":
         """See `Adapter`."""
+        from peft import get_peft_model
+        from peft.tuners.lora.corda import preprocess_corda
 
         @torch.no_grad()
         def run_model() -> None:

@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import EvaConfig, LoraLayer
-from peft.tuners.lora.eva import get_eva_state_dict
 from pydantic import Field
-from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
+from lowrank_kit.deferred import torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,19 @@ class Eva(Adapter):
 
     def lora_options(self) -> dict[str, Any]:
         """See `Adapter`."""
+        from peft.tuners.lora import EvaConfig
+
         return {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=self.rho, tau=self.tau)}
 
-    def collect(self, model: PreTrainedModel, targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
+    def collect(self, model: "PreTrainedModel", targets: Sequence[LinearRef], batches: Batches) -> dict[str, Kept]:
         """Find ``components [r, in]`` of every target, none for one that is to have no adapter.
 
         Raises `LowRankKitError` where no batch has as many tokens as directions are sought, and where they have not
         settled after `MOST_ROUNDS` rounds of all batches.
         """
+        from peft import LoraConfig
+        from peft.tuners.lora.eva import get_eva_state_dict
+
         ranks = {ref.name: self._configured_rank(ref) for ref in targets}
         sought = max(round(rank * self.rho) for rank in ranks.values())
         largest = max(int(batch["attention_mask"].sum()) for batch in batches)
@@ -66,7 +71,7 @@ class Eva(Adapter):
         config = LoraConfig(target_modules=sorted(ranks), r=self.rank, rank_pattern=ranks, **self.lora_options())
         passes = count()
 
-        def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+        def forward(model: "PreTrainedModel", inputs: dict[str, Any]) -> None:
             rounds, batch = divmod(next(passes), len(batches))
             if rounds == MOST_ROUNDS:
                 raise LowRankKitError(
@@ -85,11 +90,15 @@ class Eva(Adapter):
         names = [ref.name for ref in self.targets(layout) if ref.name in kept]
         return self._plan_of(layout, {name: kept[name]["components"].shape[0] for name in names})
 
-    def wrap(self, model: PreTrainedModel, config: LoraConfig, kept: Mapping[str, Kept], batches: Batches) -> PeftModel:
+    def wrap(
+        self, model: "PreTrainedModel", config: "LoraConfig", kept: Mapping[str, Kept], batches: Batches
+    ) -> "PeftModel":
         """See `Adapter`."""
+        from peft import get_peft_model
+
         wrapped = get_peft_model(model, config)
         with torch.no_grad():
             for name, found in kept.items():
-                layer: LoraLayer = wrapped.get_base_model().get_submodule(name)
+                layer = wrapped.get_base_model().get_submodule(name)
                 layer.lora_A["default"].weight.copy_(found["components"])
         return wrapped

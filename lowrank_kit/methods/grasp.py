@@ -4,13 +4,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from jaxtyping import Float64
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from lowrank_kit.allocation.base import Budget, Candidate
 from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.methods.base import Compressor, Plan
-from lowrank_kit.models.depth import block_sizes, fewest_blocks, ranks_with
+from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.layout import ModelLayout
 
 Differences = Literal["original", "running"]

@@ -5,13 +5,13 @@ from typing import Literal
 
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.families import LOWRANK_PREFIX
 from lowrank_kit.models.layout import ModelLayout
-from lowrank_kit.models.narrow import Units, units_of
+from lowrank_kit.models.units import Units, units_of
 
 
 class LLMPruner(Compressor):

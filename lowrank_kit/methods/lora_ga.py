@@ -1,20 +1,18 @@
 """LoRA-GA (Wang et al., arXiv 2407.05000): an adapter whose first step is nearest that of full fine-tuning. By PEFT."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import LoraGAConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 from pydantic import Field
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.texts import NOT_PREDICTED
+from lowrank_kit.calibration.statistics import Kept
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 class LoraGA(Adapter):
@@ -36,11 +34,18 @@ class LoraGA(Adapter):
 
     def lora_options(self) -> dict[str, Any]:
         """See `Adapter`."""
+        from peft.tuners.lora.config import LoraGAConfig
+
         settings = LoraGAConfig(direction=self.direction, scale=self.scale, stable_gamma=self.stable_gamma)
         return {"init_lora_weights": "lora_ga", "lora_ga_config": settings}
 
-    def wrap(self, model: PreTrainedModel, config: LoraConfig, kept: Mapping[str, Kept], batches: Batches) -> PeftModel:
+    def wrap(
+        self, model: "PreTrainedModel", config: "LoraConfig", kept: Mapping[str, Kept], batches: Batches
+    ) -> "PeftModel":
         """See `Adapter`. Raises `LowRankKitError` for a classifier whose samples have no labels."""
+        from peft import get_peft_model
+        from peft.tuners.lora.loraga import preprocess_loraga
+
         batches = [_labelled(model, batch) for batch in batches]
 
         def train_step() -> None:
@@ -51,7 +56,9 @@ class LoraGA(Adapter):
         return get_peft_model(model, config)
 
 
-def _labelled(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _labelled(model: "PreTrainedModel", batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    from lowrank_kit.calibration.texts import NOT_PREDICTED
+
     if "labels" in batch:
         return batch
     if "Classification" in type(model).__name__:

@@ -1,9 +1,9 @@
 """MiLoRA (Wang et al., arXiv 2406.09044): an adapter that starts as the minor singular components of W."""
 
 from jaxtyping import Float
-from torch import Tensor
 
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.methods.base import InitialisedAdapter, LowRankFactors
 from lowrank_kit.spectral.decompose import fix_signs, partial_eigh, svd
 

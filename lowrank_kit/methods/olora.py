@@ -1,15 +1,15 @@
 """OLoRA (Büyükakyüz, arXiv 2406.01775): an adapter that starts from the QR decomposition of W. By PEFT."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
-
-from lowrank_kit.calibration.collect import Kept
+from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches
-from lowrank_kit.models.linear import is_transposed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 class Olora(Adapter):
@@ -21,8 +21,14 @@ class Olora(Adapter):
         """See `Adapter`."""
         return {"init_lora_weights": "olora"}
 
-    def wrap(self, model: PreTrainedModel, config: LoraConfig, kept: Mapping[str, Kept], batches: Batches) -> PeftModel:
+    def wrap(
+        self, model: "PreTrainedModel", config: "LoraConfig", kept: Mapping[str, Kept], batches: Batches
+    ) -> "PeftModel":
         """See `Adapter`. Raises `LowRankKitError` for a model of Conv1D layers, whose weights PEFT would misread."""
+        from peft import get_peft_model
+
+        from lowrank_kit.models.linear import is_transposed
+
         if any(is_transposed(model.get_submodule(name)) for name in config.target_modules):
             raise LowRankKitError(
                 f"PEFT's OLoRA does not know the Conv1D layers of a {model.config.model_type}: choose another method, "

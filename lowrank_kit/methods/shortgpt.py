@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 from jaxtyping import Float64
 from pydantic import Field, field_validator
-from torch import Tensor
 
-from lowrank_kit.calibration.influence import Distance
+from lowrank_kit.calibration.statistics import Distance
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
-from lowrank_kit.models.depth import block_sizes, fewest_blocks, ranks_with
+from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.layout import ModelLayout
 
 

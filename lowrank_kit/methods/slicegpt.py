@@ -4,8 +4,8 @@ from pydantic import Field
 
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
+from lowrank_kit.models.families import SLICEABLE
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.models.rotate import SLICEABLE
 
 
 class SliceGPT(Compressor):

@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.allocation import AnyAllocation
 from lowrank_kit.allocation.base import Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import options_of
-from lowrank_kit.calibration.collect import Kept
-from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.calibration.statistics import Kept, StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout

@@ -125,6 +125,9 @@ def _t5(*feed_forward: Group) -> Family:
     )
 
 
+SLICEABLE = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose blocks add to the residual stream what they compute of its RMS norm, and do nothing else to it."""
+
 # A type with several variants (T5's feed-forward is gated or not) takes the first whose modules all exist.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "llama": (_LLAMA,),

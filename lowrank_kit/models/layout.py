@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
-from lowrank_kit.models.factored import LowRankLinear
 from lowrank_kit.models.families import FAMILIES, Family, base_type
-from lowrank_kit.models.linear import check_linear, is_quantised, weight_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ModelLayout:
         return selected
 
 
-def layout_of(model: PreTrainedModel) -> ModelLayout:
+def layout_of(model: "PreTrainedModel") -> ModelLayout:
     """Describe a transformers model; its parameters may be on the meta device.
 
     Raises `LowRankKitError` for a model type without an entry in the table of families, for a module that the
@@ -133,12 +133,12 @@ def layout_of(model: PreTrainedModel) -> ModelLayout:
     )
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def _head_dim(config: "PretrainedConfig") -> int:
     explicit = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     return explicit or config.hidden_size // config.num_attention_heads
 
 
-def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family:
+def _family(model_type: str, modules: "dict[str, nn.Module]", base: str) -> Family:
     original = base_type(model_type)
     if original not in FAMILIES:
         raise LowRankKitError(
@@ -156,7 +156,7 @@ def _family(model_type: str, modules: dict[str, nn.Module], base: str) -> Family
     return next(family for family, lacks in zip(variants, missing, strict=True) if not lacks)
 
 
-def _missing(family: Family, modules: dict[str, nn.Module], base: str) -> Iterator[str]:
+def _missing(family: Family, modules: "dict[str, nn.Module]", base: str) -> Iterator[str]:
     expected = [family.embedding]
     for stack in family.stacks:
         expected.append(stack.blocks)
@@ -164,37 +164,42 @@ def _missing(family: Family, modules: dict[str, nn.Module], base: str) -> Iterat
     return (base + path for path in expected if base + path not in modules)
 
 
-def _blocks(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _blocks(path: str, modules: "dict[str, nn.Module]") -> Iterator[str]:
     return (f"{path}.{name}" for name, _ in modules[path].named_children())
 
 
-def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: dict[str, nn.Module]) -> Iterator[LinearRef]:
+def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: "dict[str, nn.Module]") -> Iterator[LinearRef]:
     block = 0
     for spec, paths in zip(family.stacks, stacks, strict=True):
         for block_path in paths:
             for group in spec.groups:
                 for role, path in group.items():
                     name = f"{block_path}.{path}"
-                    in_features, out_features, bias, rank = _facts(modules[name], name)
+                    in_features, out_features, has_bias, rank, quantised = _facts(modules[name], name)
                     yield LinearRef(
                         name=name,
                         block=block,
                         role=role,
                         in_features=in_features,
                         out_features=out_features,
-                        has_bias=bias is not None,
+                        has_bias=has_bias,
                         input_group=f"{block_path}:{'+'.join(group)}",
                         rank=rank,
-                        quantised=is_quantised(modules[name]),
+                        quantised=quantised,
                     )
             block += 1
 
 
-def _facts(module: nn.Module, name: str) -> tuple[int, int, Tensor | None, int | None]:
+def _facts(module: "nn.Module", name: str) -> tuple[int, int, bool, int | None, bool]:
+    """In and out features, whether there is a bias, the rank of a factored linear, whether it is quantised."""
+    # Imported with a model at hand: whoever only reads settings does without torch.
+    from lowrank_kit.models.linear import check_linear, is_quantised, weight_of
+    from lowrank_kit.models.portable import LowRankLinear
+
     if isinstance(module, LowRankLinear):
-        return module.in_features, module.out_features, module.up.bias, module.rank
+        return module.in_features, module.out_features, module.up.bias is not None, module.rank, False
     if is_quantised(module):
-        return module.in_features, module.out_features, module.bias, None
+        return module.in_features, module.out_features, module.bias is not None, None, True
     dense = check_linear(module, name)
     out_features, in_features = weight_of(dense).shape
-    return in_features, out_features, dense.bias, None
+    return in_features, out_features, dense.bias is not None, None, False

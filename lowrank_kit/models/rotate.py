@@ -16,9 +16,6 @@ from transformers import PreTrainedModel
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.portable import SlicedLayer, add_shortcuts
 
-SLICEABLE = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose blocks add to the residual stream what they compute of its RMS norm, and do nothing else to it."""
-
 
 @torch.no_grad()
 def slice_layer(

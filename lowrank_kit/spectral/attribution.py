@@ -1,7 +1,8 @@
 """First-order effect on the loss of the components of a weight, from one gradient `G = dL/dW`."""
 
 from jaxtyping import Float
-from torch import Tensor
+
+from lowrank_kit.deferred import Tensor
 
 
 def sigma_gradient(

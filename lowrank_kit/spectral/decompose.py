@@ -3,26 +3,23 @@
 Order: descending. Signs: `fix_signs`. Rank: `numerical_rank`. Equal inputs give equal outputs on one machine.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
-import scipy.linalg
-import torch
 from jaxtyping import Float, Float64
 from threadpoolctl import ThreadpoolController
-from torch import Tensor
 
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.moments import Moments
 
-FLOAT32_TOLERANCE = 2 * torch.finfo(torch.float32).eps
-"""Rank tolerance for a Gram summed from float32 products, as `Moments.update` makes it.
+FLOAT32_TOLERANCE = 2 * 2.0**-23
+"""Rank tolerance for a Gram summed from float32 products, as `Moments.update` makes it: two float32 eps.
 
 Its noise was measured at up to 0.7 eps of the largest eigenvalue (widths 96 to 1536, 1 to 32768 tokens).
 True eigenvalues may lie below: layers with a few very large channels have them.
 """
-
-BLAS = ThreadpoolController()
 
 ONE_THREAD_SIDE = 1024
 """Up to this side one BLAS thread decomposes a matrix: more gain little, and waste a busy machine by waiting.
@@ -69,9 +66,7 @@ def eigenvalues(gram: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
     """The values of `eigh(gram)` alone, in a third of the time."""
     symmetric = _symmetric(gram)
     if symmetric.device.type == "cpu":
-        with _few_threads(symmetric.shape[0]):
-            found = scipy.linalg.eigh(symmetric.numpy(), eigvals_only=True, check_finite=False)
-        ascending = torch.from_numpy(found)
+        ascending = torch.from_numpy(_lapack_eigh(symmetric, eigvals_only=True))
     else:
         ascending = torch.linalg.eigvalsh(symmetric)
     return ascending.flip(0).clamp(min=0)
@@ -229,19 +224,26 @@ def _solve(symmetric: Tensor, ascending: tuple[int, int] | None) -> Eigenpairs:
     if symmetric.device.type != "cpu":
         values, vectors = torch.linalg.eigh(symmetric)
     else:
-        with _few_threads(symmetric.shape[0]):
-            found = scipy.linalg.eigh(
-                symmetric.numpy(),
-                subset_by_index=ascending,
-                driver="evd" if ascending is None else "evr",
-                check_finite=False,
-            )
+        driver = "evd" if ascending is None else "evr"
+        found = _lapack_eigh(symmetric, subset_by_index=ascending, driver=driver)
         values, vectors = (torch.from_numpy(part) for part in found)
     return Eigenpairs(values.flip(0).clamp(min=0), fix_signs(vectors.flip(1)))
 
 
-def _few_threads(side: int) -> AbstractContextManager[object]:
-    return BLAS.limit(limits=1, user_api="blas") if side <= ONE_THREAD_SIDE else nullcontext()
+def _lapack_eigh(symmetric: Tensor, **options: Any) -> Any:
+    """What `scipy.linalg.eigh` returns, by one BLAS thread where more would only wait for each other."""
+    # Imported at the first decomposition: whoever only reads settings does without.
+    from scipy.linalg import eigh
+
+    one_thread = symmetric.shape[0] <= ONE_THREAD_SIDE
+    with _blas().limit(limits=1, user_api="blas") if one_thread else nullcontext():
+        return eigh(symmetric.numpy(), check_finite=False, **options)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries that are loaded by now, SciPy's among them."""
+    return ThreadpoolController()
 
 
 def _window(rank: int, count: int | None, which: Which) -> slice:

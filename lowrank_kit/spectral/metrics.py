@@ -1,8 +1,8 @@
 """Scalar descriptions of a spectrum: eigenvalues or singular values, in any order, none negative."""
 
-import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+
+from lowrank_kit.deferred import Tensor, torch
 
 
 def _descending(spectrum: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
@@ -21,12 +21,6 @@ def effective_rank(spectrum: Float[Tensor, " n"]) -> float:
     values = _descending(spectrum)
     total = values.sum()
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
-
-
-def stable_rank(spectrum: Float[Tensor, " n"]) -> float:
-    """`sum lambda / lambda_1`; 0 for an all-zero spectrum. Of a matrix: pass its squared singular values."""
-    values = _descending(spectrum)
-    return float(values.sum() / values[0]) if values.any() else 0.0
 
 
 def rank_density(spectrum: Float[Tensor, " n"], out_features: int, in_features: int) -> float:

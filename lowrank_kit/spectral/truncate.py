@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
-from torch.nn.functional import pad
 
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.decompose import eigh, numerical_rank, output_eigenpairs
 from lowrank_kit.spectral.moments import Moments
 
@@ -49,7 +47,7 @@ class Projection:
         # Half precision keeps the factors only where neither is much larger than the other.
         lengths = up.norm(dim=0), down.norm(dim=1)
         balance = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1.0)
-        missing = rank - up.shape[1]
+        missing, pad = rank - up.shape[1], torch.nn.functional.pad
         return pad(up * balance, (0, missing)), pad(down / balance[:, None], (0, 0, 0, missing))
 
 

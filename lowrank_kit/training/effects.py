@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowrank_kit.calibration.collect import Kept, calibrate
-from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.files import read_as
 from lowrank_kit.models.layout import LinearRef, layout_of
@@ -104,6 +104,7 @@ class UpdateEnergy(TrainerCallback):
             StatisticsRequest(moments="smaller"),
             reduce,
             batch_size=batch_size,
+            maker=cls,
             cache=cache,
             reduction_key={"effects": count},
         )

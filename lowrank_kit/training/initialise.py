@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import Kept, calibrate
-from lowrank_kit.calibration.statistics import LayerStatistics
+from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, InitialisedAdapter, LowRankFactors, Plan
@@ -84,6 +84,7 @@ def calibrate_for(
         request,
         reduce,
         batch_size=batch_size,
+        maker=type(method),
         cache=cache,
         reduction_key=method.reduction_key(),
         progress=progress,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, Float64
-from torch import Tensor
 
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Section
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments

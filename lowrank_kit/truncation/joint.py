@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.deferred import torch
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.truncate import Projection, input_projection
 from lowrank_kit.truncation.activations import Optimal

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection, output_projection
 from lowrank_kit.truncation.base import Layer, Truncation

@@ -61,7 +61,7 @@ def calibration(folder):
     kept = calibrate(
         model, layout, samples(), layout.linears, METHOD.needs(),
         lambda layer: METHOD.reduce(model.get_submodule(layer.ref.name).weight, None, layer),
-        batch_size=2, cache=folder / "cache",
+        batch_size=2, maker=type(METHOD), cache=folder / "cache",
     )  # fmt: skip
     return found | {f"{name} kept {part}": tensor for name, parts in kept.items() for part, tensor in parts.items()}
 

@@ -14,10 +14,12 @@ from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.models.factored import replace_linear
+from lowrank_kit.models.families import SLICEABLE
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, skeleton
-from lowrank_kit.models.narrow import keep_units, units_of
-from lowrank_kit.models.rotate import SLICEABLE, sliced_layers
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.rotate import sliced_layers
+from lowrank_kit.models.units import units_of
 from lowrank_kit.pipeline import execute
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")

@@ -65,14 +65,12 @@ def test_every_matrix_is_cut_optimally_for_its_own_outputs(family, tiny_model, s
 
 
 @pytest.mark.parametrize("truncation", [Plain(), Fisher(), Scaled(), TwoSided(), Joint()], ids=lambda t: t.kind)
-def test_every_truncation_meets_the_budget_and_runs(truncation, tiny_model, samples, method):
+def test_every_truncation_meets_the_budget(truncation, tiny_model, samples, method):
     model = tiny_model("llama")
     plan, _ = compress(model, method(truncation=truncation), samples)
     # A shared factor is one parameter, counted once.
     left = sum(parameter.numel() for name, parameter in model.named_parameters() if "proj" in name)
     assert left == plan.parameters_after <= 0.6 * plan.parameters_before
-    windows = torch.stack([s["input_ids"] for s in samples.sequences])
-    assert perplexity(model, windows).value > 1
 
 
 def test_the_plain_truncation_is_the_truncated_svd(tiny_model, samples, method):

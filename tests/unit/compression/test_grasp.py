@@ -258,7 +258,7 @@ def test_another_ratio_or_metric_of_the_same_blocks_needs_no_pass_over_the_text(
         raise AssertionError("the calibration text was read again")
 
     monkeypatch.setattr(at_work_module, "weight_gradients", fail)
-    monkeypatch.setattr(at_work_module, "block_influence", fail)
+    monkeypatch.setattr("lowrank_kit.calibration.influence.hidden_states", fail)
     assert work(lively(), cache=tmp_path, metric="gradient", ratio=0.35).plan() == whole
     with pytest.raises(AssertionError, match="read again"):
         work(lively(), cache=tmp_path, label_shift="legacy").plan()

@@ -85,7 +85,7 @@ def test_only_plain_dotted_overrides_are_forced():
 def test_help_names_every_key_and_option(third_party: Path):
     composer = Composer(extra=third_party)
     plain = dict(composer.compose([*BASE, "task=glue/rte"]))
-    text = help_text(schema_for(plain), plain, composer.options)
+    text = help_text(schema_for(plain), plain, composer.options, composer.presets)
     for key in (
         "method.rank (integer >= 1) = 8",
         "train.max_steps (integer >= 1 or null)",

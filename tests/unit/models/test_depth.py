@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.checkpoint import save_compressed
-from lowrank_kit.models.depth import block_sizes, collapse, drop_blocks, fewest_blocks, ranks_with, take_matrices
+from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of

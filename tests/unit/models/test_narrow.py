@@ -3,7 +3,8 @@ import torch
 
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.narrow import keep_units, narrower_than, units_of
+from lowrank_kit.models.narrow import keep_units, narrower_than
+from lowrank_kit.models.units import units_of
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")

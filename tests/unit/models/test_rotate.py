@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_kit.models.families import SLICEABLE
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model
-from lowrank_kit.models.rotate import SLICEABLE, slice_ends, slice_layer, sliced_layers
+from lowrank_kit.models.rotate import slice_ends, slice_layer, sliced_layers
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
