@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from lowrank_kit.runs.provenance import in_words, origin, parse_study
+
 Row = dict[str, Any]
 TEXTS = {"wikitext2": "WikiText-2 (± s.e.)", "wikipedia": "Wikipedia (not calibrated on)"}
 
@@ -46,8 +48,8 @@ def main() -> None:
     order = {arm: place for place, arm in enumerate(study["arms"])}
     rows += [row for row in known if (row["arm"], row["asked"]) not in done]
     rows.sort(key=lambda row: (row["asked"], order[row["arm"]]))
-    file.write_text(json.dumps({"study": study, "rows": rows}, indent=1) + "\n")
-    table = "\n".join(markdown(rows))
+    file.write_text(json.dumps({"provenance": arguments.provenance, "study": study, "rows": rows}, indent=1) + "\n")
+    table = "\n".join([*markdown(rows), "", *revisions(rows), f"Written with {in_words(arguments.provenance)}."])
     arguments.study.with_suffix(".table.md").write_text(table + "\n")
     plot(rows, arguments.study.with_suffix(".png"))
     print(table)
@@ -93,6 +95,8 @@ def _method(arm: str, own: Sequence[str]) -> list[str]:
 def _row(arm: str, folder: Path) -> Row:
     from omegaconf import OmegaConf
 
+    from lowrank_kit.runs.caveats import caveats_of
+
     plan, manifest, results, checkpoint = (
         json.loads((folder / f"{name}.json").read_text())
         for name in ("plan", "manifest", "results", "checkpoint/config")
@@ -114,7 +118,8 @@ def _row(arm: str, folder: Path) -> Row:
         "peak_rss_bytes": max(stages[name]["peak_rss_bytes"] for name in ("calibrate", "plan", "apply", "train")),
         "factored": len(checkpoint.get("lowrank", {}).get("ranks", {})),
         "matrices": len(plan["ranks"]),
-        "git": manifest["git"],
+        **origin(folder),
+        "caveats": caveats_of(folder, OmegaConf.to_container(config)),
     }
 
 
@@ -123,20 +128,29 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
     answered = [n for n in rows[0]["figures"] if not n.endswith(" perplexity") and not n.startswith("speed ")]
     recovered = any("compressed" in found for row in rows for found in row["figures"].values())
     yield (
-        f"| removed | arm | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
+        f"| removed | arm | caveats | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
         f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | not factored "
         f"| calibrate s | plan + apply{' + train' * recovered} s | peak GB |"
     )
-    yield "|---" * (11 + recovered + len(answered)) + "|"
-    yield f"| 0 | dense |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
+    yield "|---" * (12 + recovered + len(answered)) + "|"
+    yield f"| 0 | dense | |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
     for row in sorted(rows, key=lambda r: (r["asked"], _perplexity(r, "wikitext2", "final")[0])):
         seconds = row["seconds"]
         yield (
-            f"| {row['asked']} | {row['arm']} |{_cells(row, 'final', answered, recovered)} {row['removed']:.4f} "
+            f"| {row['asked']} | {row['arm']} | {_caveats(row)} |{_cells(row, 'final', answered, recovered)} "
+            f"{row['removed']:.4f} "
             f"| {row['removed_of_model']:.3f} | {row['bytes'] / 1e6:.0f} | {row['matrices'] - row['factored']} "
             f"| {seconds['calibrate']:.0f} | {sum(seconds[name] for name in ('plan', 'apply', 'train')):.0f} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
+
+
+def revisions(rows: Sequence[Row]) -> Iterator[str]:
+    """Which states of the code the rows are of: more than one, or an unknown one, is said."""
+    states = [row["git"] for row in rows]
+    names = sorted({s["revision"][:12] + " with changes" * s["dirty"] if s else "unknown" for s in states})
+    yield f"Rows measured at revision {', '.join(names)}" + ("." if len(names) == 1 else ": NOT one state of the code.")
+    yield ""
 
 
 def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> str:
@@ -146,6 +160,11 @@ def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> st
         cells.append("" if found is None or state == "dense" else _shown(*found))
     cells += [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (row["figures"][n][state] for n in answered)]
     return "".join(f" {cell} |" for cell in cells)
+
+
+def _caveats(row: Row) -> str:
+    # Rows of studies from before they were recorded have none.
+    return "; ".join(row.get("caveats", ["not recorded"]))
 
 
 def _perplexity(row: Row, text: str, state: str) -> list[float]:
@@ -181,7 +200,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="runs/study")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":
