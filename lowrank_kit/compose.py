@@ -120,9 +120,12 @@ class Composer:
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
-        hydra = self._compose(fixed if multirun else overrides, return_hydra_config=True).hydra
+        composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
+        hydra = composed.hydra
         if not multirun and hydra.mode != RunMode.MULTIRUN:
-            return [load(self.compose(overrides))]
+            with open_dict(composed):
+                del composed.hydra
+            return [load(composed)]
         with self._readable_errors():
             sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
             launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True, throw_on_missing=True)
