@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_kit.cache.key import Maker, StatisticsKey
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
@@ -98,7 +99,7 @@ def calibration_key(
 
 def reads_of(request: StatisticsRequest) -> Reads:
     """What statistics are read from: gradients are those of the loss, all others are of the blocks."""
-    return "blocks" if request.gradient == "none" else "loss"
+    return "blocks" if request.gradient is None else "loss"
 
 
 def reduce_spans(
@@ -132,13 +133,13 @@ def reduce_spans(
     task = progress.add_task("calibrate", total=len(blocks), completed=len(known)) if progress else None
     if known == set(blocks):
         return
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
-    if request.gradient != "none":
+    batches = batches_of(model, samples, batch_size)
+    if request.gradient is not None:
         assert gradients is not None
         _collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
     for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
-        if request.gradient != "none" and gradients is not None:
+        if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
         waiting += statistics
@@ -180,37 +181,27 @@ def _collect_gradients(
     progress: Progress | None,
     opening: int,
 ) -> None:
-    blocks, with_mean = {ref.block for ref in refs}, request.gradient == "all"
+    assert request.gradient is not None
+    blocks = {ref.block for ref in refs}
     with store.missing(blocks) as missing:
         if not missing:
             return
         skip = blocks - missing
-        streamed = stream_gradients(model, layout, batches, refs, with_mean, skip, progress, opening)
-        for block, found in streamed:
-            store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
-
-
-def _packed(statistics: GradientStatistics) -> Kept:
-    kept = {
-        "gram": statistics.gram.float(),
-        "rows": statistics.rows.float(),
-        "sums": torch.tensor([statistics.tokens, statistics.energy], dtype=torch.float64),
-    }
-    if statistics.mean is not None:
-        kept["mean"] = statistics.mean.float()
-    return _on_cpu(kept)
+        parts = request.gradient
+        passes = stream_gradients(model, layout, batches, refs, parts, skip, progress, opening)
+        for block, found in passes:
+            store.save(block, {name: _on_cpu(statistics.tensors()) for name, statistics in found.items()})
 
 
 def load_gradients(
     store: CalibrationStore, block: int, device: torch.device | str = "cpu"
 ) -> dict[str, GradientStatistics]:
     """Read the gradient statistics of one block's linears back, by name."""
-    found = {}
-    for name, kept in store.load(block).items():
-        tokens, energy = kept["sums"].tolist()
-        mean = kept["mean"].to(device) if "mean" in kept else None
-        found[name] = GradientStatistics(int(tokens), kept["gram"].to(device), energy, kept["rows"].to(device), mean)
-    return found
+    found = store.load(block).items()
+    return {
+        name: GradientStatistics.from_tensors({part: tensor.to(device) for part, tensor in kept.items()})
+        for name, kept in found
+    }
 
 
 def _on_cpu(kept: Kept) -> Kept:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
@@ -109,7 +110,7 @@ def hidden_states(
     """
     if len(layout.stacks) != 1:
         raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks are ranked in one stack")
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     task = progress.add_task("hidden states", total=len(batches)) if progress else None
     blocks = [model.get_submodule(path) for path in layout.blocks]
     was_training = model.training

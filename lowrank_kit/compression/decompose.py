@@ -86,7 +86,7 @@ def decompose(
     key = calibration_key(model, layout, samples, batch_size, reads_of(request), asked, makers, refs)
     store = CalibrationStore(root, key)
     spans = sorted({_span_of(method, ref) for ref in refs if blocks is None or _span_of(method, ref) in blocks})
-    gradients = _gradient_store(root, key, request, {ref.block for ref in refs})
+    gradients = _gradient_store(root, key, request)
 
     def reduce(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
         by_name = {layer.ref.name: layer for layer in statistics}
@@ -125,17 +125,12 @@ def _layer(model: PreTrainedModel, statistics: LayerStatistics) -> Layer:
     return Layer(weight_of(module), module.bias, statistics)
 
 
-def _gradient_store(
-    root: Path, key: StatisticsKey, request: StatisticsRequest, blocks: Collection[int]
-) -> CalibrationStore | None:
-    """Where gradient statistics of this calibration lie; those collected with the mean gradient serve without it."""
-    if request.gradient == "none":
+def _gradient_store(root: Path, key: StatisticsKey, request: StatisticsRequest) -> CalibrationStore | None:
+    """Where gradient statistics of this calibration lie; all who ask for the same parts share them."""
+    if request.gradient is None:
         return None
-    full, asked = (
-        CalibrationStore(root, replace(key, request=asdict(StatisticsRequest(gradient=level)), maker=maker_of()))
-        for level in ("all", request.gradient)
-    )
-    return full if full.finished_blocks() >= set(blocks) else asked
+    parts = asdict(StatisticsRequest(gradient=request.gradient))
+    return CalibrationStore(root, replace(key, request=parts, maker=maker_of()))
 
 
 def _spectra(kept: Kept) -> Kept:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.backward import frozen
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.compression.decompose import Decomposition, decompose
 from lowrank_kit.methods.base import Plan
@@ -220,7 +221,7 @@ class GraspCompression(Compression[Grasp]):
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:
         bench = self.bench
-        return bench.samples.batches(bench.batch_size, bench.model.config.get_text_config().pad_token_id or 0)
+        return batches_of(bench.model, bench.samples, bench.batch_size)
 
     @cached_property
     def _root(self) -> Path:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 from jaxtyping import Int64
 from rich.progress import Progress
@@ -17,6 +16,7 @@ from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.prefix import handing_over
 from lowrank_kit.compression.decompose import Decomposition
 from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 
@@ -65,7 +65,12 @@ class LossProbe:
         return self._known[key]
 
     def _measured(self, ranks: Mapping[str, int]) -> float:
-        changed = [group for group in self._decomposition.groups if group[0].name in ranks]
+        # At full rank a matrix is left dense: as it is, not as a product of rounded factors.
+        dense = {candidate.name: candidate.full_rank for candidate in self._decomposition.candidates}
+        cut = {name for name, rank in ranks.items() if rank < dense[name]}
+        changed = [group for group in self._decomposition.groups if group[0].name in cut]
+        if not changed:
+            return 0.0
         with ExitStack() as stack:
             for group in changed:
                 projection = self._decomposition.projection(group[0].name)
@@ -84,7 +89,7 @@ class LossProbe:
                 if first:
                     known = self._hidden[number][first]
                     for block in self._blocks[:first]:
-                        stack.enter_context(mock.patch.object(block, "forward", handing_over(known)))
+                        stack.enter_context(forward_replaced(block, handing_over(known)))
                 losses.append(perplexity(self._model, window[None], device=self._model.device).nll)
         return sum(losses) / len(losses)
 

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.stream import record_calls
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression.base import Compression
@@ -65,7 +66,7 @@ def slice_model(
     layout = layout_of(model)
     model.eval()
     layers = [model.get_submodule(path) for path in layout.blocks]
-    batches = samples.batches(batch_size, model.config.pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     recorded = [record_calls(model, layers, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
     states, opening = [hidden[0] for hidden, _ in recorded], samples.opening
     first = before = _basis(model, states, opening, width, "the embeddings")

@@ -22,9 +22,7 @@ from lowrank_kit import distributed
 from lowrank_kit.data.special_tokens import Opening, opening_of, plain_ids
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.load import input_device
-
-# lm-eval keeps all logits of a batch and their log-softmax: at 2^27 of them, twice 512 MiB in float32.
-LOGITS_AT_ONCE = 2**27
+from lowrank_kit.models.memory import rows_that_fit
 
 # Its warnings tell of overrides that are meant, and one of its bars cannot be switched off.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -37,7 +35,8 @@ Tokens = dict[tuple[str, str], "tuple[array[int], array[int]]"]
 
 
 class BoundedLM(HFLM):
-    """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `LOGITS_AT_ONCE` allow.
+    """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `rows_that_fit` allow: lm-eval keeps
+    all logits of a batch and their log-softmax.
 
     Requests are sorted by length, and those that differ in their last token share a forward pass, as in `HFLM`.
     Several processes that are asked the same answer a share each, and all get all answers.
@@ -94,7 +93,7 @@ class BoundedLM(HFLM):
         return self._opening.encode([string], self.tokenizer)[0]
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", **_: Any
+        self, strings: Sequence[str], padding_side: str = "left", **_: Any
     ) -> tuple[Int64[Tensor, "rows tokens"], Int64[Tensor, "rows tokens"]]:
         """Token ids and attention mask of several texts, each as in `tok_encode`; none is cut."""
         ids = {"input_ids": self._opening.encode(strings, self.tokenizer)}
@@ -169,7 +168,7 @@ class BoundedLM(HFLM):
             self._first = 0
         _, context, continuation = n_reordered_requests[self._first]
         logits = (len(context) + len(continuation)) * self.model.config.get_text_config().vocab_size
-        rows = max(1, min(self._most_rows, LOGITS_AT_ONCE // logits))
+        rows = rows_that_fit(logits, self._most_rows)
         if pos - self._first + 1 == rows:
             self._first = pos + 1
         return rows

@@ -7,6 +7,7 @@ peers differ in nothing else.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import ClassVar, Literal
 
 from jaxtyping import Float64
@@ -16,7 +17,7 @@ from lowrank_kit.allocation import AnyAllocation
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import largest, options_of
 from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.calibration.statistics import Kept, StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientRequest, Kept, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
@@ -33,7 +34,7 @@ WHAT_SPECTRA_NEED: dict[Quantity, StatisticsRequest] = {
     "weight": StatisticsRequest(),
     "whitened": Optimal().needs(),
     "two_sided": TwoSided().needs(),
-    "change": StatisticsRequest(gradient="all"),
+    "change": StatisticsRequest(gradient=GradientRequest(mean=True)),
 }
 
 
@@ -112,11 +113,11 @@ class TruncatedSVD(Compressor):
     def needs(self) -> StatisticsRequest:
         """What the truncation and the spectra of the allocation need."""
         requests = [self.truncation.needs(), *(WHAT_SPECTRA_NEED[q] for q in sorted(self._extra_quantities()))]
-        levels = ("none", "moments", "all")
+        gradients = [r.gradient for r in requests if r.gradient is not None]
         return StatisticsRequest(
             moments=next((r.moments for r in requests if r.moments is not None), None),
             magnitudes=any(r.magnitudes for r in requests),
-            gradient=max((r.gradient for r in requests), key=levels.index),
+            gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
         )
 
     def reduction_key(self) -> dict[str, object]:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression import grasp as at_work_module
 from lowrank_kit.compression.base import Workbench
