@@ -286,6 +286,10 @@ def _check_machine(config: RunConfig, device: str) -> None:
         raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
     if isinstance(config.method, FineTuning) or config.recovery.what != "none":
         rows_per_pass(config.train, processes)
+        if config.train.mixed_precision == "fp16" and not device.startswith("cuda"):
+            raise ConfigError(
+                f"train.mixed_precision=fp16 needs a CUDA device, not {device}: use train.mixed_precision=none, or bf16"
+            )
         if config.runtime.placement is not None:
             raise ConfigError(
                 "runtime=spread is for models that are judged: train with another, and judge what was exported with "
