@@ -40,6 +40,7 @@ WORK = (
     "history.json",
     "benchmarks",
     "samples",
+    "windows",
     "energy.json",
     "effects.json",
     "results.json",
@@ -200,7 +201,7 @@ class RunDirectory:
         # A folder of `TemporaryDirectory`, of `write_folder`, a file of `write_atomically`.
         half = re.compile(rf"\.({ours})(-\w{{8}}|\.tmp|\.old|\.\d+\.tmp)")
         self.remove(*(entry.name for entry in self.path.iterdir() if half.fullmatch(entry.name)))
-        for folder in ("benchmarks", "samples"):
+        for folder in ("benchmarks", "samples", "windows"):
             for file in (self.path / folder).rglob(".*.tmp"):
                 file.unlink()
 
