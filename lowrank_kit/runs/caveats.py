@@ -41,7 +41,7 @@ def _reads_gradients(config: Mapping[str, Any]) -> bool:
     except LowRankKitError:
         return False
     needs = getattr(method, "needs", None)
-    return callable(needs) and getattr(needs(), "gradient", "none") != "none"
+    return callable(needs) and getattr(needs(), "gradient", None) is not None
 
 
 def _dense(run: Path) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.influence import block_influence
-from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.special_tokens import opening_of
 from lowrank_kit.evaluation.language_model import BoundedLM
@@ -152,10 +152,10 @@ def test_no_gradient_moment_counts_bos(tiny_model):
     model = tiny_model("llama", initializer_range=0.3)
     layout = layout_of(model)
     name = "model.layers.1.mlp.down_proj"
-    found = {}
-    for _, block in stream_gradients(model, layout, SAMPLES.batches(2, 0), layout.linears, False, opening=1):
+    found, asked = {}, GradientRequest(moments=True, fisher=True)
+    for _, block in stream_gradients(model, layout, SAMPLES.batches(2, 0), layout.linears, asked, opening=1):
         found |= block
-    gram, rows = torch.zeros(32, 32).double(), torch.zeros(32).double()
+    gram, fisher, predicted, counted = torch.zeros(32, 32).double(), torch.zeros(48).double(), 0, 0
     for row, x in zip(BEGUN, inputs_of(model, name), strict=True):
         gradients = []
 
@@ -166,13 +166,17 @@ def test_no_gradient_moment_counts_bos(tiny_model):
         logits = model(row[None]).logits[0]
         sum(-logits[t - 1].log_softmax(0)[row[t]] for t in range(1, 10)).backward()
         hook.remove()
-        for g, read in list(zip(gradients[0], x, strict=True))[1:]:
+        # BOS predicts the first token: its part belongs to the loss's gradient in the weight, not to the moments.
+        of_row = sum(torch.outer(g, read.double()) for g, read in zip(gradients[0], x, strict=True))
+        fisher += of_row.square().sum(0)
+        predicted += 9
+        for g in gradients[0][1:]:
             gram += torch.outer(g, g)
-            rows += g**2 * (read**2).sum()
-    torch.testing.assert_close(found[name].gram.double(), gram, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found[name].rows.double(), rows, rtol=1e-4, atol=1e-6)
-    assert found[name].energy == pytest.approx(float(gram.trace()), rel=1e-4)
-    assert found[name].tokens == SAMPLES.tokens == 27
+        # The last position predicts nothing.
+        counted += 8
+    torch.testing.assert_close(found[name].gram.double(), gram / counted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[name].fisher.double(), fisher / predicted, rtol=1e-4, atol=1e-6)
+    assert found[name].energy == pytest.approx(float(gram.trace()) / counted, rel=1e-4)
 
 
 def test_no_blocks_influence_counts_bos(tiny_model):

@@ -24,14 +24,15 @@ def test_the_report_has_a_panel_for_every_final_figure():
     assert {runset.project for grid in grids for runset in grid.runsets} == {"mine"}
 
 
-def test_what_the_panels_ask_for_is_what_a_run_sends(compose, tmp_path, monkeypatch, wandb_records):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_what_the_panels_ask_for_is_what_a_run_sends(compose, tmp_path, wandb_records):
     run = tmp_path / "runs/one"
     (run / "plots").mkdir(parents=True)
     figure = Figure()
     figure.subplots()
     figure.savefig(run / "plots/energy.png")
-    config = compose("method=svd_llm", "model=smollm2_135m", "task=perplexity/wikitext2", "tracker=wandb")
+    config = compose(
+        "method=svd_llm", "model=smollm2_135m", "task=perplexity/wikitext2", "tracker=wandb", "tracker.mode=offline"
+    )
     assert isinstance(config.tracker, TrackerConfig)
     tracker = open_tracker(config.tracker, run, config.resolved())
     tracker.log({"train/loss": 1.0, "eval/loss": 2.0}, step=1)
