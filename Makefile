@@ -10,10 +10,12 @@ demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, 
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
 	$(BIN)/python -m lowrank_kit.run method=astra task=glue/sst2
 
+WORKERS ?= 2
+
 # One thread: the matrices are small, and threads that wait for each other on a busy machine cost minutes.
 test: lint  ## everything that CI checks
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_kit.config import RunConfig, load
@@ -106,9 +106,11 @@ class Composer:
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
-        hydra = self._compose(fixed if multirun else overrides, return_hydra_config=True).hydra
+        composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
+        with open_dict(composed):
+            hydra = composed.pop("hydra")
         if not multirun and hydra.mode != RunMode.MULTIRUN:
-            return [load(self.compose(overrides))]
+            return [load(composed)]
         with self._readable_errors():
             sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
             launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True, throw_on_missing=True)
