@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -42,8 +42,18 @@ def options(folders: Sequence[Path]) -> dict[str, list[str]]:
         for file in folder.glob("*/**/*.yaml"):
             parts = file.relative_to(folder).with_suffix("").parts
             depth = 2 if parts[0] == "hydra" else 1
-            found["/".join(parts[:depth])].add("/".join(parts[depth:]))
+            if parts[0] != "published":
+                found["/".join(parts[:depth])].add("/".join(parts[depth:]))
     return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+def presets(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the presets of these folders with the methods that have them, for example `paper: [asvd, d_rank]`."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        for file in folder.glob("published/method/*/*.yaml"):
+            found[file.parent.name].add(file.stem)
+    return {preset: sorted(methods) for preset, methods in sorted(found.items())}
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,11 @@ class Composer:
         self.name = name
         self.folder = (folder or conf_folder()).resolve()
         self.extra = extra.resolve() if extra else None
+        for option, given in (("--config-path", folder), ("--config-dir", extra)):
+            if given is not None and not given.is_dir():
+                raise ConfigError(f"{option} '{given}' is not a folder")
         self.options = options([self.folder, *([self.extra] if self.extra else [])])
+        self.presets = presets([self.folder, *([self.extra] if self.extra else [])])
         _forget_namesakes(self.options)
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
@@ -107,9 +121,10 @@ class Composer:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
-        with open_dict(composed):
-            hydra = composed.pop("hydra")
+        hydra = composed.hydra
         if not multirun and hydra.mode != RunMode.MULTIRUN:
+            with open_dict(composed):
+                del composed.hydra
             return [load(composed)]
         with self._readable_errors():
             sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
@@ -174,18 +189,31 @@ class Composer:
 
     def _compose(self, overrides: Sequence[str], return_hydra_config: bool) -> DictConfig:
         search = [f"hydra.searchpath=[file://{self.extra}]"] if self.extra else []
+        self._check_options(overrides)
         with (
             self._readable_errors(),
             initialize_config_dir(version_base="1.3", config_dir=str(self.folder)),
         ):
-            composed = hydra_compose(self.name, [*overrides, *search], return_hydra_config)
+            composed = hydra_compose(self.name, [*overrides, *search], return_hydra_config=True)
+        self._check_preset(composed)
+        if not return_hydra_config:
+            with open_dict(composed):
+                del composed.hydra
         for part in PARTS_OF_METHODS:
             if any(override.startswith(f"{part}=") for override in overrides):
                 self._check_part(part, overrides)
-        given = {override.lstrip("+").partition("=")[0] for override in overrides}
-        if "model.path" in given and not given & {"model", "model.name"}:
-            composed.model.name = _name_of(str(composed.model.path))
+        name_model(composed, overrides)
         return composed
+
+    def _check_options(self, overrides: Sequence[str]) -> None:
+        """Raise `ConfigError` for a config group that is given a number, a truth value or null."""
+        with self._readable_errors():
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in parsed:
+            group, value = override.key_or_group, override._value
+            is_word = isinstance(value, (str, list, QuotedString)) or override.is_sweep_override()
+            if group in self.options and not is_word and not override.is_delete():
+                raise ConfigError(f"{override.input_line} is not an option; legal: {', '.join(self.options[group])}")
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -193,9 +221,15 @@ class Composer:
             yield
         except MissingConfigException as error:
             missing = error.missing_cfg_file or self.name
+            if missing == self.name:
+                names = [file.stem for file in self.folder.glob("*.yaml")]
+                raise ConfigError(
+                    f"--config-name {missing} is not in {self.folder}{did_you_mean(missing, names)}"
+                ) from error
             group, _, name = missing.rpartition("/") if missing.startswith("hydra/") else missing.partition("/")
             legal = self.options.get(group, error.options or ())
-            raise ConfigError(f"{group}={name} is not an option{did_you_mean(name, legal)}") from error
+            key = "method.preset" if group == "preset" else group
+            raise ConfigError(f"{key}={name} is not an option{did_you_mean(name, legal)}") from error
         except OverrideParseException as error:
             raise ConfigError(
                 f"'{_as_typed(error.override)}' cannot be read: {error.message.splitlines()[0]}; "
@@ -212,6 +246,23 @@ class Composer:
                 ) from error
             raise ConfigError(f"The configuration cannot be composed: {message}") from error
 
+    def _check_preset(self, composed: DictConfig) -> None:
+        """Raise `ConfigError` for a preset that the chosen method does not have, or that is named but not merged in."""
+        choices = composed.hydra.runtime.choices
+        preset, method = choices.get("preset", "default"), choices.get("method")
+        if preset != "default" and method not in self.presets.get(preset, ()):
+            having = ", ".join(self.presets.get(preset, ()))
+            raise ConfigError(
+                f"method={method} has no preset '{preset}', leave method.preset out; those that have it: {having}"
+            )
+        for key, merged in (("method", preset), ("recovery.method", "default")):
+            named = OmegaConf.select(composed, f"{key}.preset", default="default")
+            if named != merged:
+                raise ConfigError(
+                    f"{key}.preset={named} would set nothing here: write method.preset={named} on the command line, or "
+                    f"'- override /preset: {named}' in the defaults of an experiment; a recovery's adapter has none"
+                )
+
     def _check_part(self, part: str, overrides: Sequence[str]) -> None:
         """Raise `ConfigError` for a part that the chosen method does not have; merged in, it would mean nothing."""
         folders = [self.folder, *([self.extra] if self.extra else [])]
@@ -222,15 +273,35 @@ class Composer:
             raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
 
 
+def by_ratio(ratio: float, values: Mapping[int | float, Any]) -> Any:
+    """Of values by ratio, that of the largest ratio which is not above this one: `${by_ratio:0.5,{0: a, 0.6: b}}` is a.
+
+    For YAMLs: published settings that change with the ratio.
+    """
+    return values[max(known for known in values if known <= ratio)]
+
+
+OmegaConf.register_new_resolver("by_ratio", by_ratio, replace=True)
+
+
 def force_dotted(overrides: Sequence[str]) -> list[str]:
     """Write `a.b=c` as `++a.b=c`, so that Hydra lets every key through and the schema alone judges them all.
 
     The schema then lists a misspelt key together with every other problem, and open dictionaries such as
-    `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`.
+    `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`;
+    `method.preset=NAME` chooses published settings, which all other overrides win over.
     """
     plain = re.compile(r"(?!hydra\.)[A-Za-z_]\w*\.[^=@]+=")
     named = (re.sub(r"^recovery\.method=(?=\w+$)", "method@recovery.method=", override) for override in overrides)
+    named = (re.sub(r"^\+*method\.preset=", "preset=", override) for override in named)
     return [f"++{override}" if plain.match(override) else override for override in named]
+
+
+def name_model(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Give a model that is named by ``model.path`` alone its folder's or repository's name."""
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "model.path" in given and not given & {"model", "model.name"}:
+        composed.model.name = _name_of(str(composed.model.path))
 
 
 def _forget_namesakes(ours: Mapping[str, Sequence[str]]) -> None:
@@ -267,4 +338,4 @@ def _as_typed_all(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def _as_typed(text: str) -> str:
-    return re.sub(r"(?<!\S)(')?\+\+", r"\1", text)
+    return re.sub(r"(?<!\S)preset=", "method.preset=", re.sub(r"(?<!\S)(')?\+\+", r"\1", text))

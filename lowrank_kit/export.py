@@ -12,7 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from lowrank_kit.config.plugins import let_here
 from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.files import read_json
+from lowrank_kit.runs.status import read_status
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -26,14 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload it to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    parser.add_argument(
+        "--method-prefixes", nargs="+", default=[], metavar="PACKAGE",
+        help="packages of your own methods, which may be imported; what a run names itself is not",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    let_here(options.method_prefixes)
     try:
         _check_output(options.output)
         source = adapter_in(options.source) if options.format == "lora" else checkpoint_in(options.source)
         if options.push_to_hub:
             # A hub that cannot be written to is found out before anything is.
             _check_hub()
-        _export(source, options.format, options.output, options.dtype, options.push_to_hub)
+        _check_whole(source)
+        _export(source, options.format, options.output, options.dtype, options.push_to_hub, options.method_prefixes)
         print(f"{options.format} checkpoint: {options.output}")
         if options.push_to_hub:
             print(f"pushed: {_push(options.output, options.push_to_hub, options.private)}")
@@ -81,11 +90,27 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"--output '{output}' exists and is not an empty folder: choose another")
 
 
-def _export(source: Path, style: str, output: Path, dtype: str | None, repository: str | None) -> None:
+def _check_whole(source: Path) -> None:
+    """Raise `LowRankKitError` for a checkpoint or adapter that is not what its run left."""
+    run = source.parent
+    status = read_status(run, thorough=True) if (run / "config.yaml").is_file() else None
+    if status is not None and status.state == "damaged":
+        raise LowRankKitError(
+            f"{run} is not as the run left it: {status.error}. Restore that from a copy, or make the run again"
+        )
+
+
+def _export(
+    source: Path, style: str, output: Path, dtype: str | None, repository: str | None, named: Sequence[str]
+) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
     from lowrank_kit.retrace import command_elsewhere
     from lowrank_kit.runs.card import write_card
 
+    if style == "lora":
+        from lowrank_kit.training.adapter_files import check_adapter
+
+        check_adapter(source)
     run = next((folder for folder in (source, source.parent) if (folder / "config.yaml").is_file()), None)
     output.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the target: a rename is atomic only within one file system.
@@ -100,7 +125,7 @@ def _export(source: Path, style: str, output: Path, dtype: str | None, repositor
         # Asked for by its own folder, the model from before a recovery may be written too.
         before_recovery = (source.parent / "recovered").is_dir() and source.name == "checkpoint"
         measured: Literal["compressed", "final"] = "compressed" if before_recovery else "final"
-        command = command_elsewhere(run) if run else None
+        command = command_elsewhere(run, named) if run else None
         write_card(whole, run, repository or output.name, measured, command)
         whole.replace(output)
 
@@ -112,7 +137,7 @@ def _forget_folders(adapter: Path) -> None:
 
     for name, key in (("adapter_config.json", "base_model_name_or_path"), (BASE_FILE, "path")):
         file = adapter / name
-        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        content = read_json(file, dict) or {}
         if content.get(key):
             file.write_text(json.dumps({**content, key: portable_model(content[key])}, indent=2), "utf-8")
 

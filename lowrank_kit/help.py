@@ -23,8 +23,9 @@ command again resumes where the last one stopped. Exit status: 0 all done, 1 the
 
 Examples
   python -m lowrank_kit.run method=astra task=glue/rte
-  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2
+  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
   python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
+  python -m lowrank_kit.run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
   python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
   python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
   python -m lowrank_kit.run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
@@ -42,12 +43,16 @@ Flags
   --hydra-help        everything Hydra itself can do"""
 
 
-def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Mapping[str, list[str]]) -> str:
-    """Return the help page for a configuration: `schema` types it, `defaults` are its present values."""
-    groups = [
-        fill(", ".join(names), 120, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
-        for group, names in options.items()
-    ]
+def help_text(
+    schema: type[RunConfig],
+    defaults: Mapping[str, Any],
+    options: Mapping[str, list[str]],
+    presets: Mapping[str, list[str]],
+) -> str:
+    """Return the help page for a configuration: `schema` types it, `defaults` are its present values.
+
+    ``options`` are those of every group, ``presets`` the methods that have each.
+    """
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
@@ -56,7 +61,16 @@ def help_text(schema: type[RunConfig], defaults: Mapping[str, Any], options: Map
         else:
             keys += ["", *_key(name, field, value)]
     heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
-    return "\n".join([INTRODUCTION, "Groups (GROUP=OPTION)", *groups, "", heading, *keys, "", FOOTER])
+    groups = ["Groups (GROUP=OPTION)", *_listed(options)]
+    published = ["Presets (method.preset=NAME) and the methods that have them", *_listed(presets)]
+    return "\n".join([INTRODUCTION, *groups, "", *published, "", heading, *keys, "", FOOTER])
+
+
+def _listed(names: Mapping[str, list[str]]) -> list[str]:
+    return [
+        fill(", ".join(members), 120, initial_indent=f"  {name:<12} ", subsequent_indent=" " * 15)
+        for name, members in names.items()
+    ]
 
 
 def _section_type(annotation: Any, value: Any) -> type[BaseModel] | None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import DamagedFileError, read_as
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
@@ -72,7 +75,10 @@ class Lock:
         self._released = threading.Event()
 
     def try_acquire(self) -> Holder | None:
-        """Take the lock and return None, or return the living holder."""
+        """Take the lock and return None, or return the living holder.
+
+        Raises `DamagedFileError` for a lock that does not say who holds it.
+        """
         me = Holder()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         record = self.path.with_name(f".{self.path.name}.{me.token}.tmp")
@@ -103,13 +109,15 @@ class Lock:
         """Give the lock back, unless it was taken over."""
         assert self._me is not None
         self._released.set()
-        self._only_for(self._me, self.path.unlink)
+        try:
+            self._only_for(self._me, self.path.unlink)
+        except DamagedFileError as error:
+            log.error("%s", error)
         self._me = None
 
     def _holder(self) -> Holder | None:
-        with suppress(FileNotFoundError):
-            return Holder(**json.loads(self.path.read_text()))
-        return None
+        holder: Holder | None = read_as(self.path, Holder, "if no process works there, remove this file")
+        return holder
 
     def _stale(self, holder: Holder, record: Path) -> bool:
         if (alive := holder.alive()) is not None:
@@ -143,7 +151,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             # A network file system that does not answer for a while is no reason to stop.
-            with suppress(OSError):
+            with suppress(OSError, LowRankKitError):
                 holder = self._holder()
                 if self._me is None or holder is None or holder.token != self._me.token:
                     log.error("%s was taken over: this process was silent for too long", self.path)

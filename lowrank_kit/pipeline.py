@@ -1,32 +1,37 @@
 """A run from configuration to results: one task, or a group's members one after another."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
+from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.evaluation.records import EvalRecord
+from lowrank_kit.evaluation.records import EvalRecord, read_records
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import Adapter, Compressor, FineTuning, Method
+from lowrank_kit.models.contents import contents
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, load_config, skeleton
+from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
-from lowrank_kit.runs.directory import RunDirectory
+from lowrank_kit.runs.directory import RunDirectory, run_path
+from lowrank_kit.runs.inputs import Inputs, inputs_of
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.published import published_for
 from lowrank_kit.runs.table import print_results
 from lowrank_kit.runs.tracking import NullTracker, open_tracker
-from lowrank_kit.stages.base import Stages
+from lowrank_kit.stages.base import Stages, tokenizer_of
 from lowrank_kit.stages.classification import ClassificationStages
 from lowrank_kit.stages.instructions import InstructionStages
 from lowrank_kit.stages.perplexity import PerplexityStages
@@ -46,11 +51,25 @@ def execute(config: RunConfig) -> Path:
     """
     device = _resolve_device(config.device)
     _check_machine(config, device)
+    if device == "cpu" and config.dtype == "float16":
+        log.warning("dtype=float16 on a CPU is slow, and its sums overflow above 65504: use dtype=float32 or bfloat16")
+    limit_bytes()
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _tasks(config, source)
-    _check_method(config, tasks[0])
-    found = [_open_data(config, task, source) for task in tasks]
-    with distributed.together(device), RunDirectory.open(config) as run, _logged_to(run.path / "log.txt"):
+    model = _check_method(config, tasks)
+    found = [_open_data(config, task, source, model) for task in tasks]
+    facts = {
+        f"{task.name}/{split}": fact
+        for task, data in zip(tasks, found, strict=True)
+        for split, fact in data.facts().items()
+    }
+    if not run_path(config).is_dir():
+        _check_lengths(config, found)
+    with (
+        distributed.together(device),
+        RunDirectory.open(config, lambda: _inputs(config, facts)) as run,
+        _logged_to(run.path / "log.txt"),
+    ):
         log.info(
             "%s on %s (%s), %s, %s", _method(config).name, config.model.name, config.model.path, config.dtype, device
         )
@@ -87,16 +106,29 @@ def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
     return there or wanted
 
 
-def _open_data(config: RunConfig, task: SingleTask, source: Source) -> TaskRows | TaskTexts:
+def _check_lengths(config: RunConfig, found: Sequence[TaskRows | TaskTexts]) -> None:
+    """Raise `ConfigError` for texts that are too short and windows that are too long; needs the tokenizer alone."""
+    tokenizer = tokenizer_of(ModelSource(config.model.path, config.model.revision, config.model.gguf_file))
+    for data in found:
+        if isinstance(data, TaskTexts):
+            data.evaluation(tokenizer)
+            if isinstance(config.method, Compressor):
+                data.calibration(tokenizer)
+
+
+def _open_data(config: RunConfig, task: SingleTask, source: Source, model: PretrainedConfig) -> TaskRows | TaskTexts:
     if isinstance(task, ClassificationTask):
-        return TaskRows(config, task, source)
+        return TaskRows(config, task, source, model)
     learns = isinstance(config.method, FineTuning) or config.recovery.learns_the_task
-    return TaskTexts(config, task, source, learns)
+    return TaskTexts(config, task, source, learns, model)
 
 
-def _check_method(config: RunConfig, task: SingleTask) -> None:
-    """Let the method look at the task and at the model's shapes: no weight is read for this."""
-    method = _method(config)
+def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedConfig:
+    """Let the method look at the tasks and at the model's shapes: no weight is read for this.
+
+    Returns the model's configuration.
+    """
+    method, task = _method(config), tasks[0]
     if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
         raise ConfigError(
             f"method={method.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
@@ -124,6 +156,10 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
             layout = layout_of(skeleton(model_config, "classification", task.labels))
     except LowRankKitError as error:
         raise ConfigError(str(error)) from error
+    check_files(source)
+    for each in tasks:
+        if isinstance(each, ClassificationTask):
+            check_labels(model_config, each)
     if config.model.quantization != "none":
         layout = as_quantised(layout)
     method.check(layout)
@@ -131,6 +167,7 @@ def _check_method(config: RunConfig, task: SingleTask) -> None:
         recovering.check(layout)
     if isinstance(method, Compressor):
         method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
+    return model_config
 
 
 def _check_recovery(config: RunConfig, task: SingleTask) -> None:
@@ -173,7 +210,7 @@ def _execute_member(
     tracker = config.tracker.model_copy(update={"group": config.tracker.group or group.name})
     settings = config.run.model_copy(update={"dir": str(group / task.name.rpartition("/")[2])})
     member = config.model_copy(update={"task": task, "tracker": tracker, "run": settings})
-    with RunDirectory.open(member) as run, _logged_to(run.path / "log.txt"):
+    with RunDirectory.open(member, lambda: _inputs(config, data.facts())) as run, _logged_to(run.path / "log.txt"):
         return _execute_task(member, task, data, device, run)
 
 
@@ -181,7 +218,7 @@ def _execute_task(
     config: RunConfig, task: SingleTask, data: TaskRows | TaskTexts, device: str, run: RunDirectory
 ) -> list[EvalRecord]:
     todo = [stage for stage in config.run.stages if not run.done(stage)]
-    manifest = Manifest(config.seed, device, _read_json(run.path / "manifest.json"))
+    manifest = Manifest(config.seed, device, read_json(run.path / "manifest.json", dict))
     manifest.record("data", data.facts())
     manifest.record("runtime", {"kind": config.runtime.kind, "processes": distributed.size()})
     with manifest.watching(), ExitStack() as stack:
@@ -205,7 +242,7 @@ def _execute_task(
                 run.write_json("manifest.json", manifest.as_dict())
             run.mark(stage)
             log.info("%s: %s, %.1f s", task.name, stage, manifest.seconds(stage))
-        records = [EvalRecord(**raw) for raw in _read_json(run.path / "results.json") or []]
+        records = read_records(run.path / "results.json")
         tracker.summary({f"{r.task}/{r.metric}/{r.checkpoint}": r.value for r in records})
     return records
 
@@ -224,8 +261,8 @@ def _log_data(data: TaskRows | TaskTexts) -> None:
         log.info("%s", note)
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _inputs(config: RunConfig, facts: Mapping[str, Any]) -> Inputs:
+    return inputs_of(facts, contents(ModelSource(config.model.path, config.model.revision, config.model.gguf_file)))
 
 
 def _resolve_device(device: str) -> str:
@@ -249,6 +286,10 @@ def _check_machine(config: RunConfig, device: str) -> None:
         raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
     if isinstance(config.method, FineTuning) or config.recovery.what != "none":
         rows_per_pass(config.train, processes)
+        if config.train.mixed_precision == "fp16" and not device.startswith("cuda"):
+            raise ConfigError(
+                f"train.mixed_precision=fp16 needs a CUDA device, not {device}: use train.mixed_precision=none, or bf16"
+            )
         if config.runtime.placement is not None:
             raise ConfigError(
                 "runtime=spread is for models that are judged: train with another, and judge what was exported with "
@@ -268,7 +309,12 @@ def _logged_to(file: Path) -> Iterator[None]:
     if not launcher.is_main():
         yield
         return
-    handler = logging.FileHandler(file, encoding="utf-8")
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError:
+        # Of a finished run that is only shown.
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("lowrank_kit")
     logger.addHandler(handler)

@@ -2,17 +2,18 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import OmegaConf
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import load
+from lowrank_kit.config.plugins import OURS, allowing
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.files import read_yaml
 from lowrank_kit.runs.directory import identity
 from lowrank_kit.runs.portable import portable
 
@@ -21,22 +22,26 @@ GROUPS = ("method", "model", "task", "data", "recovery")
 PROGRAM = "python -m lowrank_kit.run"
 
 
-def command_elsewhere(run: Path) -> str | None:
-    """The command for a run directory's figures on another machine; None for a method that has no YAML file here."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+def command_elsewhere(run: Path, named: Sequence[str] = ()) -> str | None:
+    """The command for a run directory's figures on another machine; None for a method that has no YAML file here.
+
+    ``named``: packages of methods that the person allows, see `overrides_of`.
+    """
+    config = read_yaml(run / "config.yaml")
     seed = [f"seed={config['seed']}"]
     try:
-        return f"{PROGRAM} {shlex.join(overrides_of(portable(config)) + seed)}"
+        return f"{PROGRAM} {shlex.join(overrides_of(portable(config), named) + seed)}"
     except ConfigError:
         return None
 
 
-def overrides_of(config: Mapping[str, Any]) -> list[str]:
+def overrides_of(config: Mapping[str, Any], named: Sequence[str] = ()) -> list[str]:
     """Return the overrides, the seed's apart, that compose this configuration from the YAML files.
 
-    Raises `ConfigError` where they have nothing to start from.
+    Nothing is imported but our methods, those of installed plug-ins and of the packages ``named``, whatever the
+    configuration itself allows. Raises `ConfigError` where the YAML files have nothing to start from.
     """
-    wanted = load(config)
+    wanted = load(allowing(config, named))
     plain = identity(wanted)
     seed = plain.pop("seed")
     if plain["method"].get("seed") == seed:
@@ -52,8 +57,7 @@ def overrides_of(config: Mapping[str, Any]) -> list[str]:
     start.pop("seed")
     if plain["method"].get("seed") is None:
         start["method"] = {key: value for key, value in start["method"].items() if key != "seed"}
-    prefixes = wanted.run.method_prefixes
-    allowed = [] if prefixes == _default_prefixes() else [f"run.method_prefixes={_value(list(prefixes))}"]
+    allowed = [f"run.method_prefixes={_value([*OURS, *named])}"] if named else []
     return [*options, *allowed, *_differences(start, plain)]
 
 
@@ -66,10 +70,6 @@ def _composer() -> Composer:
 def _composed(options: tuple[str, ...]) -> dict[str, Any]:
     [job] = _composer().jobs(force_dotted(options), multirun=False)
     return identity(job)
-
-
-def _default_prefixes() -> tuple[str, ...]:
-    return tuple(_composer().compose(()).run.method_prefixes)
 
 
 def _option(group: str, plain: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,9 @@
 """`python -m lowrank_kit.run`: compose a configuration, check it, run the pipeline."""
 
 import argparse
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +13,9 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_kit.compose import Composer, Sweep, force_dotted
+from lowrank_kit.compose import Composer, Sweep, force_dotted, name_model
 from lowrank_kit.config import load, schema_for
+from lowrank_kit.config.plugins import let_here
 from lowrank_kit.console import command, set_up_console
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.help import help_text
@@ -34,15 +37,19 @@ def _main(argv: list[str]) -> None:
     args = get_args_parser().parse_intermixed_args(argv)
     flags = [word for word in argv if word not in args.overrides]
     overrides = force_dotted(args.overrides)
+    let_here(_named_packages(args.overrides))
     composer = _composer(args)
     if args.help:
         plain: Any = OmegaConf.to_container(composer.compose(overrides), resolve=True)
-        print(help_text(schema_for(plain), plain, composer.options))
+        print(help_text(schema_for(plain), plain, composer.options, composer.presets))
         return
     if args.hydra_help or args.shell_completion:
         _hydra([*flags, *overrides], composer)
         return
     planned = composer.planned(overrides, args.multirun)
+    if args.cfg and not args.multirun:
+        # Hydra composes it once more, for show.
+        overrides = [*overrides, f"++model.name={json.dumps(composer.compose(overrides).model.name)}"]
     if isinstance(planned, list) or args.cfg or args.info:
         _hydra([*flags, *overrides], composer)
         return
@@ -59,6 +66,12 @@ def _main(argv: list[str]) -> None:
         print(f"search: {run_search(planned, composer, again)}", flush=True)
 
 
+def _named_packages(overrides: Sequence[str]) -> list[str]:
+    """The packages in `run.method_prefixes` of a command line: a person allows them, and they may lie here."""
+    given = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
+    return re.findall(r"[\w.]+", given.get("run.method_prefixes", ""))
+
+
 def _composer(args: argparse.Namespace) -> Composer:
     folder = Path(args.config_path) if args.config_path else None
     extra = Path(args.config_dir) if args.config_dir else None
@@ -71,6 +84,8 @@ def _hydra(argv: list[str], composer: Composer) -> None:
 
     def job(cfg: DictConfig) -> None:
         # A job of a sweep may run in another process: there, only an exception carries the news.
+        # Composed by Hydra, which does not know what a model is called.
+        name_model(cfg, hydra.core.hydra_config.HydraConfig.get().overrides.task)
         try:
             _job(cfg)
         except LowRankKitError as error:

@@ -3,30 +3,27 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.forward import forward_replaced
+from lowrank_kit.models.head import Head
 
 Batch = Mapping[str, Tensor]
+
+Loss = Callable[[PreTrainedModel, Batch], tuple[Float[Tensor, ""], int]]
+"""The sum of a batch's losses, and of how many things: means over all batches weigh each of these alike."""
 
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and no parameter wants a gradient, until the end; then everything is as it was.
-
-    Raises `LowRankKitError` for a model without next-token head.
-    """
-    if model.get_output_embeddings() is None:
-        raise LowRankKitError(
-            "gradients of the next-token loss need a causal language model; this one has no such head"
-        )
+    """Evaluation mode, and no parameter wants a gradient, until the end; then everything is as it was."""
     was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     try:
@@ -43,18 +40,52 @@ def recomputed(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for path in blocks:
             block = model.get_submodule(path)
-            stack.enter_context(mock.patch.object(block, "forward", _recomputed(block.forward)))
+            stack.enter_context(forward_replaced(block, _recomputed(block.forward)))
         yield
 
 
-def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> Float[Tensor, ""]:
-    """Sum over real tokens of the negative log-likelihood of the token ``ahead`` places on, in float32."""
-    ignored = -100
-    # The logits are the largest tensor of all: no slice of them is copied, and the last places have no label instead.
-    labels = torch.full_like(batch["input_ids"], ignored)
-    labels[:, :-ahead] = batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), ignored)[:, ahead:]
-    logits = model(**batch, use_cache=False).logits.float()
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="sum")
+def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> tuple[Float[Tensor, ""], int]:
+    """Sum over predicted tokens of their negative log-likelihood (nats) in float32, and how many those are.
+
+    Position t predicts token t + ``ahead``; which tokens count is for `predicted_tokens` to say. As a `Loss`: the
+    mean is that over all predicted tokens. Raises `LowRankKitError` for a model without next-token head.
+    """
+    labels, head = predicted_tokens(batch, ahead), Head(model)
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    predicting = labels != NOT_PREDICTED
+    hidden = head.hidden(**inputs)
+    predicting, labels = predicting.to(hidden.device), labels.to(hidden.device)
+    return head.summed_loss(hidden[predicting], labels[predicting]), int(predicting.sum())
+
+
+def model_loss(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], int]:
+    """The loss that the model itself has for the batch's ``labels``, as a `Loss`.
+
+    Its mean is over rows for a classifier, over the labels that are not `NOT_PREDICTED` for an encoder-decoder model.
+    """
+    labels = batch["labels"]
+    count = int((labels != NOT_PREDICTED).sum()) if model.config.is_encoder_decoder and labels.ndim > 1 else len(labels)
+    loss: Tensor = model(**batch).loss
+    return loss * count, count
+
+
+def predicted_tokens(batch: Batch, ahead: int = 1) -> Int64[Tensor, "rows tokens"]:
+    """The token that every position of a batch predicts, the one ``ahead`` places on; `NOT_PREDICTED` where none.
+
+    Padding is not predicted; nor is a token that the batch's ``labels``, if it has any, leave out.
+    """
+    tokens = batch.get("labels", batch["input_ids"]).masked_fill(~batch["attention_mask"].bool(), NOT_PREDICTED)
+    labels = torch.full_like(tokens, NOT_PREDICTED)
+    labels[:, :-ahead] = tokens[:, ahead:]
+    return labels
+
+
+def check_predicted(batches: Sequence[Batch], ahead: int = 1) -> None:
+    """Raise `LowRankKitError` where no token of any batch is predicted."""
+    if not any(bool((predicted_tokens(batch, ahead) != NOT_PREDICTED).any()) for batch in batches):
+        raise LowRankKitError(
+            f"no calibration window has more than {ahead} tokens, so there is no loss; raise calibration.seq_len"
+        )
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

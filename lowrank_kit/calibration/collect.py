@@ -1,7 +1,6 @@
 """Calibrate a model for a method: stream the statistics, reduce each layer's at once, keep the results."""
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,28 +8,18 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from lowrank_kit.cache.key import Maker, StatisticsKey
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.models.load import fingerprint
 from lowrank_kit.spectral.moments import Moments
-
-# Settings of heads and bookkeeping: activations of the blocks do not depend on them.
-NOT_OF_THE_BLOCKS = {
-    "architectures",
-    "classifier_dropout",
-    "dtype",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "transformers_version",
-    "use_cache",
-}
 
 
 def calibrate(
@@ -42,6 +31,7 @@ def calibrate(
     reduce: Callable[[LayerStatistics], Kept],
     *,
     batch_size: int,
+    maker: type | None = None,
     cache: Path | None = None,
     reduction_key: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -49,7 +39,7 @@ def calibrate(
     """Return what ``reduce`` keeps of every linear in ``refs``, by the linear's name.
 
     Args:
-        model: the model; only its blocks and embeddings matter.
+        model: the model; without gradients, only its blocks and embeddings matter.
         layout: its layout.
         samples: the calibration samples. An encoder-decoder model whose samples have no ``decoder_input_ids``
             reads its own input shifted right, as its sequence classifiers do.
@@ -57,6 +47,7 @@ def calibrate(
         request: which statistics ``reduce`` reads.
         reduce: called once a linear, while no other block's moments are held; its tensors are moved to the CPU.
         batch_size: sequences a batch.
+        maker: the class that ``reduce`` belongs to, see `maker_of`; None: ``reduce`` itself.
         cache: folder of the content-keyed cache; None keeps nothing on disk.
         reduction_key: what the outcome of ``reduce`` depends on beside the statistics, JSON-serialisable.
         progress: shows one bar over the blocks.
@@ -72,8 +63,10 @@ def calibrate(
 
     if cache is None:
         return {name: kept for _, results in reduced() for name, kept in results.items()}
-    key = calibration_key(model, layout, samples, refs, batch_size)
-    store = CalibrationStore(cache, {**key, "request": asdict(request), "reduction": dict(reduction_key or {})})
+    asked = {"statistics": asdict(request), "reduction": dict(reduction_key or {})}
+    store = CalibrationStore(
+        cache, calibration_key(model, layout, samples, batch_size, reads_of(request), asked, (maker or reduce,), refs)
+    )
     blocks = {ref.block for ref in refs}
     with store.missing(blocks) as missing:
         for block, results in reduced(skip=blocks - missing):
@@ -85,21 +78,28 @@ def calibration_key(
     model: PreTrainedModel,
     layout: ModelLayout,
     samples: CalibrationSamples,
-    refs: Collection[LinearRef],
     batch_size: int,
-) -> dict[str, Any]:
-    """What all statistics depend on, for a `CalibrationStore`; which ones, and what is made of them, is for the caller.
+    reads: Reads,
+    request: Mapping[str, Any],
+    makers: Iterable[Maker] = (),
+    refs: Iterable[LinearRef] = (),
+) -> StatisticsKey:
+    """The key of numbers that the model gives on calibration samples; see `StatisticsKey`. Reads every weight once."""
+    return StatisticsKey.of(
+        model,
+        layout,
+        reads=reads,
+        text=samples.fingerprint(),
+        batch_size=batch_size,
+        request=request,
+        makers=makers,
+        linears=(ref.name for ref in refs),
+    )
 
-    Reads every weight once.
-    """
-    return {
-        "model": fingerprint(model, layout),
-        "config": _below_the_head(model.config),
-        "samples": samples.fingerprint(),
-        "batch_size": batch_size,
-        "dtype": str(model.dtype),
-        "linears": sorted(ref.name for ref in refs),
-    }
+
+def reads_of(request: StatisticsRequest) -> Reads:
+    """What statistics are read from: gradients are those of the loss, all others are of the blocks."""
+    return "blocks" if request.gradient is None else "loss"
 
 
 def reduce_spans(
@@ -133,13 +133,13 @@ def reduce_spans(
     task = progress.add_task("calibrate", total=len(blocks), completed=len(known)) if progress else None
     if known == set(blocks):
         return
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
-    if request.gradient != "none":
+    batches = batches_of(model, samples, batch_size)
+    if request.gradient is not None:
         assert gradients is not None
-        _collect_gradients(model, layout, batches, refs, request, gradients, progress)
+        _collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
-    for block, statistics in _statistics(model, layout, batches, request, refs, known):
-        if request.gradient != "none" and gradients is not None:
+    for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
+        if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
         waiting += statistics
@@ -162,9 +162,10 @@ def _statistics(
     request: StatisticsRequest,
     refs: Collection[LinearRef],
     skip: Collection[int],
+    opening: int,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     if request.reads_activations:
-        yield from stream_statistics(model, layout, batches, request, refs, skip=skip)
+        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
         return
     for block in sorted({ref.block for ref in refs} - set(skip)):
         yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
@@ -178,43 +179,29 @@ def _collect_gradients(
     request: StatisticsRequest,
     store: CalibrationStore,
     progress: Progress | None,
+    opening: int,
 ) -> None:
-    blocks, with_mean = {ref.block for ref in refs}, request.gradient == "all"
+    assert request.gradient is not None
+    blocks = {ref.block for ref in refs}
     with store.missing(blocks) as missing:
         if not missing:
             return
         skip = blocks - missing
-        for block, found in stream_gradients(model, layout, batches, refs, with_mean, skip=skip, progress=progress):
-            store.save(block, {name: _packed(statistics) for name, statistics in found.items()})
-
-
-def _packed(statistics: GradientStatistics) -> Kept:
-    kept = {
-        "gram": statistics.gram.float(),
-        "rows": statistics.rows.float(),
-        "sums": torch.tensor([statistics.tokens, statistics.energy], dtype=torch.float64),
-    }
-    if statistics.mean is not None:
-        kept["mean"] = statistics.mean.float()
-    return _on_cpu(kept)
+        parts = request.gradient
+        passes = stream_gradients(model, layout, batches, refs, parts, skip, progress, opening)
+        for block, found in passes:
+            store.save(block, {name: _on_cpu(statistics.tensors()) for name, statistics in found.items()})
 
 
 def load_gradients(
     store: CalibrationStore, block: int, device: torch.device | str = "cpu"
 ) -> dict[str, GradientStatistics]:
     """Read the gradient statistics of one block's linears back, by name."""
-    found = {}
-    for name, kept in store.load(block).items():
-        tokens, energy = kept["sums"].tolist()
-        mean = kept["mean"].to(device) if "mean" in kept else None
-        found[name] = GradientStatistics(int(tokens), kept["gram"].to(device), energy, kept["rows"].to(device), mean)
-    return found
-
-
-def _below_the_head(config: PretrainedConfig) -> dict[str, Any]:
-    """What the activations depend on beside weights and tokens: windows, activation functions, rotary bases."""
-    settings = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in settings.items() if k not in NOT_OF_THE_BLOCKS and not k.startswith("_")}
+    found = store.load(block).items()
+    return {
+        name: GradientStatistics.from_tensors({part: tensor.to(device) for part, tensor in kept.items()})
+        for name, kept in found
+    }
 
 
 def _on_cpu(kept: Kept) -> Kept:

@@ -1,28 +1,27 @@
-"""Gradient statistics of a causal model's linears: one backward pass over the calibration set, in bounded memory.
-
-Blocks are visited from the last to the first, as many at a time as fit `STATISTICS_BYTES`; the blocks below those
-build no graph, and activations inside the others are recomputed in the backward pass.
-"""
+"""Gradients of the loss in some linears: backward passes over the calibration set, in bounded memory."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import torch
+from jaxtyping import Float32
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
-from lowrank_kit.calibration.backward import Batch, frozen, next_token_loss, recomputed
-from lowrank_kit.calibration.statistics import GradientStatistics
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.calibration.backward import Batch, Loss, check_predicted, frozen, next_token_loss, recomputed
+from lowrank_kit.calibration.gradient_collector import GradientCollector
+from lowrank_kit.calibration.prefix import Prefix
+from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.models.linear import check_linear, is_transposed
-from lowrank_kit.spectral.moments import Moments
 
 STATISTICS_BYTES = 4 * 2**30
 """Statistics held at once; a model whose blocks need more takes several passes."""
+
+ACTIVATION_BYTES = 2 * 2**30
+"""Activations of a batch, about, that may wait for the backward pass; blocks for which this has no room recompute."""
 
 
 def stream_gradients(
@@ -30,11 +29,14 @@ def stream_gradients(
     layout: ModelLayout,
     batches: Sequence[Batch],
     refs: Collection[LinearRef],
-    with_mean: bool,
+    request: GradientRequest,
     skip: Collection[int] = (),
     progress: Progress | None = None,
+    opening: int = 0,
 ) -> Iterator[tuple[int, dict[str, GradientStatistics]]]:
     """Yield `(block index, gradient statistics of its linears by name)` from the last block to the first.
+
+    Blocks are visited as many at a time as fit `STATISTICS_BYTES`; those below build no graph.
 
     Args:
         model: a causal language model, in evaluation mode while the generator runs; left as it was found.
@@ -42,44 +44,103 @@ def stream_gradients(
         batches: `[rows, tokens]` model inputs with attention masks; padded positions are not counted. Of several
             processes each reads its `distributed.share`, and all get the statistics of all batches.
         refs: the linears wanted.
-        with_mean: also the gradient in the weight itself.
+        request: which statistics.
         skip: block indices whose statistics are known already.
         progress: shows one bar over all batches.
+        opening: tokens at the beginning of every row (BOS) at which the moments do not count; the gradients in the
+            weights are of what these contribute, too.
 
     Raises:
-        LowRankKitError: a model without next-token head, or gradients that are not finite.
+        LowRankKitError: a model without next-token head, nothing to predict, or gradients that are not finite.
     """
+    check_predicted(batches)
     wanted: dict[int, list[LinearRef]] = {}
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
-    passes, batches = list(_passes(wanted, with_mean)), distributed.share(batches)
+    passes, batches = list(_passes(wanted, request)), distributed.share(batches)
     task = progress.add_task("gradients", total=len(passes) * len(batches)) if progress else None
-    with frozen(model):
-        for blocks in passes:
-            linears = [ref for block in blocks for ref in wanted[block]]
-            collector = _Collector(model, linears, with_mean)
-            with ExitStack() as stack:
-                stack.enter_context(collector)
-                stack.enter_context(recomputed(model, layout.blocks[min(blocks) :]))
-                lowest = model.get_submodule(layout.blocks[min(blocks)])
-                stack.callback(lowest.register_forward_pre_hook(_start_graph, prepend=True).remove)
-                for batch in batches:
-                    collector.read(model, {k: v.to(model.device) for k, v in batch.items()})
-                    if progress and task is not None:
-                        progress.advance(task)
-            collector.add_up()
-            statistics = collector.statistics()
-            for block in blocks:
-                yield block, {ref.name: statistics.pop(ref.name) for ref in wanted[block]}
+
+    def advance() -> None:
+        if progress and task is not None:
+            progress.advance(task)
+
+    for blocks in passes:
+        linears = [ref for block in blocks for ref in wanted[block]]
+        collector = _passed(model, layout, batches, linears, request, next_token_loss, None, advance, opening)
+        collector.add_up()
+        statistics = collector.statistics()
+        for block in blocks:
+            yield block, {ref.name: statistics.pop(ref.name) for ref in wanted[block]}
 
 
-def _passes(wanted: Mapping[int, Sequence[LinearRef]], with_mean: bool) -> Iterator[list[int]]:
+def weight_gradients(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Batch],
+    refs: Collection[LinearRef],
+    *,
+    ahead: int = 1,
+    loss: Loss | None = None,
+    prefix: Prefix | None = None,
+    on_batch: Callable[[], object] = lambda: None,
+) -> dict[str, Float32[Tensor, "out in"]]:
+    """Return ``dL/dW`` by name in one backward pass, L the mean loss over all predicted tokens of all batches.
+
+    Args:
+        model: in evaluation mode meanwhile; left as it was found.
+        layout: its layout.
+        batches: `[rows, tokens]` model inputs with attention masks; padded positions are not counted.
+        refs: the linears wanted; gradients are held for these only.
+        ahead: which token is predicted; 1: the next one.
+        loss: another loss than that of the token ``ahead``.
+        prefix: hidden states of the same batches, to begin the passes at.
+        on_batch: called after every batch.
+
+    Raises:
+        LowRankKitError: a model without next-token head, nothing to predict, or gradients that are not finite.
+    """
+    if loss is None:
+        check_predicted(batches, ahead)
+        loss = partial(next_token_loss, ahead=ahead)
+    collector = _passed(model, layout, batches, refs, GradientRequest(mean=True), loss, prefix, on_batch)
+    return {name: found.mean for name, found in collector.statistics().items() if found.mean is not None}
+
+
+def _passed(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Batch],
+    refs: Collection[LinearRef],
+    request: GradientRequest,
+    loss: Loss,
+    prefix: Prefix | None,
+    on_batch: Callable[[], object],
+    opening: int = 0,
+) -> GradientCollector:
+    """Run every batch forwards and backwards once. What is below the lowest linear builds no graph."""
+    lowest = min(ref.block for ref in refs)
+    longest = max((batch["input_ids"].numel() for batch in batches), default=1)
+    keeping = _blocks_that_fit(layout, longest, model.dtype)
+    with frozen(model), ExitStack() as stack:
+        collector = stack.enter_context(GradientCollector(model, refs, request, opening))
+        stack.enter_context(recomputed(model, layout.blocks[lowest : max(lowest, len(layout.blocks) - keeping)]))
+        for number, batch in enumerate(batches):
+            with ExitStack() as start, torch.enable_grad():
+                if prefix is not None:
+                    start.enter_context(prefix.resumed(number, lowest, model.device))
+                collector.read(model, {k: v.to(model.device) for k, v in batch.items()}, loss)
+            on_batch()
+    return collector
+
+
+def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest) -> Iterator[list[int]]:
     """Group the blocks so that no group's statistics exceed the limit; a block alone may."""
     group: list[int] = []
     held = 0
     for block, refs in wanted.items():
-        size = sum(8 * r.full_rank**2 + 4 * with_mean * r.in_features * r.out_features for r in refs)
+        grams, weights = 8 * request.moments, 4 * request.mean
+        size = sum(grams * ref.full_rank**2 + weights * ref.in_features * ref.out_features for ref in refs)
         if group and held + size > STATISTICS_BYTES:
             yield group
             group, held = [], 0
@@ -89,88 +150,7 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], with_mean: bool) -> Itera
         yield group
 
 
-class _Collector:
-    """Hooks on the linears of one pass."""
-
-    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], with_mean: bool) -> None:
-        self._linears = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
-        device = next(model.parameters()).device
-        self._grams = {ref: Moments.zeros(ref.full_rank, device) for ref in refs}
-        self._rows = {ref: torch.zeros(ref.out_features, dtype=torch.float64, device=device) for ref in refs}
-        self._energy = dict.fromkeys(refs, 0.0)
-        self._input_energy: dict[LinearRef, Tensor] = {}
-        self._mask: Tensor | None = None
-        self._tokens = 0
-        self._with_mean = with_mean
-
-    def __enter__(self) -> "_Collector":
-        self._handles: list[Any] = []
-        for ref, module in self._linears.items():
-            module.weight.requires_grad_(self._with_mean)
-            self._handles.append(module.register_forward_pre_hook(self._note_input(ref)))
-            self._handles.append(module.register_full_backward_hook(self._note_gradient(ref)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module in self._linears.values():
-            module.weight.requires_grad_(False)
-
-    def read(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Add one batch."""
-        self._mask = batch["attention_mask"].bool()
-        self._tokens += int(self._mask.sum())
-        with torch.enable_grad():
-            next_token_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-
-    def add_up(self) -> None:
-        """Take in what the other processes collected from their batches."""
-        if distributed.size() == 1:
-            return
-        self._tokens = int(distributed.total(self._tokens))
-        for ref, module in self._linears.items():
-            distributed.add_up(self._grams[ref].gram, self._rows[ref])
-            self._energy[ref] = distributed.total(self._energy[ref])
-            if self._with_mean:
-                if module.weight.grad is None:
-                    # There are more processes than batches.
-                    module.weight.grad = torch.zeros_like(module.weight)
-                distributed.add_up(module.weight.grad)
-
-    def statistics(self) -> dict[str, GradientStatistics]:
-        """What was collected; the weights' own gradients are taken from them."""
-        found = {}
-        for ref, module in self._linears.items():
-            mean = None
-            if (summed := module.weight.grad) is not None:
-                mean = (summed.T if is_transposed(module) else summed) / self._tokens
-                module.weight.grad = None
-            gram = self._grams.pop(ref).gram
-            found[ref.name] = GradientStatistics(self._tokens, gram, self._energy[ref], self._rows.pop(ref), mean)
-        return found
-
-    def _note_input(self, ref: LinearRef) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._input_energy[ref] = inputs[0].detach().float().pow(2).sum(-1)
-
-        return hook
-
-    def _note_gradient(self, ref: LinearRef) -> Callable[..., None]:
-        def hook(_module: nn.Module, towards_input: tuple[Tensor, ...], at_output: tuple[Tensor, ...]) -> None:
-            gradient = at_output[0].float()
-            squares = gradient.pow(2)
-            self._energy[ref] += float(squares.sum(dtype=torch.float64))
-            self._rows[ref] += (squares * self._input_energy[ref][..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
-            seen = gradient if ref.out_features <= ref.in_features else towards_input[0]
-            try:
-                self._grams[ref].update(seen, None if self._mask is None else self._mask.reshape(seen.shape[:-1]))
-            except ValueError as error:
-                raise LowRankKitError(f"gradients of {ref.name}: {error}") from error
-
-        return hook
-
-
-def _start_graph(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden = args[0].detach().requires_grad_()
-    return (hidden, *args[1:])
+def _blocks_that_fit(layout: ModelLayout, tokens: int, dtype: torch.dtype) -> int:
+    """What waits of a block is about as much as goes in and out of its linears."""
+    width = sum(ref.in_features + ref.out_features for ref in layout.linears) / len(layout.blocks)
+    return int(ACTIVATION_BYTES / (tokens * width * dtype.itemsize))

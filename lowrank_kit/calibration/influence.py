@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -54,8 +55,8 @@ def block_influence(
     """
     if cache is None:
         return _measured(model, layout, samples, batch_size, distance, span, progress)
-    key = calibration_key(model, layout, samples, (), batch_size)
-    store = CalibrationStore(cache, {**key, "influence": {"distance": distance, "span": span}})
+    asked = {"quantity": "block influence", "distance": distance, "span": span}
+    store = CalibrationStore(cache, calibration_key(model, layout, samples, batch_size, "blocks", asked))
     with store.missing([0]) as missing:
         if missing:
             found = _measured(model, layout, samples, batch_size, distance, span, progress)
@@ -101,7 +102,7 @@ def hidden_states(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Bool[Tensor, "rows tokens"], Callable[[Visit], None]]]:
-    """Yield every batch's mask of real tokens, and what runs the model on it.
+    """Yield every batch's mask of the tokens that are measured at, and what runs the model on it.
 
     The latter calls ``visit(i, state)`` with the state ``[rows, tokens, hidden]`` before block i, for the last i
     with the state after the last block, before the final norm. The model is in evaluation mode meanwhile.
@@ -109,7 +110,7 @@ def hidden_states(
     """
     if len(layout.stacks) != 1:
         raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks are ranked in one stack")
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     task = progress.add_task("hidden states", total=len(batches)) if progress else None
     blocks = [model.get_submodule(path) for path in layout.blocks]
     was_training = model.training
@@ -123,7 +124,7 @@ def hidden_states(
                     # The base model: logits over a large vocabulary would be the largest tensor of all.
                     model.base_model(**inputs, use_cache=False)
 
-            yield inputs["attention_mask"].bool(), run
+            yield measured(inputs["attention_mask"], samples.opening), run
             if progress and task is not None:
                 progress.advance(task)
     finally:

@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import ModelLayout
 
 HIDDEN_BYTES = 4 * 2**30
@@ -52,7 +52,7 @@ class Prefix:
             if start:
                 known = self._states[start][batch].to(device)
                 for passed in self._blocks[:start]:
-                    stack.enter_context(mock.patch.object(passed, "forward", handing_over(known)))
+                    stack.enter_context(forward_replaced(passed, handing_over(known)))
             yield
 
     def _recorder(self, start: int) -> Callable[..., None]:

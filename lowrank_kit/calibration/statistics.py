@@ -1,11 +1,12 @@
 """What a method may ask calibration for, and what it gets for each linear layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from jaxtyping import Float
 
-from lowrank_kit.deferred import Tensor
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
 
@@ -19,19 +20,45 @@ Kept: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class GradientRequest:
+    """Which parts of `GradientStatistics` to collect; by default none.
+
+    ``clipping`` (low, high): in ``moments``, the norms of the tokens' gradients are clipped to these multiples of
+    their mean over a window; gradients that are zero stay so. ``margin``: the share of a window's tokens at either end,
+    rounded down, whose gradients ``moments`` leave out; the mean of ``clipping`` is over the others.
+    """
+
+    moments: bool = False
+    fisher: bool = False
+    mean: bool = False
+    clipping: tuple[float, float] | None = None
+    margin: float = 0.0
+
+    def together_with(self, other: "GradientRequest") -> "GradientRequest":
+        """What serves both; the options of ``moments`` are those of this one, where it asks for them."""
+        first = self if self.moments else other
+        return GradientRequest(
+            self.moments or other.moments,
+            self.fisher or other.fisher,
+            self.mean or other.mean,
+            first.clipping,
+            first.margin,
+        )
+
+
+@dataclass(frozen=True)
 class StatisticsRequest:
     """What calibration has to collect of every linear; by default nothing.
 
     ``moments``: second moments of its ``input``, of its ``output``, or of whichever costs less. ``smaller`` is enough
     to know the spectrum of the outputs: those of a layer that reads ``x`` follow from the moments of ``x`` and the
     weight, and linears that share one input tensor share its moments.
-    ``magnitudes``: mean absolute value of every input channel. ``gradient``: `GradientStatistics`, ``all`` with their
-    ``mean``.
+    ``magnitudes``: mean absolute value of every input channel. ``gradient``: parts of `GradientStatistics`; None: none.
     """
 
     moments: Side | None = None
     magnitudes: bool = False
-    gradient: Literal["none", "moments", "all"] = "none"
+    gradient: GradientRequest | None = None
 
     @property
     def reads_activations(self) -> bool:
@@ -41,20 +68,33 @@ class StatisticsRequest:
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """Gradients of the token-summed next-token loss in one linear, over all calibration tokens.
+    """Gradients of the next-token loss in one linear, per predicted token of the calibration set.
 
-    With g [out] the gradient at the layer's output for one token, and x [in] its input:
+    With L the sum of the losses of all N predicted tokens, g [out] = dL/dy for one token and x [in] its input:
 
-    ``gram``: sum of ``g g^T`` for ``out <= in``; otherwise of ``(W^T g)(W^T g)^T``, the same metric as the inputs
-    see it. ``energy``: sum of ``|g|^2``, the trace of the former. ``rows``: sum of ``g_i^2 |x|^2``, the diagonal
-    Fisher information of the weight summed over each row. ``mean``: the gradient of the MEAN loss in the weight.
+    ``gram``: ``B = 1/N sum g g^T`` for ``out <= in``, otherwise ``W^T B W``, the same metric as the inputs see it; over
+    the tokens that `GradientRequest.margin` leaves, of which N then counts those that predict something. ``energy``:
+    the trace of B. ``fisher``: ``1/N`` times the sum over sequences of the squared gradient of the sequence's summed
+    loss in W, summed over the outputs: the diagonal empirical Fisher information that belongs to every input.
+    ``mean``: ``dL/dW / N``, the gradient of the mean loss.
+    What was not asked for is None; ``energy`` is then 0.
     """
 
-    tokens: int
-    gram: Float[Tensor, "p p"]
-    energy: float
-    rows: Float[Tensor, " out"]
+    gram: Float[Tensor, "p p"] | None = None
+    energy: float = 0.0
+    fisher: Float[Tensor, " in"] | None = None
     mean: Float[Tensor, "out in"] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors in float32, for a cache."""
+        parts = {"gram": self.gram, "fisher": self.fisher, "mean": self.mean}
+        kept = {name: tensor.float() for name, tensor in parts.items() if tensor is not None}
+        return {**kept, "energy": torch.tensor(self.energy, dtype=torch.float64)}
+
+    @classmethod
+    def from_tensors(cls, kept: Mapping[str, Tensor]) -> "GradientStatistics":
+        """What `tensors` was called on."""
+        return cls(kept.get("gram"), float(kept["energy"]), kept.get("fisher"), kept.get("mean"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,9 @@ from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.texts import measured
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
 
@@ -43,6 +44,7 @@ def stream_statistics(
     request: StatisticsRequest,
     refs: Collection[LinearRef],
     skip: Collection[int] = (),
+    opening: int = 0,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     """Yield ``(block index, statistics of its linears)`` in execution order.
 
@@ -54,6 +56,7 @@ def stream_statistics(
         request: which side's moments to collect.
         refs: the linears wanted; blocks without any only pass their hidden states on.
         skip: block indices whose statistics are known already; they pass their hidden states on.
+        opening: tokens at the beginning of every row that are read and not counted (BOS).
     """
     wanted = defaultdict(list)
     for ref in refs:
@@ -67,7 +70,8 @@ def stream_statistics(
         for stack in layout.stacks:
             last = max((b for b in wanted if first <= b < first + len(stack)), default=None)
             if last is not None:
-                yield from _stream_stack(model, stack[: last - first + 1], first, batches, request, wanted)
+                blocks = stack[: last - first + 1]
+                yield from _stream_stack(model, blocks, first, batches, request, wanted, opening)
             first += len(stack)
     finally:
         model.train(was_training)
@@ -80,12 +84,16 @@ def _stream_stack(
     batches: Sequence[Batch],
     request: StatisticsRequest,
     wanted: Mapping[int, list[LinearRef]],
+    opening: int,
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     device = model.device
     blocks = [model.get_submodule(path) for path in stack]
     own = "decoder_attention_mask" if first > 0 else "attention_mask"
     calls = [record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
-    masks = [TokenMasks(batch.get(own), batch.get("attention_mask")) for batch in batches]
+    masks = [
+        TokenMasks(_counted(batch.get(own), opening), _counted(batch.get("attention_mask"), opening))
+        for batch in batches
+    ]
     for offset, block in enumerate(blocks):
         linears = wanted.get(first + offset, [])
         is_last = offset == len(blocks) - 1
@@ -102,6 +110,10 @@ def _stream_stack(
             yield first + offset, collector.statistics()
         # Else it would hold this block's moments while the next block's are summed.
         del collector
+
+
+def _counted(mask: Tensor | None, opening: int) -> Tensor | None:
+    return None if mask is None else measured(mask, opening)
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ def record_calls(
     no_cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     with ExitStack() as stack, torch.no_grad(), suppress(_LastBlockReached):
         for index, block in enumerate(blocks):
-            stack.enter_context(mock.patch.object(block, "forward", recorder(index, block)))
+            stack.enter_context(forward_replaced(block, recorder(index, block)))
         model(**batch, **no_cache)
     return hidden, calls
 
@@ -174,7 +186,7 @@ class MomentCollector:
         }
         self._inputs: dict[str, Moments] = {}
         self._outputs: dict[str, Moments] = {}
-        self._magnitudes: dict[str, _Magnitude] = {}
+        self._magnitudes: dict[str, Magnitudes] = {}
 
     def __enter__(self) -> "MomentCollector":
         device = next(self._model.parameters()).device
@@ -182,7 +194,7 @@ class MomentCollector:
         for name, group in self._groups.items():
             first = self._model.get_submodule(group[0].name)
             if self._request.magnitudes:
-                self._magnitudes[name] = _Magnitude(group[0].in_features, device)
+                self._magnitudes[name] = Magnitudes(group[0].in_features, device)
                 hook = self._input_hook(group[0], self._magnitudes[name])
                 self._handles.append(first.register_forward_pre_hook(hook))
             if self._by_input[name]:
@@ -223,7 +235,7 @@ class MomentCollector:
                     found.append(LayerStatistics(ref, "output", moments, magnitude))
         return found
 
-    def _input_hook(self, ref: LinearRef, sums: "Moments | _Magnitude") -> Callable[..., None]:
+    def _input_hook(self, ref: LinearRef, sums: "Moments | Magnitudes") -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._update(ref, sums, inputs[0])
 
@@ -235,7 +247,7 @@ class MomentCollector:
 
         return hook
 
-    def _update(self, ref: LinearRef, sums: "Moments | _Magnitude", activations: Tensor) -> None:
+    def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", activations: Tensor) -> None:
         mask = self.masks.source if ref.role in CROSS_ATTENTION_INPUTS else self.masks.own
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
@@ -243,16 +255,18 @@ class MomentCollector:
             raise LowRankKitError(f"calibration of {ref.name}: {error}") from error
 
 
-class _Magnitude:
+class Magnitudes:
     """Mean absolute value of every channel."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total, self.count = torch.zeros(width, dtype=torch.float64, device=device), 0
 
-    def update(self, activations: Tensor, mask: Tensor | None) -> None:
+    def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch; rows where ``mask`` is zero are left out."""
         rows = activations.reshape(-1, self.total.shape[0]) if mask is None else activations[mask.bool()]
         self.total += rows.abs().sum(0, dtype=torch.float64)
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
+        """By channel."""
         return self.total / self.count

@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from lowrank_kit.data.padding import NOT_PREDICTED as NOT_PREDICTED
+from lowrank_kit.data.padding import pad_right
 from lowrank_kit.errors import LowRankKitError
-
-# What transformers' losses leave out.
-NOT_PREDICTED = -100
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,11 @@ class CalibrationSamples:
     Every sample maps the model's input names (``input_ids``, and where the tokenizer gives them
     ``token_type_ids``, ``decoder_input_ids``) to one-dimensional integer tensors of its own length. Its ``labels``, if
     any, are such a tensor (-100 where no token is to be predicted), or a class or a score without dimensions.
+    The model reads the first ``opening`` tokens of a sample (BOS), and nothing is measured at them.
     """
 
     sequences: tuple[dict[str, Tensor], ...]
+    opening: int = 0
 
     @classmethod
     def from_padded(cls, batches: Iterable[Mapping[str, Tensor]]) -> "CalibrationSamples":
@@ -52,8 +53,12 @@ class CalibrationSamples:
 
     @property
     def tokens(self) -> int:
-        """Number of real (encoder or decoder-only) tokens."""
-        return sum(len(sample["input_ids"]) for sample in self.sequences)
+        """Number of real (encoder or decoder-only) tokens that are measured at."""
+        return sum(max(0, len(sample["input_ids"]) - self.opening) for sample in self.sequences)
+
+    def first(self, count: int) -> "CalibrationSamples":
+        """The first so many samples."""
+        return replace(self, sequences=self.sequences[:count])
 
     def with_decoder_inputs(self, start_token_id: int) -> "CalibrationSamples":
         """Give samples without ``decoder_input_ids`` their own input, shifted right behind the start token."""
@@ -62,22 +67,26 @@ class CalibrationSamples:
             start = sample["input_ids"].new_tensor([start_token_id])
             return {"decoder_input_ids": torch.cat([start, sample["input_ids"][:-1]]), **sample}
 
-        return CalibrationSamples(tuple(shifted(sample) for sample in self.sequences))
+        return replace(self, sequences=tuple(shifted(sample) for sample in self.sequences))
 
     def without_labels(self) -> "CalibrationSamples":
         """Leave out what only a loss reads."""
-        return CalibrationSamples(
-            tuple({name: values for name, values in sample.items() if name != "labels"} for sample in self.sequences)
+        return replace(
+            self,
+            sequences=tuple({n: values for n, values in sample.items() if n != "labels"} for sample in self.sequences),
         )
 
     def fingerprint(self) -> str:
-        """Content hash: equal exactly when the tokens that a model reads, and their order, are equal."""
-        digest = hashlib.sha256()
+        """Content hash: equal exactly when the tokens that a model reads, their order and ``opening`` are equal."""
+        digest = hashlib.sha256(f"{self.opening} before each;".encode() if self.opening else b"")
         for sample in self.sequences:
             digest.update(f"{len(sample)} inputs;".encode())
             for name in sorted(sample):
-                digest.update(f"{name}:{len(sample[name])};".encode())
-                digest.update(sample[name].to(torch.int64).numpy().tobytes())
+                values = sample[name]
+                digest.update(f"{name}:{tuple(values.shape)};".encode())
+                # Whole numbers as such, whatever their width; scores as they are.
+                exact = values.double() if values.is_floating_point() else values.to(torch.int64)
+                digest.update(exact.numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
@@ -86,19 +95,9 @@ class CalibrationSamples:
         Right padding gives every family, absolute positions included, the positions it was trained with.
         """
         ordered = sorted(self.sequences, key=lambda s: len(s["input_ids"]), reverse=True)
-        return [_collate(ordered[i : i + size], pad_token_id) for i in range(0, len(ordered), size)]
+        return [pad_right(ordered[i : i + size], pad_token_id) for i in range(0, len(ordered), size)]
 
 
-def _collate(samples: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    batch = {}
-    for name in samples[0]:
-        rows = [sample[name] for sample in samples]
-        if not rows[0].ndim:
-            batch[name] = torch.stack(rows)
-            continue
-        padding = pad_token_id if name.endswith("input_ids") else NOT_PREDICTED if name == "labels" else 0
-        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
-        if name.endswith("input_ids"):
-            mask = name.replace("input_ids", "attention_mask")
-            batch[mask] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return batch
+def measured(mask: Tensor, opening: int) -> Bool[Tensor, "rows tokens"]:
+    """The positions of a right-padded batch at which something is measured: real tokens behind the opening."""
+    return mask.bool() & (torch.arange(mask.shape[1], device=mask.device) >= opening)

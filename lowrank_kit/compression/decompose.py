@@ -1,15 +1,16 @@
 """Calibrate and decompose a model once for every ratio: spectra in memory, projections on disk, block by block."""
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lowrank_kit.calibration.collect import calibration_key, reduce_spans
+from lowrank_kit.cache.key import StatisticsKey, maker_of
+from lowrank_kit.calibration.collect import calibration_key, reads_of, reduce_spans
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -33,8 +34,8 @@ class Decomposition:
         gradients: CalibrationStore | None,
         keeps_alive: object,
     ) -> None:
-        self._method, self._store, self._keeps_alive = method, store, keeps_alive
-        self.gradients, self.folder = gradients, store.folder
+        self._method, self._keeps_alive = method, keeps_alive
+        self.gradients, self.store = gradients, store
         self.groups = [group for group in method.groups(layout) if _span_of(method, group[0]) in spans]
         kept = {name: _spectra(entry) for first in spans for name, entry in store.load(first).items()}
         self.candidates = [method.candidate(group, kept[group[0].name]) for group in self.groups]
@@ -44,7 +45,7 @@ class Decomposition:
         """The projection of the group whose first linear this is; ask in execution order to read every file once."""
         first = _span_of(self._method, next(group[0] for group in self.groups if group[0].name == name))
         if self._read[0] != first:
-            self._read = (first, self._store.load(first))
+            self._read = (first, self.store.load(first))
         return unpack(self._read[1][name])
 
 
@@ -80,10 +81,12 @@ def decompose(
     if root is None:
         keeps_alive = tempfile.TemporaryDirectory(prefix="lowrank_kit-")
         root = Path(keeps_alive.name)
-    key = calibration_key(model, layout, samples, refs, batch_size)
-    store = CalibrationStore(root, {**key, "request": asdict(request), "reduction": method.reduction_key()})
+    asked = {"statistics": asdict(request), "reduction": method.reduction_key()}
+    makers = (type(method), type(method.truncation))
+    key = calibration_key(model, layout, samples, batch_size, reads_of(request), asked, makers, refs)
+    store = CalibrationStore(root, key)
     spans = sorted({_span_of(method, ref) for ref in refs if blocks is None or _span_of(method, ref) in blocks})
-    gradients = _gradient_store(root, key, request, {ref.block for ref in refs})
+    gradients = _gradient_store(root, key, request)
 
     def reduce(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
         by_name = {layer.ref.name: layer for layer in statistics}
@@ -122,17 +125,12 @@ def _layer(model: PreTrainedModel, statistics: LayerStatistics) -> Layer:
     return Layer(weight_of(module), module.bias, statistics)
 
 
-def _gradient_store(
-    root: Path, key: Mapping[str, Any], request: StatisticsRequest, blocks: Collection[int]
-) -> CalibrationStore | None:
-    """Where gradient statistics of this calibration lie; those collected with the mean gradient serve without it."""
-    if request.gradient == "none":
+def _gradient_store(root: Path, key: StatisticsKey, request: StatisticsRequest) -> CalibrationStore | None:
+    """Where gradient statistics of this calibration lie; all who ask for the same parts share them."""
+    if request.gradient is None:
         return None
-    full, asked = (
-        CalibrationStore(root, {**key, "request": asdict(StatisticsRequest(gradient=level)), "reduction": "none"})
-        for level in ("all", request.gradient)
-    )
-    return full if full.finished_blocks() >= set(blocks) else asked
+    parts = asdict(StatisticsRequest(gradient=request.gradient))
+    return CalibrationStore(root, replace(key, request=parts, maker=maker_of()))
 
 
 def _spectra(kept: Kept) -> Kept:

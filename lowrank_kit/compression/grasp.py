@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float32, Float64
 from rich.progress import Progress
@@ -15,11 +14,12 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.backward import frozen
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.compression.decompose import Decomposition, decompose
 from lowrank_kit.methods.base import Plan
@@ -104,22 +104,24 @@ class GraspCompression(Compression[Grasp]):
         if self.method.blocks is not None:
             return []
         span = self.method.count(self.bench.layout) if self.method.choice == "contiguous" else 1
-        store = self._store(quantity="block influence", span=span)
-        with store.missing([0]) as missing:
-            if missing:
-                store.save(0, {"model": {"influence": self._measured_influence(span)}})
-        return store.load(0)["model"]["influence"].tolist()
+        return self._measured_influence(span, self._root)
 
-    def _measured_influence(self, span: int = 1) -> Tensor:
+    def _measured_influence(self, span: int = 1, cache: Path | None = None) -> list[float]:
+        """That of the model as it is; one that changes in every turn is not kept on disk."""
         bench = self.bench
         return block_influence(
-            bench.model, bench.layout, bench.samples, bench.batch_size, span=span, progress=self._progress
-        )
+            bench.model, bench.layout, bench.samples, bench.batch_size, span=span, cache=cache, progress=self._progress
+        ).tolist()
 
     def _score(self, blocks: Collection[int]) -> CalibrationStore:
         """One backward pass over the calibration set for all of these blocks that the cache does not have."""
         bench, truncation = self.bench, self.method.truncation.model_dump(mode="json")
-        store = self._store(quantity="drop change", ahead=self.method.ahead, truncation=truncation)
+        asked = {"quantity": "drop change", "ahead": self.method.ahead, "truncation": truncation}
+        makers = (type(self.method), type(self.method.truncation))
+        key = calibration_key(
+            bench.model, bench.layout, bench.samples, bench.batch_size, "loss", asked, makers, bench.layout.linears
+        )
+        store = CalibrationStore(self._root, key)
         with store.missing(blocks) as missing:
             refs = [ref for ref in bench.layout.linears if ref.block in missing]
             gradients = self._gradients(refs, None, self._bar("gradients", len(self._batches))) if refs else {}
@@ -158,7 +160,7 @@ class GraspCompression(Compression[Grasp]):
             advance = self._bar("gradients", 2 * len(order) * len(self._batches))
             for turn in range(len(order)):
                 if method.iterative:
-                    influence = self._measured_influence().tolist() if turn else self._influence
+                    influence = self._measured_influence() if turn else self._influence
                     order = method.redundant(influence, len(order), already=order[:turn])
                     ranks = method.ranks(layout, order)
                 for refs in _sublayers(_linears(layout, order[turn])):
@@ -219,15 +221,7 @@ class GraspCompression(Compression[Grasp]):
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:
         bench = self.bench
-        return bench.samples.batches(bench.batch_size, bench.model.config.get_text_config().pad_token_id or 0)
-
-    def _store(self, **request: Any) -> CalibrationStore:
-        return CalibrationStore(self._root, {**self._key, "request": request})
-
-    @cached_property
-    def _key(self) -> dict[str, Any]:
-        bench = self.bench
-        return calibration_key(bench.model, bench.layout, bench.samples, bench.layout.linears, bench.batch_size)
+        return batches_of(bench.model, bench.samples, bench.batch_size)
 
     @cached_property
     def _root(self) -> Path:

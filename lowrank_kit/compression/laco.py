@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.stream import BlockCall, record_calls
-from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Plan
@@ -45,12 +46,11 @@ class LaCoCompression(Compression[LaCo]):
             {name: values[: method.sentence_tokens] for name, values in sample.items()}
             for sample in bench.samples.sequences[: method.sentences]
         )
+        texts = replace(bench.samples, sequences=few)
         was_training = bench.model.training
         bench.model.eval()
         try:
-            trials = MergeTrials(
-                bench.model, bench.layout, CalibrationSamples(few), bench.batch_size, method.differences, progress
-            )
+            trials = MergeTrials(bench.model, bench.layout, texts, bench.batch_size, method.differences, progress)
             return method.plan(bench.layout, trials.similarity)
         finally:
             bench.model.train(was_training)
@@ -103,7 +103,7 @@ class MergeTrials:
                 states.append(_run(block, states[-1], call))
             self._before.append(states)
             self._calls.append(calls)
-            self._masks.append(inputs["attention_mask"].bool())
+            self._masks.append(measured(inputs["attention_mask"], samples.opening))
         self._prefix: tuple[tuple[Merge, ...], dict[int, nn.Module]] = ((), dict(enumerate(self._blocks)))
 
     def similarity(self, merges: tuple[Merge, ...]) -> float:

@@ -10,10 +10,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
-from lowrank_kit.calibration.gradients import STATISTICS_BYTES
+from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.llm_pruner import LLMPruner
@@ -65,8 +65,17 @@ class PrunerCompression(Compression[LLMPruner]):
             passes = self._taylor(list(by_block.values()))
             return {name: values for _, scores in passes for name, values in scores.items()}
         refs = [ref for u in self._units for ref in u.linears]
-        key = calibration_key(bench.model, bench.layout, bench.samples, refs, bench.batch_size)
-        store = CalibrationStore(bench.cache, {**key, "units": self.method.importance})
+        key = calibration_key(
+            bench.model,
+            bench.layout,
+            bench.samples,
+            bench.batch_size,
+            "loss",
+            {"quantity": "scores of units", "importance": self.method.importance},
+            (type(self.method),),
+            refs,
+        )
+        store = CalibrationStore(bench.cache, key)
         with store.missing(by_block) as missing:
             for units, scores in self._taylor([by_block[block] for block in by_block if block in missing]):
                 store.save(units[0].block, {name: {"scores": values} for name, values in scores.items()})
@@ -77,7 +86,7 @@ class PrunerCompression(Compression[LLMPruner]):
         if not blocks:
             return
         bench = self.bench
-        batches = bench.samples.batches(bench.batch_size, bench.model.config.get_text_config().pad_token_id or 0)
+        batches = batches_of(bench.model, bench.samples, bench.batch_size)
         at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
         passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]
         bar = self._progress.add_task("gradients", total=len(passes) * len(batches)) if self._progress else None

@@ -1,20 +1,22 @@
 """The end-to-end loss of a model with some of its matrices truncated, measured on held-out calibration text."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 from jaxtyping import Int64
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.cache.entry import open_entry
+from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
+from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.prefix import handing_over
 from lowrank_kit.compression.decompose import Decomposition
 from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 
@@ -23,7 +25,7 @@ class LossProbe:
     """Measures truncations one after another (`lowrank_kit.allocation.base.Probe`); the model ends as it was.
 
     A forward pass starts at the first truncated block, from the hidden states that the original model has there. What
-    was measured is kept beside the decomposition: another ratio or rule that asks the same is answered from there.
+    was measured is kept in the cache: another ratio or rule that asks the same is answered from there.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class LossProbe:
         self._progress = progress
         with self._recording():
             self._dense = self._loss(0)
-        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-        self._file = decomposition.folder / f"probe-{digest}.jsonl"
-        self._known: dict[str, float] = {}
-        if self._file.is_file():
-            # A line that a killed process left unfinished has no end.
-            lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self._known = dict(json.loads(line) for line in lines)
+        key = StatisticsKey.of(
+            model,
+            layout_of(model),
+            reads="loss",
+            text=content_hash(windows),
+            batch_size=1,
+            request={"quantity": "probe", "decomposition": decomposition.store.key.digest},
+        )
+        self._file = open_entry(decomposition.store.root, key.digest, key.description) / "losses.jsonl"
+        self._known = dict(read_checked_lines(self._file))
 
     def loss_change(self, ranks: Mapping[str, int]) -> float:
         """Mean token loss (nats) with these candidates cut to these ranks, minus that of the dense model."""
@@ -56,12 +61,16 @@ class LossProbe:
         key = json.dumps(ranks, sort_keys=True)
         if key not in self._known:
             self._known[key] = self._measured(ranks)
-            with self._file.open("a") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
+            append_checked_line(self._file, [key, self._known[key]])
         return self._known[key]
 
     def _measured(self, ranks: Mapping[str, int]) -> float:
-        changed = [group for group in self._decomposition.groups if group[0].name in ranks]
+        # At full rank a matrix is left dense: as it is, not as a product of rounded factors.
+        dense = {candidate.name: candidate.full_rank for candidate in self._decomposition.candidates}
+        cut = {name for name, rank in ranks.items() if rank < dense[name]}
+        changed = [group for group in self._decomposition.groups if group[0].name in cut]
+        if not changed:
+            return 0.0
         with ExitStack() as stack:
             for group in changed:
                 projection = self._decomposition.projection(group[0].name)
@@ -80,7 +89,7 @@ class LossProbe:
                 if first:
                     known = self._hidden[number][first]
                     for block in self._blocks[:first]:
-                        stack.enter_context(mock.patch.object(block, "forward", handing_over(known)))
+                        stack.enter_context(forward_replaced(block, handing_over(known)))
                 losses.append(perplexity(self._model, window[None], device=self._model.device).nll)
         return sum(losses) / len(losses)
 

@@ -15,7 +15,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import load_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.stream import BlockCall, record_calls
+from lowrank_kit.calibration.stream import BlockCall, Magnitudes, record_calls
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Plan
@@ -77,7 +78,7 @@ def factorise_sequentially(
             if ref.role in WRITERS:
                 writers[ref.block].append(ref.name)
     model.eval()
-    batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     modules = [model.get_submodule(path) for path in layout.blocks]
     recorded = [record_calls(model, modules, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
     states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]
@@ -96,7 +97,7 @@ def factorise_sequentially(
         known = load_gradients(gradients, index, model.device) if gradients and groups else {}
         for group in groups:
             first = group[0]
-            sums = _Sums(first, first.name in writers[index], model.device)
+            sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
             for state, original in zip(states, reads, strict=True):
                 sums.add(original.pop(first.name), state.read(model, module, first.name, writers[index], index))
             correction = sums.correction(method)
@@ -195,26 +196,31 @@ def _run(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
 @dataclass
 class _Correction:
-    """`W* = W inputs + residual`, and the moments that the truncation of W* is measured in."""
+    """`W* = W inputs + residual`, and the moments and magnitudes that the truncation of W* is measured in."""
 
     inputs: Float64[Tensor, "in in"]
     residual: Float64[Tensor, "out in"] | None
     moments: Moments
+    magnitudes: Float64[Tensor, " in"]
 
 
 class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
-    def __init__(self, ref: LinearRef, with_stream: bool, device: torch.device) -> None:
+    def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: torch.device) -> None:
+        self._opening = opening
         self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
+        self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
         self._difference = torch.zeros_like(self._new.gram)
         self._stream = torch.zeros(ref.out_features, ref.in_features).to(self._difference) if with_stream else None
 
     def add(self, old: _Read, new: _Read) -> None:
         """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
-        before, after = self._rows(old.inputs), self._rows(new.inputs)
+        before, after = (self._rows(read.inputs.view(*read.stream.shape[:2], -1)) for read in (old, new))
         self._old.update(before)
         self._new.update(after)
+        self._old_magnitudes.update(before)
+        self._new_magnitudes.update(after)
         _add_product(self._difference, before - after, after)
         if self._stream is not None:
             _add_product(self._stream, self._rows(old.stream - new.stream), after)
@@ -232,10 +238,12 @@ class _Sums:
         inputs = torch.cholesky_solve(self._difference.T, root).T
         inputs.diagonal().add_(1)
         residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T
-        return _Correction(inputs, residual, Moments(gram / (1 + method.anchor), self._new.total, self._new.count))
+        moments = Moments(gram / (1 + method.anchor), self._new.total, self._new.count)
+        magnitudes = self._new_magnitudes.mean() + method.anchor * self._old_magnitudes.mean()
+        return _Correction(inputs, residual, moments, magnitudes / (1 + method.anchor))
 
-    def _rows(self, activations: Tensor) -> Tensor:
-        return activations.to(self._difference.device).flatten(0, -2).float()
+    def _rows(self, activations: Float[Tensor, "rows tokens _"]) -> Float[Tensor, "counted _"]:
+        return activations[:, self._opening :].to(self._difference.device).flatten(0, -2).float()
 
 
 def _add_product(
@@ -260,11 +268,11 @@ def _replace(
     if rank == ref.full_rank:
         set_weight(module, corrected)
         return
-    if gradient is not None and ref.out_features > ref.in_features:
+    if gradient is not None and gradient.gram is not None and ref.out_features > ref.in_features:
         # The metric as the inputs see it, W^T B W, moves with the weight (by its first part: B is not at hand).
         moved = correction.inputs.T @ gradient.gram.double() @ correction.inputs
-        gradient = GradientStatistics(gradient.tokens, moved, gradient.energy, gradient.rows)
-    statistics = LayerStatistics(ref, "input", correction.moments, gradient=gradient)
+        gradient = replace(gradient, gram=moved)
+    statistics = LayerStatistics(ref, "input", correction.moments, correction.magnitudes, gradient)
     try:
         projection = method.truncation.project([Layer(corrected, None, statistics)])
     except ValueError as error:

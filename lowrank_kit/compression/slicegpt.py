@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.stream import record_calls
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression.base import Compression
@@ -65,21 +66,21 @@ def slice_model(
     layout = layout_of(model)
     model.eval()
     layers = [model.get_submodule(path) for path in layout.blocks]
-    batches = samples.batches(batch_size, model.config.pad_token_id or 0)
+    batches = batches_of(model, samples, batch_size)
     recorded = [record_calls(model, layers, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
-    states = [hidden[0] for hidden, _ in recorded]
-    first = before = _basis(model, states, width, "the embeddings")
+    states, opening = [hidden[0] for hidden, _ in recorded], samples.opening
+    first = before = _basis(model, states, opening, width, "the embeddings")
     bar = progress.add_task("rotate and slice", total=len(layers)) if progress else None
     for index, layer in enumerate(layers):
         for hidden, (_, calls) in zip(states, recorded, strict=True):
             seen = _projected(hidden.to(model.device), before)
             attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(seen), **calls[index].kwargs)
             hidden.copy_(seen + attended)
-        middle = _basis(model, states, width, f"the attention of block {index}")
+        middle = _basis(model, states, opening, width, f"the attention of block {index}")
         for hidden in states:
             seen = _projected(hidden.to(model.device), middle)
             hidden.copy_(seen + layer.mlp(layer.post_attention_layernorm(seen)))
-        after = _basis(model, states, width, f"block {index}")
+        after = _basis(model, states, opening, width, f"block {index}")
         slice_layer(layer, before, middle, after)
         before = after
         if progress and bar is not None:
@@ -93,13 +94,13 @@ def _projected(hidden: Float[Tensor, "rows tokens d"], basis: Float64[Tensor, "d
 
 
 def _basis(
-    model: PreTrainedModel, states: Iterable[Float[Tensor, "_ _ d"]], width: int, where: str
+    model: PreTrainedModel, states: Iterable[Float[Tensor, "_ _ d"]], opening: int, width: int, where: str
 ) -> Float64[Tensor, "d width"]:
     """The leading principal directions of the normalised hidden states."""
     epsilon = model.config.rms_norm_eps
     sums = Moments.zeros(model.config.hidden_size, model.device)
     for hidden in states:
-        rows = hidden.to(model.device).float()
+        rows = hidden[:, opening:].to(model.device).float()
         try:
             sums.update(rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + epsilon))
         except ValueError as error:

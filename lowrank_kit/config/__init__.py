@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from lowrank_kit.config.plugins import OURS, installed_prefixes
 from lowrank_kit.config.runtime import RuntimeConfig
-from lowrank_kit.config.section import Section
+from lowrank_kit.config.section import Bos, Section
 from lowrank_kit.config.tasks import (
     Benchmark,
     BenchmarkMetric,
@@ -32,6 +33,7 @@ __all__ = [
     "STAGES",
     "Benchmark",
     "BenchmarkMetric",
+    "Bos",
     "CalibrationConfig",
     "ClassificationTask",
     "DataConfig",
@@ -107,6 +109,9 @@ class CalibrationConfig(Section):
     """Longest row in tokens; of a text, the length of every window."""
     batch_size: int = Field(default=8, ge=1)
     """Rows per forward pass; changes memory and speed, not the statistics."""
+    bos: Bos = "auto"
+    """Whether every calibration window, or row of instructions, begins with BOS: as `eval.bos`. Nothing is measured at
+    that token."""
     cache: bool = True
     """Keep statistics on disk, keyed by everything that determines them."""
 
@@ -152,6 +157,9 @@ class EvalConfig(Section):
     behind those calibrated on. Of instructions: the perplexity of their answers, and what `lm_eval` makes of them."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of labelled text per forward pass."""
+    bos: Bos = "auto"
+    """Whether every window of a text, every prompt of a benchmark and every instruction learnt begins with BOS. `auto`:
+    where the model's tokenizer puts it before a text, and for Gemma, as lm-eval does. BOS is not predicted."""
     # Left out where it says nothing, so that older run directories are found again.
     allow_code_execution: bool = Field(default=False, exclude_if=lambda allowed: not allowed)
     """Run programs that the model wrote (benchmarks scored by pass@k), in a sandbox."""
@@ -191,8 +199,9 @@ class RunSettings(Section):
     """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
     resume: bool = True
     """Continue what an earlier run with the same configuration left; false: start over."""
-    method_prefixes: tuple[str, ...] = Field(default=("lowrank_kit.methods",), min_length=1)
-    """Packages whose classes `method._target_` may name; add your own package here."""
+    method_prefixes: tuple[str, ...] = Field(default=OURS, min_length=1)
+    """Packages whose classes `method._target_` may name; add your own package here. Those that an installed package
+    declares as an entry point of the group `lowrank_kit.methods` are allowed too."""
 
 
 def _check_device(device: str) -> str:
@@ -302,7 +311,7 @@ def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type
         raise ConfigError(f"{key}._target_ is missing: choose a method, for example {key}=astra")
     target = str(method["_target_"])
     module_name, _, class_name = target.rpartition(".")
-    if not any(target.startswith(f"{prefix}.") for prefix in prefixes):
+    if not any(target.startswith(f"{prefix}.") for prefix in (*prefixes, *installed_prefixes())):
         raise ConfigError(
             f"{key}._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
             f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"

@@ -42,12 +42,22 @@ class ClassificationTask(Section):
     """Column of the label."""
     labels: int = Field(ge=1)
     """Number of classes; 1 means regression."""
+    label_names: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Names of the classes in the order of the rows' labels, by which a checkpoint with a trained head is matched;
+    empty: not named."""
     metrics: tuple[Metric, ...] = Field(min_length=1)
     """Metrics to report; the first one selects the best checkpoint."""
     train_split: str = "train"
     """Split to learn from."""
     eval_splits: tuple[str, ...] = Field(min_length=1)
     """Splits to report on."""
+
+    @model_validator(mode="after")
+    def _every_class_has_a_name_or_none(self) -> "ClassificationTask":
+        classes = self.labels if self.labels > 1 else 0
+        if self.label_names and len(set(self.label_names)) != classes:
+            raise ValueError(f"label_names are {list(self.label_names)}: give {classes} different ones, or none")
+        return self
 
     @model_validator(mode="after")
     def _metrics_fit_the_labels(self) -> "ClassificationTask":

@@ -87,7 +87,7 @@ def _in_turn(rows: Rows, column: str, limit: int) -> Rows:
         turns.append(seen[part])
         seen[part] += 1
     chosen = rows.dataset.select(sorted(range(len(turns)), key=turns.__getitem__)[:limit])
-    return replace(rows, dataset=chosen, sha256=content_hash(chosen))
+    return replace(rows, dataset=chosen, sha256=content_hash(chosen), file=None)
 
 
 def in_lm_evals_columns(rows: Rows, benchmark: Benchmark) -> Rows:

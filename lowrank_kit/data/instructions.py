@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit.config import Benchmark, InstructionSet
 from lowrank_kit.data.benchmarks import Questions, in_lm_evals_columns
+from lowrank_kit.data.encode import check_texts
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.data.sources import DatasetRef, Rows, Source, content_hash
+from lowrank_kit.data.special_tokens import Opening, opening_of, plain_ids
 from lowrank_kit.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of a token that is not learnt: what torch's cross-entropy leaves out."""
 
 # The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), with and without an input.
 _WITH_INPUT = (
@@ -65,11 +65,11 @@ class Instructions:
             chosen = rows.dataset.filter(
                 lambda *values: values == tuple(columns.only.values()), input_columns=list(columns.only)
             )
-            rows = replace(rows, dataset=chosen, sha256=content_hash(chosen), note=f"only {columns.only}")
+            rows = replace(rows, dataset=chosen, sha256=content_hash(chosen), note=f"only {columns.only}", file=None)
         if not len(rows.dataset):
             raise ConfigError(f"{self._where} has no rows to learn from")
         if columns.lm_eval is None:
-            self._check(rows.dataset)
+            self._check(rows)
         self.rows: Rows = rows
 
     def facts(self) -> dict[str, Any]:
@@ -112,23 +112,24 @@ class Instructions:
         right = row[columns.label_column] if columns.label_column else 0
         return row[columns.output_columns[right]]
 
-    def _check(self, rows: datasets.Dataset) -> None:
+    def _check(self, found: Rows) -> None:
         columns, where = self._columns, self._where
         texts = [("instruction_column", columns.instruction_column)]
         texts += [("input_column", columns.input_column)] if columns.input_column else []
         texts += [("output_columns", name) for name in columns.output_columns]
         labels = [("label_column", columns.label_column)] if columns.label_column else []
         for key, column in [*texts, *labels]:
-            self._check_columns(rows, [column], key)
+            self._check_columns(found.dataset, [column], key)
         for _, column in texts:
-            for value in rows[column]:
-                if not isinstance(value, str):
-                    raise ConfigError(f"column '{column}' of {where} holds {value!r}, which is no text")
+            check_texts(found, column, f"column '{column}' of {where}")
         legal = range(len(columns.output_columns))
         for _, column in labels:
-            for label in rows[column]:
-                if label not in legal:
-                    raise ConfigError(f"column '{column}' of {where} holds {label!r}; legal are 0 to {legal[-1]}")
+            for number, label in enumerate(found.dataset[column][:]):
+                if not isinstance(label, int) or isinstance(label, bool) or label not in legal:
+                    raise ConfigError(
+                        f"{found.place(number)}: column '{column}' of {where} holds {label!r}; legal are 0 to "
+                        f"{legal[-1]}, the numbers of output_columns"
+                    )
 
     def _check_columns(self, rows: datasets.Dataset, columns: Iterable[str], key: str = "only") -> None:
         for column in columns:
@@ -152,39 +153,45 @@ def encode(
     of: str,
     key: str,
     train_on_prompt: bool = False,
+    opening: Opening | None = None,
 ) -> datasets.Dataset:
-    """Prompt, answer and end of text as ``input_ids``, cut at ``max_length``; prompt tokens have no label.
+    """BOS, prompt, answer and end of text as ``input_ids``, cut at ``max_length``; prompt tokens have no label.
 
-    A lesson that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. One whose prompt
-    alone fills ``max_length``, which is ``key`` of the configuration, has nothing to learn and is left out. Raises
-    `ConfigError`, with ``of`` for the set's name, where that is every one.
+    A lesson that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. ``opening`` says
+    whether BOS comes first; None: as the tokenizer does it. Of what a tokenizer would put behind a text there is
+    nothing but the one end behind the answer. A lesson whose prompt alone fills ``max_length``, which is ``key`` of the
+    configuration, and one that has no answer and no end, has nothing to learn and is left out. Raises `ConfigError`,
+    with ``of`` for the set's name, where that is every one.
     """
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for prompt, answer in _tokens(lessons, tokenizer):
-        if len(prompt) < max_length:
-            unlearnt = prompt if train_on_prompt else [IGNORED] * len(prompt)
+    for prompt, answer in _tokens(lessons, tokenizer, opening or opening_of("auto", tokenizer)):
+        if len(prompt) < max_length and answer:
+            unlearnt = prompt if train_on_prompt else [NOT_PREDICTED] * len(prompt)
             encoded["input_ids"].append([*prompt, *answer][:max_length])
             encoded["labels"].append([*unlearnt, *answer][:max_length])
     found = datasets.Dataset.from_dict(encoded)
     if not len(found):
         raise ConfigError(f"the prompts of all {len(lessons)} rows of {of} fill {key}={max_length} tokens: raise it")
     if left_out := len(lessons) - len(found):
-        log.warning("%d rows of %s have prompts of %s=%d tokens or more: left out", left_out, of, key, max_length)
+        log.warning(
+            "%d rows of %s have prompts of %s=%d tokens or more, or no answer: left out", left_out, of, key, max_length
+        )
     return found
 
 
-def _tokens(lessons: Sequence[Lesson], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:
-    def ids(texts: Sequence[str], **options: bool) -> list[list[int]]:
-        return tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
-
+def _tokens(
+    lessons: Sequence[Lesson], tokenizer: PreTrainedTokenizerBase, opening: Opening
+) -> Iterator[tuple[list[int], list[int]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # As in lm-eval, spaces at the prompt's end belong to the answer.
-    prompts = ids([lesson.prompt.rstrip() if lesson.continues else lesson.prompt for lesson in lessons])
-    wholes = iter(ids([lesson.prompt + lesson.answer for lesson in lessons if lesson.continues]))
-    answers = iter(ids([lesson.answer for lesson in lessons if not lesson.continues], add_special_tokens=False))
-    for lesson, prompt in zip(lessons, prompts, strict=True):
+    prompts = [lesson.prompt.rstrip() if lesson.continues else lesson.prompt for lesson in lessons]
+    wholes = iter(opening.encode([lesson.prompt + lesson.answer for lesson in lessons if lesson.continues], tokenizer))
+    answers = iter(plain_ids([lesson.answer for lesson in lessons if not lesson.continues], tokenizer))
+    for lesson, prompt in zip(lessons, opening.encode(prompts, tokenizer), strict=True):
         if lesson.continues:
             whole = next(wholes)
             yield whole[: len(prompt)], whole[len(prompt) :]
         else:
-            yield prompt, [*next(answers), *end]
+            answer = next(answers)
+            # One that is written out at the answer's end is the end.
+            yield prompt, answer if end and answer[-1:] == end else answer + end

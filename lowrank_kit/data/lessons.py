@@ -5,12 +5,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import PerplexityTask, RunConfig
+from lowrank_kit.config import Bos, PerplexityTask, RunConfig
 from lowrank_kit.data.benchmarks import Questions
 from lowrank_kit.data.instructions import Ask, Instructions, Lesson, encode, instructions_ref
 from lowrank_kit.data.sources import Source, has
+from lowrank_kit.data.special_tokens import check_embedded, opening_of
 from lowrank_kit.data.task_rows import HELD_OUT_SEED
 from lowrank_kit.errors import ConfigError
 
@@ -22,11 +23,13 @@ class TaskLessons:
 
     Sets marked as fallback take part where the source has none of the others. Raises `ConfigError` for a task without
     instructions, a source that has none of the sets, what `Instructions` raises, and an ``eval.held_out`` that leaves
-    nothing.
+    nothing. ``model``: as for `TaskTexts`.
     """
 
-    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source) -> None:
-        self._config, self._task = config, task
+    def __init__(
+        self, config: RunConfig, task: PerplexityTask, source: Source, model: PretrainedConfig | None = None
+    ) -> None:
+        self._config, self._task, self._model = config, task, model
         names = _present(task, source, config.data.source)
         self.sets = {name: Instructions(name, task.instructions[name], source, "task.instructions") for name in names}
         """The sets that are learnt from, by name."""
@@ -47,17 +50,17 @@ class TaskLessons:
 
     def train(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
         """``input_ids`` and ``labels`` of the training rows, in an order drawn by the seed."""
-        return self._encode(self._train, tokenizer, ask)
+        return self._encode(self._train, tokenizer, ask, self._config.eval.bos)
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
         """The first training rows, in words as in training but cut to ``calibration.seq_len``."""
         settings = self._config.calibration
         length = min(settings.seq_len, self._task.max_length)
-        return self._encode(self._train[: settings.samples], tokenizer, ask, length)
+        return self._encode(self._train[: settings.samples], tokenizer, ask, settings.bos, length)
 
     def held_out(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset | None:
         """The rows that ``eval.held_out`` keeps from training, encoded as those; None without it."""
-        return self._encode(self._held_out, tokenizer, ask) if len(self._held_out) else None
+        return self._encode(self._held_out, tokenizer, ask, self._config.eval.bos) if len(self._held_out) else None
 
     def held_out_questions(self) -> dict[str, Questions]:
         """Of the held-out rows those that a benchmark asks, by the names of their sets."""
@@ -69,7 +72,7 @@ class TaskLessons:
         return found
 
     def _encode(
-        self, chosen: np.ndarray, tokenizer: PreTrainedTokenizerBase, ask: Ask, length: int | None = None
+        self, chosen: np.ndarray, tokenizer: PreTrainedTokenizerBase, ask: Ask, bos: Bos, length: int | None = None
     ) -> datasets.Dataset:
         longest = min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
         if self._task.max_length > longest:
@@ -86,7 +89,10 @@ class TaskLessons:
                     lessons[place] = lesson
         in_order: Sequence[Lesson] = [lesson for lesson in lessons if lesson is not None]
         length = length or self._task.max_length
-        return encode(in_order, tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH)
+        opening = opening_of(bos, tokenizer, self._model)
+        rows = encode(in_order, tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH, opening=opening)
+        check_embedded(rows["input_ids"], tokenizer, self._model, ", ".join(self.sets))
+        return rows
 
 
 def _present(task: PerplexityTask, source: Source, kind: str) -> list[str]:

@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import datasets
 
 from lowrank_kit.assets import CATALOGUE, is_present, require
+from lowrank_kit.data.files import Row, read_jsonl, read_text, table
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 
 SourceKind = Literal["packaged", "local", "hub"]
-Row = dict[str, Any]
 
 TEXT = "text/"
 TEXT_RESPLIT_NOTE = "re-split of the packaged paragraphs, in their order (first 75% validation, last 25% test)"
@@ -44,17 +44,23 @@ class DatasetRef:
 class Rows:
     """The rows of one split, with what a manifest must say about them.
 
-    ``sha256`` is over the rows' canonical JSON in order: equal rows have equal hashes whatever their source.
+    ``sha256`` is over the rows' canonical JSON in order: equal rows have equal hashes whatever their source. ``file``
+    holds the rows, one a line in their order; None where no file does.
     """
 
     dataset: datasets.Dataset
     source: str
     note: str
     sha256: str
+    file: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of these rows."""
         return {"source": self.source, "note": self.note, "sha256": self.sha256, "rows": len(self.dataset)}
+
+    def place(self, number: int) -> str:
+        """Where the row of this number, counted from 0, is found: for messages."""
+        return f"row {number} of {self.source}" if self.file is None else f"{self.file}, line {number + 1}"
 
 
 @runtime_checkable
@@ -105,10 +111,10 @@ class PackagedSource:
         if is_text:
             cut = len(rows) * 3 // 4
             part = rows[:cut] if split == "validation" else rows[cut:]
-            return _rows(part[: ref.max_rows], source, TEXT_RESPLIT_NOTE)
+            return _rows(part[: ref.max_rows], source, file, TEXT_RESPLIT_NOTE, in_order=False)
         if is_glue:
-            return _rows(_resplit(rows)[split][: ref.max_rows], source, RESPLIT_NOTE)
-        return _rows(rows[: ref.max_rows], source)
+            return _rows(_resplit(rows)[split][: ref.max_rows], source, file, RESPLIT_NOTE, in_order=False)
+        return _rows(rows[: ref.max_rows], source, file)
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class LocalSource:
             others = "data=packaged or data=hub"
             wanted = self.root / ref.name / f"{split}.jsonl"
             raise _missing(ref, split, wanted, self.splits(ref), _sets(self.root), others)
-        rows = read_jsonl(file) if file.suffix == ".jsonl" else [{"text": file.read_text("utf-8")}]
-        return _rows(rows[: ref.max_rows], f"local: {file.relative_to(self.root).as_posix()}")
+        rows = read_jsonl(file) if file.suffix == ".jsonl" else [{"text": read_text(file)}]
+        return _rows(rows[: ref.max_rows], f"local: {file.relative_to(self.root).as_posix()}", file)
 
     def _files(self, ref: DatasetRef, stem: str) -> Iterator[Path]:
         is_text = ref.name.startswith(TEXT)
@@ -221,18 +227,6 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def read_jsonl(file: Path) -> list[Row]:
-    """Read one JSON object a line; raises `LowRankKitError` with file and line number where one is broken."""
-    rows: list[Row] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise LowRankKitError(f"{file}, line {number}: not a JSON object: {error}") from error
-    return rows
-
-
 def _rows_of(dataset: datasets.Dataset) -> Iterator[Row]:
     # A thousand at a time: row by row takes ten times as long.
     for batch in dataset.iter(1000):
@@ -250,9 +244,9 @@ def _resplit(rows: list[Row]) -> dict[str, list[Row]]:
     return {"train": shuffled[:cut], "validation": shuffled[cut:]}
 
 
-def _rows(rows: list[Row], source: str, note: str = "") -> Rows:
-    dataset = datasets.Dataset.from_list(rows)
-    return Rows(dataset, source, note, content_hash(dataset))
+def _rows(rows: list[Row], source: str, file: Path, note: str = "", in_order: bool = True) -> Rows:
+    dataset = table(rows, file, 1 if in_order else None)
+    return Rows(dataset, source, note, content_hash(dataset), file if in_order else None)
 
 
 def _splits(folder: Path) -> tuple[str, ...]:

@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowrank_kit.config import PerplexityTask, RecoveryConfig, RunConfig, TextSet
 from lowrank_kit.data.benchmarks import check_allowed, load_benchmarks
+from lowrank_kit.data.encode import check_texts
 from lowrank_kit.data.instructions import Ask, Instructions, encode
 from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
+from lowrank_kit.data.special_tokens import Opening, check_embedded, opening_of, plain_ids
 from lowrank_kit.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -23,16 +25,20 @@ log = logging.getLogger(__name__)
 # What the papers on compression use; longer windows give lower figures.
 USUAL_WINDOW = 2048
 
+_Of = Literal["eval", "calibration"]
+_OPENINGS: tuple[_Of, ...] = get_args(_Of)
+
 Windows = Int64[Tensor, "windows window"]
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Windows ``[n, window]`` of one text to judge on; ``name`` is the text's."""
+    """Windows ``[n, window]`` of one text to judge on; ``name`` is the text's, ``opening`` what begins each."""
 
     name: str
     windows: Windows
     source: str
+    opening: Opening
 
 
 def text_ref(name: str, text: TextSet) -> DatasetRef:
@@ -46,12 +52,21 @@ class TaskTexts:
     A text takes part if the source has the split it is judged on; those left out are named in a warning. Raises
     `ConfigError` where none is left, where the text to calibrate on is not there, for rows without text, and for
     benchmarks that run programs without `eval.allow_code_execution`.
-    With ``learns`` the task's instructions are loaded too, and raise what `TaskLessons` does.
+    With ``learns`` the task's instructions are loaded too, and raise what `TaskLessons` does. ``model`` is the
+    configuration of the model that reads the texts, whose family may have a rule for BOS: where it is given, tokens
+    without embedding are a `ConfigError` too.
     """
 
-    def __init__(self, config: RunConfig, task: PerplexityTask, source: Source, learns: bool = False) -> None:
-        self._config, self._task = config, task
-        self.lessons = TaskLessons(config, task, source) if learns else None
+    def __init__(
+        self,
+        config: RunConfig,
+        task: PerplexityTask,
+        source: Source,
+        learns: bool = False,
+        model: PretrainedConfig | None = None,
+    ) -> None:
+        self._config, self._task, self._model = config, task, model
+        self.lessons = TaskLessons(config, task, source, model) if learns else None
         """What is learnt of the task."""
         if self.lessons and config.eval.held_out:
             self.benchmarks = self.lessons.held_out_questions()
@@ -100,15 +115,29 @@ class TaskTexts:
         texts |= self._instructions.facts() if self._instructions else {}
         return texts | (self.lessons.facts() if self.lessons else {})
 
+    def opening(self, of: _Of, tokenizer: PreTrainedTokenizerBase) -> Opening:
+        """What begins the windows, prompts and instructions that are judged by or learnt, or calibrated on."""
+        choice = self._config.eval.bos if of == "eval" else self._config.calibration.bos
+        return opening_of(choice, tokenizer, self._model, f"{of}.bos")
+
+    def openings(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What a manifest says of both."""
+        return {of: self.opening(of, tokenizer).facts() for of in _OPENINGS}
+
+    @property
+    def learnt_as(self) -> _Of:
+        """Whose opening `recovery` has: windows are those calibrated on, instructions are asked as in judging."""
+        return "calibration" if self.lessons is None and self._instructions is None else "eval"
+
     def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
 
-        Raises `ConfigError` where the text is too short.
+        ``calibration.bos`` says whether BOS is the first of them. Raises `ConfigError` where the text is too short.
         """
         settings, name = self._config.calibration, self._calibration_text()
         self._check_length("calibration.seq_len", settings.seq_len, tokenizer)
         split = self._task.texts[name].calibration_split
-        windows = _windows(self._encode(name, split, tokenizer), settings.seq_len)
+        windows = self._windows(self._encode(name, split, tokenizer), "calibration", settings.seq_len, tokenizer)
         if len(windows) < settings.samples:
             raise ConfigError(
                 f"calibration.samples={settings.samples}: '{split}' of {name} has {len(windows)} windows of "
@@ -138,7 +167,9 @@ class TaskTexts:
                 of=recovery.data,
                 key="recovery.max_length",
                 train_on_prompt=recovery.train_on_prompt,
+                opening=self.opening("eval", tokenizer),
             )
+            check_embedded(rows["input_ids"], tokenizer, self._model, recovery.data)
         count = min(self._config.train.train_samples or len(rows), len(rows))
         return rows.shuffle(seed=self._config.seed).select(range(count))
 
@@ -147,14 +178,22 @@ class TaskTexts:
 
         ``window``: tokens of each, by default the task's. Raises `ConfigError` where the text is too short.
         """
-        return self._behind_calibration(self._calibration_text(), count, window or self.window(tokenizer), tokenizer)
+        name, window = self._calibration_text(), window or self.window(tokenizer)
+        return self._behind_calibration(name, count, window, "calibration", tokenizer)
 
-    def _behind_calibration(self, name: str, count: int, window: int, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    def _behind_calibration(
+        self,
+        name: str,
+        count: int,
+        window: int,
+        of: _Of,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Windows:
         settings, split = self._config.calibration, self._task.texts[name].calibration_split
         # What learns instructions is calibrated on those.
-        start = 0 if self.lessons else settings.samples * settings.seq_len
-        rest = self._encode(name, split, tokenizer)[start:]
-        windows = _windows(rest, window)
+        read = settings.seq_len - len(self.opening("calibration", tokenizer))
+        start = 0 if self.lessons else settings.samples * read
+        windows = self._windows(self._encode(name, split, tokenizer)[start:], of, window, tokenizer)
         if len(windows) < count:
             raise ConfigError(
                 f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
@@ -173,10 +212,11 @@ class TaskTexts:
             split, held_out = self._judged_on(name), self._config.eval.held_out
             if held_out:
                 count = min(held_out, self._task.max_windows or held_out)
-                windows = self._behind_calibration(name, count, self.window(tokenizer), tokenizer)
+                windows = self._behind_calibration(name, count, self.window(tokenizer), "eval", tokenizer)
             else:
                 tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
-                windows = _windows(tokens, window)[: self._task.max_windows or self._config.eval.limit]
+                windows = self._windows(tokens, "eval", window, tokenizer)
+                windows = windows[: self._task.max_windows or self._config.eval.limit]
                 if not len(windows):
                     raise ConfigError(
                         f"'{split}' of {name} has {len(tokens)} tokens, less than one window: "
@@ -185,8 +225,9 @@ class TaskTexts:
             rows = self._rows[name, split]
             note = f", {rows.note}" if rows.note else ""
             remark = "held out of calibration; " if held_out else ""
-            size = f"{len(windows)} windows of {windows.shape[1]} tokens"
-            found.append(EvaluationText(name, windows, f"{remark}{rows.source}, {split}{note}, {size}"))
+            opening = self.opening("eval", tokenizer)
+            size = f"{len(windows)} windows of {windows.shape[1]} tokens, {opening}"
+            found.append(EvaluationText(name, windows, f"{remark}{rows.source}, {split}{note}, {size}", opening))
         return found
 
     def window(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -194,6 +235,18 @@ class TaskTexts:
         window = self._task.window or min(USUAL_WINDOW, self._longest(tokenizer))
         self._check_length("task.window", window, tokenizer)
         return window
+
+    def _windows(
+        self,
+        tokens: Int64[Tensor, " tokens"],
+        of: _Of,
+        window: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Windows:
+        opening = self.opening(of, tokenizer)
+        if window <= len(opening):
+            raise ConfigError(f"{of}.bos={opening.choice}: windows of {window} tokens have room for BOS alone")
+        return opening.windows(tokens, window)
 
     def _longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
         return min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
@@ -243,12 +296,12 @@ class TaskTexts:
         return next((n for n in names if has(source, text_ref(n, texts[n]), [texts[n].calibration_split])), None)
 
     def _encode(self, name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " tokens"]:
-        """Tokenise a split as one text, with whatever the tokenizer puts before a text (Llama: one BOS), once."""
+        """Tokenise a split as one text, once; BOS, if it is wanted, begins the windows that are cut from it."""
         if (name, split) not in self._tokens:
             text, rows = self._task.texts[name], self._rows[name, split].dataset
             lines = rows[_column(rows.column_names, text)]
-            # Not verbose: a text longer than the model reads is what is wanted here.
-            ids = tokenizer(text.separator.join(lines), return_attention_mask=False, verbose=False)["input_ids"]
+            [ids] = plain_ids([text.separator.join(lines)], tokenizer)
+            check_embedded([ids], tokenizer, self._model, f"'{split}' of {name}")
             self._tokens[name, split] = torch.tensor(ids, dtype=torch.int64)
         return self._tokens[name, split]
 
@@ -264,11 +317,6 @@ def _instructions(recovery: RecoveryConfig, source: Source) -> Instructions | No
         ) from error
 
 
-def _windows(tokens: Int64[Tensor, " tokens"], window: int) -> Windows:
-    count = len(tokens) // window
-    return tokens[: count * window].view(count, window)
-
-
 def _column(columns: list[str], text: TextSet) -> str:
     return text.text_column if text.text_column in columns else "text"
 
@@ -279,6 +327,4 @@ def _check(rows: Rows, text: TextSet, where: str) -> None:
         raise ConfigError(f"{where} has no rows")
     if (column := _column(columns, text)) not in columns:
         raise ConfigError(f"the rows of {where} have no column '{text.text_column}'; they have {', '.join(columns)}")
-    for value in rows.dataset[column]:
-        if not isinstance(value, str):
-            raise ConfigError(f"column '{column}' of {where} holds {value!r}, which is no text")
+    check_texts(rows, column, f"column '{column}' of {where}")

@@ -11,10 +11,11 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lowrank_kit import distributed
 from lowrank_kit.config import Metric
+from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.errors import LowRankKitError
 
 BOOTSTRAP_SAMPLES = 200
@@ -65,10 +66,14 @@ def predict(
 ) -> NDArray[np.float32]:
     """Logits ``[rows, classes]`` of encoded rows, in their order; several processes read their shares of the rows.
 
+    Batches are padded on the right with what the model takes for padding, whatever side ``tokenizer`` would pad on.
     Raises `LowRankKitError` for non-finite logits: they would be scored as if they meant something.
     """
     model.eval()
-    texts, collate = rows.remove_columns("labels"), DataCollatorWithPadding(tokenizer)
+    texts, config = rows.remove_columns("labels"), getattr(model, "config", None)
+    collate = RightPadded(
+        tokenizer.pad_token_id if config is None else padding_id(tokenizer, config, rows["input_ids"])
+    )
 
     def logits_of(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
         loader = DataLoader(texts.select(numbers), batch_size, collate_fn=collate)

@@ -21,9 +21,10 @@ from lm_eval.tasks import TaskManager
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_kit.config import Benchmark
+from lowrank_kit.config import Benchmark, Bos
 from lowrank_kit.data.benchmarks import Questions, load_benchmarks
 from lowrank_kit.data.sources import Source
+from lowrank_kit.data.special_tokens import Opening, opening_of
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.evaluation import generation
 from lowrank_kit.evaluation.generation import Sample
@@ -99,15 +100,17 @@ class Exam:
         figures: dict[str, Figure] = {metric: _figure(metric, [s[metric] for s in samples]) for metric in metrics}
         return Answers(self.name, figures, samples, time.perf_counter() - start)
 
-    def records(self, answers: Answers, versions: Mapping[str, str], checkpoint: Checkpoint) -> list[EvalRecord]:
-        """The answers in the form of every other figure."""
+    def records(
+        self, answers: Answers, versions: Mapping[str, str], checkpoint: Checkpoint, opening: Opening
+    ) -> list[EvalRecord]:
+        """The answers in the form of every other figure; ``opening`` is what the prompts began with."""
         benchmark, rows = self.questions.benchmark, self.questions.rows
         note = f", {rows.note}" if rows.note else ""
         source = f"{rows.source}, {benchmark.split}{note}, {len(self)} rows, {benchmark.task} of lm-eval {VERSION}"
         return [
             EvalRecord(
-                self.name, metric, value, stderr, len(answers.samples), benchmark.shots, source,
-                {**versions, "lm_eval": VERSION}, checkpoint,
+                self.name, metric, value, stderr, len(answers.samples), benchmark.shots, f"{source}, {opening}",
+                {**versions, "lm_eval": VERSION}, checkpoint, bos=opening.token or "",
             )
             for metric, (value, stderr) in answers.figures.items()
         ]  # fmt: skip
@@ -122,6 +125,7 @@ def evaluate_suite(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    bos: Bos = "auto",
     allow_code_execution: bool = False,
     versions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -136,6 +140,7 @@ def evaluate_suite(
         limit: judge on the first so many rows of each.
         batch_size: most rows per forward pass.
         max_length: tokens that the model reads; None: what its configuration says.
+        bos: whether prompts begin with BOS, as `opening_of` has it.
         allow_code_execution: run the programs that it writes, in a sandbox.
         versions: put into every record.
         progress: shows one bar over all rows.
@@ -145,9 +150,10 @@ def evaluate_suite(
     """
     found = load_benchmarks(benchmarks, source, limit).values()
     exams = [Exam(questions, allow_code_execution) for questions in found]
-    answers = answer_all(BoundedLM(model, tokenizer, batch_size, max_length), exams, progress)
-    pairs = zip(exams, answers, strict=True)
-    records = [record for exam, its_answers in pairs for record in exam.records(its_answers, versions or {}, "final")]
+    opening = opening_of(bos, tokenizer, model.config)
+    lm = BoundedLM(model, tokenizer, batch_size, max_length, opening=opening)
+    pairs = zip(exams, answer_all(lm, exams, progress), strict=True)
+    records = [r for exam, answers in pairs for r in exam.records(answers, versions or {}, "final", opening)]
     return [*records, *averages(records)]
 
 
@@ -180,9 +186,10 @@ def averages(records: Sequence[EvalRecord]) -> list[EvalRecord]:
     some = records[0]
     return [
         EvalRecord(
-            "average", "mean", value, stderr, len(first), some.fewshot, f"of {names}", some.versions, some.checkpoint
+            "average", "mean", value, stderr, len(first), some.fewshot, f"of {names}", some.versions, some.checkpoint,
+            bos=some.bos,
         )
-    ]
+    ]  # fmt: skip
 
 
 @cache

@@ -1,7 +1,8 @@
 """Run one Python program that nobody vouches for; started by `sandbox` as a script of its own, standard library only.
 
-Reads one JSON object from standard input, a program, the folder to mount on and `sandbox.Limits`, and prints one:
-``{"unavailable": why}``, or ``{"status", "cpu_seconds", "output"}``, where no status means that time was up.
+Reads one JSON object from standard input, files, the words that run one of them, the socket that it gets, the folder to
+mount on and `sandbox.Limits`, and prints one: ``{"unavailable": why}``, or ``{"status", "cpu_seconds", "output"}``, the
+last of what was printed, where no status means that time was up.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import resource
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LIBC = ctypes.CDLL(None, use_errno=True)
 INTERPRETER = os.path.realpath(sys.executable)
 HOME = "/home"
+CONNECTION = 3
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     _enter_namespaces()
-    output = os.memfd_create("output")
+    printed, output = os.pipe()
     said, say = os.pipe()
     child = os.fork()
     if child == 0:
@@ -51,23 +54,67 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
             os.write(say, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
     os.close(say)
+    os.close(output)
+    os.close(request["connection"])
+    listener = _Listener(printed, request["output"])
     try:
         # The pipe is closed when the program starts, or has said why it could not.
         if trouble := os.read(said, 10_000):
             return {"unavailable": trouble.decode()}
-        watched = os.pidfd_open(child)
-        ended = select.select([watched], [], [], request["seconds"])[0]
+        ended = listener.until(os.pidfd_open(child), time.monotonic() + request["seconds"])
     finally:
         # The first process of its namespace: with it the kernel ends all the others, wherever they hid.
         os.kill(child, signal.SIGKILL)
         _, status, used = os.wait4(child, 0)
-    os.lseek(output, 0, os.SEEK_SET)
-    text = os.read(output, request["file_size"]).decode(errors="replace")
+    listener.rest()
     return {
         "status": os.waitstatus_to_exitcode(status) if ended else None,
         "cpu_seconds": used.ru_utime + used.ru_stime,
-        "output": text,
+        "output": listener.text,
     }
+
+
+class _Listener:
+    """Hears what a program prints and remembers the end of it; too much ends the program."""
+
+    def __init__(self, pipe: int, most: int) -> None:
+        os.set_blocking(pipe, False)
+        self._pipe, self._most, self._heard, self._tail = pipe, most, 0, b""
+
+    def until(self, ended: int, deadline: float) -> bool:
+        """Listen until the program has ended or printed too much; False if the time was up."""
+        heard = [self._pipe]
+        while self._heard <= self._most:
+            ready = select.select([ended, *heard], [], [], max(deadline - time.monotonic(), 0))[0]
+            if not ready:
+                return False
+            if self._pipe in ready:
+                # Whatever printed may have closed it.
+                heard = heard if self._hear() else []
+            elif ended in ready:
+                return True
+        return True
+
+    def rest(self) -> None:
+        """Hear what is left of a program that has ended."""
+        while self._heard <= self._most and self._hear():
+            pass
+
+    @property
+    def text(self) -> str:
+        """The last of what was printed."""
+        if self._heard > self._most:
+            return f"printed more than {self._most >> 20} MiB"
+        return self._tail.decode(errors="replace")
+
+    def _hear(self) -> bool:
+        try:
+            chunk = os.read(self._pipe, 2**16)
+        except BlockingIOError:
+            return False
+        self._heard += len(chunk)
+        self._tail = (self._tail + chunk)[-(2**16) :]
+        return bool(chunk)
 
 
 def _enter_namespaces() -> None:
@@ -83,7 +130,9 @@ def _enter_namespaces() -> None:
 
 def _become_the_program(request: dict[str, Any], output: int) -> None:
     _move_to_an_empty_root(request)
-    Path("program.py").write_text(request["program"], encoding="utf-8")
+    for name, text in request["files"].items():
+        # A lone surrogate is a fault of the program's, for its own interpreter to find.
+        Path(name).write_text(text, encoding="utf-8", errors="surrogatepass")
     if os.geteuid() == 0:
         # A user that nobody else is: the kernel counts processes by user, and root's not at all.
         user = 1_000_000_000 + random.SystemRandom().randrange(1_000_000_000)
@@ -96,6 +145,7 @@ def _become_the_program(request: dict[str, Any], output: int) -> None:
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.dup2(request["connection"], CONNECTION)
     for limit, most in (
         (resource.RLIMIT_CPU, request["cpu_seconds"]),
         (resource.RLIMIT_AS, request["memory"]),
@@ -105,7 +155,7 @@ def _become_the_program(request: dict[str, Any], output: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (most, most))
-    words = [INTERPRETER, "-I", "-S", "-B", "-X", "utf8", "program.py"]
+    words = [INTERPRETER, "-I", "-S", "-B", "-X", "utf8", *request["words"]]
     os.execve(INTERPRETER, words, {"HOME": HOME, "TMPDIR": HOME})
 
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import lm_eval.api.task
 import torch
+from jaxtyping import Int64
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit import distributed
+from lowrank_kit.data.special_tokens import Opening, opening_of, plain_ids
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.load import input_device
-
-# lm-eval keeps all logits of a batch and their log-softmax: at 2^27 of them, twice 512 MiB in float32.
-LOGITS_AT_ONCE = 2**27
+from lowrank_kit.models.memory import rows_that_fit
 
 # Its warnings tell of overrides that are meant, and one of its bars cannot be switched off.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -34,13 +35,16 @@ Tokens = dict[tuple[str, str], "tuple[array[int], array[int]]"]
 
 
 class BoundedLM(HFLM):
-    """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `LOGITS_AT_ONCE` allow.
+    """`HFLM` on a loaded model; batches are as large as ``batch_size`` and `rows_that_fit` allow: lm-eval keeps
+    all logits of a batch and their log-softmax.
 
     Requests are sorted by length, and those that differ in their last token share a forward pass, as in `HFLM`.
     Several processes that are asked the same answer a share each, and all get all answers.
     A prompt longer than the model reads is an error, where `HFLM` cuts off its beginning. The tokenizer is left as it
     is: lm-eval would give one without padding token one. What ``tokens`` holds is not tokenised again: models with one
-    tokenizer share it.
+    tokenizer share it. Prompts begin as ``opening`` says (None: by the rule ``auto``), and nothing is put behind them:
+    `HFLM` takes whatever special tokens the tokenizer adds, so that with ``add_eos_token`` a prompt ends before its
+    answer, and a token of the answer is lost.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class BoundedLM(HFLM):
         batch_size: int,
         max_length: int | None = None,
         tokens: Tokens | None = None,
+        opening: Opening | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size="auto", max_length=max_length)
         self._device = input_device(model)
@@ -59,6 +64,7 @@ class BoundedLM(HFLM):
         """Whether a prompt that leaves no room for what is to be generated loses its middle, or is an error."""
         self.cache_hook = self
         self._tokens: Tokens = {} if tokens is None else tokens
+        self._opening = opening_of("auto", tokenizer, model.config) if opening is None else opening
         self._most_rows, self._first, self._share, self._asking = batch_size, 0, 1.0, ""
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -79,6 +85,20 @@ class BoundedLM(HFLM):
                 lengths, f"(with the {max(room)} to be generated) ", " or task.benchmarks.NAME.max_new_tokens"
             )
         return distributed.in_shares(self._generate, requests, [len(prompt) for prompt in prompts])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The tokens of a text, behind BOS as the rule has it; with ``add_special_tokens=False``, of the text alone."""
+        if add_special_tokens is False:
+            return plain_ids([string], self.tokenizer)[0]
+        return self._opening.encode([string], self.tokenizer)[0]
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], padding_side: str = "left", **_: Any
+    ) -> tuple[Int64[Tensor, "rows tokens"], Int64[Tensor, "rows tokens"]]:
+        """Token ids and attention mask of several texts, each as in `tok_encode`; none is cut."""
+        ids = {"input_ids": self._opening.encode(strings, self.tokenizer)}
+        padded = self.tokenizer.pad(ids, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def add_partial(self, *_: object) -> None:
         """Take note of an answer: `HFLM` offers each to its ``cache_hook``."""
@@ -148,7 +168,7 @@ class BoundedLM(HFLM):
             self._first = 0
         _, context, continuation = n_reordered_requests[self._first]
         logits = (len(context) + len(continuation)) * self.model.config.get_text_config().vocab_size
-        rows = max(1, min(self._most_rows, LOGITS_AT_ONCE // logits))
+        rows = rows_that_fit(logits, self._most_rows)
         if pos - self._first + 1 == rows:
             self._first = pos + 1
         return rows

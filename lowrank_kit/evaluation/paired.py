@@ -1,6 +1,5 @@
 """Two models' answers to the same rows: what is the difference, and is it more than chance."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from scipy.stats import binomtest
 from lowrank_kit.config import BenchmarkMetric
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.glue import score
+from lowrank_kit.files import read_lines
 
 RESAMPLES = 10_000
 # Of metrics that have to be computed anew for every draw.
@@ -105,10 +105,9 @@ def _score(metric: str, right_and_chosen: NDArray) -> float:
 def _read(file: Path) -> dict[tuple[str, str, int], Sample]:
     """Samples by task, row and, for rows that occur more than once, which of them it is."""
     seen: Counter[tuple[str, str]] = Counter()
-    samples = {}
-    for line in file.read_text("utf-8").splitlines():
-        sample = json.loads(line)
-        row = (sample["task"], sample["row_hash"])
+    samples: dict[tuple[str, str, int], Sample] = {}
+    for sample in read_lines(file):
+        row = (str(sample.get("task")), str(sample.get("row_hash")))
         samples[*row, seen[row]] = sample
         seen[row] += 1
     return samples
@@ -124,7 +123,7 @@ def _paired(
             f"judge both with the same data and eval.limit"
         )
     pairs = [(sample, second[row]) for row, sample in first.items()]
-    if other := sum(one["prompt_hash"] != two["prompt_hash"] for one, two in pairs):
+    if other := sum(one.get("prompt_hash") != two.get("prompt_hash") for one, two in pairs):
         raise ConfigError(
             f"{name}: {other} of {len(pairs)} rows were asked with different prompts: "
             f"judge both with the same task, shots and version of lm-eval"

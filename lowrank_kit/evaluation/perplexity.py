@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float64, Int64
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
 from lowrank_kit.errors import LowRankKitError
-
-# Rows of logits brought to float32 at a time: at a vocabulary of 128k, 128 MiB.
-ROWS_AT_ONCE = 256
+from lowrank_kit.models.head import Head
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: Int64[Tensor, "windows tokens"],
     batch_size: int = 1,
     device: str | torch.device = "cpu",
@@ -47,13 +46,14 @@ def perplexity(
     Args:
         model: on ``device``; put into evaluation mode.
         windows: token ids without padding.
-        batch_size: windows per forward pass; changes memory (whole logits, in the model's dtype) and speed only.
+        batch_size: windows per forward pass; changes memory and speed only; logits exist some positions at a time.
         device: where the model is; several processes read their shares of the windows.
         progress: shows a bar over the windows of this process, labelled ``description``.
 
     Raises `LowRankKitError` that names the first window with logits that are not finite.
     """
     model.eval()
+    head = Head(model)
 
     def means_of(numbers: Sequence[int]) -> list[float]:
         means: list[float] = []
@@ -61,9 +61,9 @@ def perplexity(
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             inputs = windows[list(batch)].to(device)
-            logits = model(input_ids=inputs, use_cache=False).logits
-            for number, row, targets in zip(batch, logits, inputs, strict=True):
-                losses = _losses(row[:-1], targets[1:])
+            hidden = head.hidden(input_ids=inputs)
+            for number, row, targets in zip(batch, hidden, inputs, strict=True):
+                losses = _losses(head, row[:-1], targets[1:])
                 if not losses.isfinite().all():
                     raise LowRankKitError(
                         f"window {number} of {len(windows)} has logits that are not finite, so there is no perplexity; "
@@ -84,11 +84,12 @@ def perplexity(
 
 
 def _losses(
-    logits: Float[Tensor, "predicted vocabulary"], targets: Int64[Tensor, " predicted"]
+    head: Head, hidden: Float[Tensor, "predicted hidden"], targets: Int64[Tensor, " predicted"]
 ) -> Float64[Tensor, " predicted"]:
     """Negative log-likelihoods; NaN for every row with a logit that is not finite, be it the target's or not."""
-    parts = []
-    for row, target in zip(logits.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
-        loss = cross_entropy(row.float(), target, reduction="none").double()
-        parts.append(loss.masked_fill(~row.isfinite().all(1), torch.nan))
+    parts, size = [], head.positions_at_once()
+    for part, target in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = head.logits(part)
+        loss = cross_entropy(logits.float(), target.to(logits.device), reduction="none").double()
+        parts.append(loss.masked_fill(~logits.isfinite().all(1), torch.nan))
     return torch.cat(parts)

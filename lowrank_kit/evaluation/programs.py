@@ -6,7 +6,7 @@ from math import comb
 from os import cpu_count
 from typing import Any
 
-from lowrank_kit.evaluation.sandbox import LIMITS, Limits, Outcome, run_program
+from lowrank_kit.evaluation.sandbox import LIMITS, Limits, Outcome, Program, run_program
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
@@ -19,14 +19,17 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1 - comb(n - passed, k) / comb(n, k)
 
 
-def program_of(row: Mapping[str, Any], completion: str) -> str:
+def program_of(row: Mapping[str, Any], completion: str) -> Program:
     """What is run to judge a completion: a row of HumanEval (which starts the program itself) or of MBPP."""
     if "entry_point" in row:
-        return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})"
-    return "\n".join([completion, row.get("test_setup_code") or "", *row["test_list"]])
+        answer, entry = f"{row['prompt']}{completion}", row["entry_point"]
+        # The prompt ends in a docstring, so that what it defines is there for the tests, which use some of it.
+        return Program(answer, f"{row['test']}\ncheck({entry})", row["prompt"], entry)
+    # The set-up may use the answer's names.
+    return Program(completion, "\n".join([row.get("test_setup_code") or "", *row["test_list"]]))
 
 
-def run_all(programs: Sequence[str], limits: Limits = LIMITS) -> list[Outcome]:
+def run_all(programs: Sequence[Program], limits: Limits = LIMITS) -> list[Outcome]:
     """What came of programs, as many at once as there are processors. Errors: see `run_program`."""
     with ThreadPoolExecutor(cpu_count()) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))

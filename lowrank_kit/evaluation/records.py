@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from lowrank_kit.files import read_as
 
 Checkpoint = Literal["dense", "compressed", "early", "best", "final", "majority_class"]
 
@@ -15,7 +18,8 @@ class EvalRecord:
     compressed one before its recovery, the first evaluation while training, the best one (the highest of several
     looks at the evaluation split, so an optimistic figure), the end (the figure to quote), or the training set's
     majority class without any model.
-    ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks.
+    ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks. ``bos`` is the token that began
+    every window or prompt, empty where none did; None where a tokenizer's own special tokens were read, or no text.
     """
 
     task: str
@@ -28,3 +32,9 @@ class EvalRecord:
     versions: Mapping[str, str]
     checkpoint: Checkpoint = "final"
     step: int | None = None
+    bos: str | None = None
+
+
+def read_records(file: Path) -> list[EvalRecord]:
+    """Read a run's `results.json`; none where there is no such file. Raises `DamagedFileError`."""
+    return list(read_as(file, tuple[EvalRecord, ...]) or ())

@@ -153,7 +153,7 @@ class _Pass:
 
     def cost(self) -> dict[str, Any]:
         """What needs no clock: multiplications per token, and memory."""
-        with _LiveTensors() as live:
+        with LiveTensors() as live:
             self._decode(self._prefill())
         with _flop_counter() as prefill:
             cache = self._prefill()
@@ -190,7 +190,7 @@ def _flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={kernel: attention})
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Highest sum of bytes of the tensors made while it is entered, each for as long as it lives.
 
     Exact and the same in every run, where resident memory depends on what the allocator kept from before.

@@ -7,7 +7,7 @@ that updates stay away from the dominant activations; the authors' released code
 """
 
 from collections.abc import Mapping
-from math import log
+from math import log1p
 from typing import Literal
 from zlib import crc32
 
@@ -46,7 +46,8 @@ class Astra(InitialisedAdapter):
     null_space: bool = False
     """Let `tail` use directions that the outputs never reach (only there: A starts near zero). Default: not."""
     allocation: Literal["uniform", "effective_rank"] = "uniform"
-    """`effective_rank`: ranks proportional to the log effective rank of each output spectrum, same budget."""
+    """`effective_rank`: ranks in proportion to log(R + 1), R the effective rank of each output spectrum, at the same
+    number of trained parameters (the released code: at the same sum of ranks)."""
     seed: int = Field(default=0, ge=0)
     """Seed of `subspace=random`."""
 
@@ -90,13 +91,13 @@ class Astra(InitialisedAdapter):
         return kept
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
-        """Give every target its rank: the configured one, or a share by log effective rank at equal parameters."""
+        """Give every target its rank: the configured one, or a share by log(R + 1) at equal parameters."""
         ranks = self.base_ranks(layout)
         if self.allocation == "uniform":
             return self._plan_of(layout, ranks)
         targets = self.targets(layout)
         cost = [self.trained_by(ref, 1) for ref in targets]
-        scores = {ref.name: log(max(effective_rank(kept[ref.name]["spectrum"]), 1.0)) for ref in targets}
+        scores = {ref.name: log1p(effective_rank(kept[ref.name]["spectrum"])) for ref in targets}
         allocated = allocate(
             [ranks[ref.name] * scores[ref.name] for ref in targets],
             cost,

@@ -55,6 +55,10 @@ class Method(Section):
 
     name: str
     """Name in tables and run directories."""
+    # Left out where it says nothing, so that older run directories are found again.
+    preset: str = Field(default="default", exclude_if=lambda preset: preset == "default")
+    """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
+    included. What else is on the command line wins over them."""
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""

@@ -9,6 +9,7 @@ from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.methods.base import Adapter, Batches
+from lowrank_kit.models.layout import layout_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -44,20 +45,27 @@ class LoraGA(Adapter):
     ) -> "PeftModel":
         """See `Adapter`. Raises `LowRankKitError` for a classifier whose samples have no labels."""
         from peft import get_peft_model
-        from peft.tuners.lora.loraga import preprocess_loraga
 
-        batches = [_labelled(model, batch) for batch in batches]
+        from lowrank_kit.calibration.backward import model_loss, next_token_loss
+        from lowrank_kit.calibration.gradients import weight_gradients
+        from lowrank_kit.models.linear import is_transposed
 
-        def train_step() -> None:
-            for batch in batches:
-                model(**batch).loss.backward()
-
-        preprocess_loraga(model, config, train_step)
+        layout = layout_of(model)
+        loss = next_token_loss if _is_causal(model) else model_loss
+        batches = [batch if loss is next_token_loss else _labelled(model, batch) for batch in batches]
+        # PEFT would average the batches' gradients, be a batch of few short rows or of many long ones.
+        for name, gradient in weight_gradients(model, layout, batches, self.targets(layout), loss=loss).items():
+            module: Any = model.get_submodule(name)
+            module._peft_loraga_grad = gradient.T if is_transposed(module) else gradient
         return get_peft_model(model, config)
 
 
+def _is_causal(model: "PreTrainedModel") -> bool:
+    return model.get_output_embeddings() is not None and not model.config.is_encoder_decoder
+
+
 def _labelled(model: "PreTrainedModel", batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    from lowrank_kit.calibration.texts import NOT_PREDICTED
+    from lowrank_kit.data.padding import NOT_PREDICTED
 
     if "labels" in batch:
         return batch
@@ -65,6 +73,5 @@ def _labelled(model: "PreTrainedModel", batch: dict[str, Tensor]) -> dict[str, T
         raise LowRankKitError(
             "LoRA-GA differentiates the loss of a classifier in its labels, and the calibration samples have none"
         )
-    side = "decoder_" if model.config.is_encoder_decoder else ""
-    ids, mask = batch[f"{side}input_ids"], batch[f"{side}attention_mask"]
+    ids, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"]
     return {**batch, "labels": torch.where(mask.bool(), ids, NOT_PREDICTED)}

@@ -14,6 +14,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
 from lowrank_kit.models.families import base_type
+from lowrank_kit.models.files import share
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
 from lowrank_kit.models.rotate import sliced_layers
@@ -115,6 +116,7 @@ def _save(
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         whole = Path(temporary, "whole")
         twin.save_pretrained(whole, max_shard_size=max_shard_size)
+        share(*whole.glob("*.safetensors"))
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,17 +1,14 @@
 """Models, tokenizers and configurations from the hub, a folder, a GGUF file or the packaged assets."""
 
-import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -23,15 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.families import base_type
-from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.files import check_weight_files
 from lowrank_kit.models.quantised import Quantisation, loading_options
-
-Head = Literal["causal", "classification", "seq2seq", "base"]
+from lowrank_kit.models.whole import Head, check_whole
 
 PACKAGED = "packaged://"
 _AUTO_CLASSES: dict[str, Any] = {
@@ -57,10 +52,14 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and the module paths whose weights the checkpoint lacks, so that they start at random."""
+    """A model, and the module paths on top of it whose weights the checkpoint lacks, so that they start at random.
+
+    ``left_out``: modules of the checkpoint, such as another task's head, that the model has not.
+    """
 
     model: PreTrainedModel
     new_modules: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def packaged_models() -> tuple[str, ...]:
@@ -100,29 +99,47 @@ def load_model(
 
     ``placement`` is what `from_pretrained` takes to spread a model (``device_map``, ``max_memory``), for inference
     alone; without it, the model is on ``device``.
-    ``num_labels`` and ``problem_type`` (as in transformers) are for ``head="classification"``. Modules that
-    the checkpoint lacks are drawn from torch's global generator.
+    ``num_labels`` and ``problem_type`` (as in transformers) are for ``head="classification"``. A head that
+    the checkpoint lacks is drawn from torch's global generator.
     Raises `ConfigError` for a path that cannot be right, `LowRankKitError` where the hub does not deliver,
-    the architecture has no such head, a file of weights is damaged, or weights inside the blocks are missing.
+    the architecture has no such head, a file of weights is damaged, or as `check_whole` for other weights than the
+    model's.
     """
+    check_files(source)
     config = _headed(load_config(source), head, num_labels, problem_type)
     if head == "classification" and config.get_text_config().pad_token_id is None:
         # Decoders classify at the last token that is not padding, so they must know which token pads.
         config.get_text_config().pad_token_id = load_tokenizer(source).pad_token_id
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
     options |= loading_options(quantization, dtype, device) | dict(placement or {})
     if _locate(source).gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    model, info = _from_pretrained(_AUTO_CLASSES[head], source, **options)
-    missing = set(info["missing_keys"])
-    if inside := sorted(key for key in missing if any(part.isdigit() for part in key.split("."))):
-        raise LowRankKitError(
-            f"'{source.path}' is not a whole {type(model).__name__}: it lacks {len(inside)} weights inside "
-            f"its blocks, first '{inside[0]}'"
-        )
+    loaded = _whole(_AUTO_CLASSES[head], source, head, **options)
     # What bitsandbytes or accelerate has put somewhere does not go elsewhere.
     stays = quantization != "none" or placement is not None
-    return LoadedModel(model if stays else model.to(device), _new_modules(model, missing))
+    return loaded if stays else replace(loaded, model=loaded.model.to(device))
+
+
+def load_like(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Load a whole checkpoint of ``model``'s own class, in its dtype and on its device; errors as for `load_model`."""
+    source = ModelSource(str(folder))
+    check_files(source)
+    return _whole(type(model), source, "causal", dtype=model.dtype).model.to(model.device)
+
+
+def check_files(source: ModelSource) -> None:
+    """Look at a local checkpoint's files of weights; errors as for `check_weight_files`."""
+    located = _locate(source)
+    if located is not source and located.gguf_file is None:
+        check_weight_files(Path(located.path))
+
+
+def _whole(model_class: Any, source: ModelSource, head: Head, **options: Any) -> LoadedModel:
+    # Shapes that do not agree are reported with all else, in place of an exception that does not name them.
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _from_pretrained(model_class, source, **reported, **options)
+    on_top = check_whole(model, head, info, source.path)
+    return LoadedModel(model, on_top.new, on_top.left_out)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -132,42 +149,30 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None) -> PreTrainedModel:
-    """Build the model on the meta device: every name and shape, no memory for weights."""
-    with torch.device("meta"):
-        return _AUTO_CLASSES[head].from_config(_headed(config, head, num_labels, None))
+    """Build the model on the meta device: every name and shape, no memory for weights.
 
-
-def fingerprint(model: PreTrainedModel, layout: ModelLayout) -> str:
-    """Return a hash (32 hex digits) of the weights on which activations of the blocks depend.
-
-    Head and pooler are left out and names are those of the base model, so that models of one checkpoint with
-    different or differently initialised heads agree.
+    Raises `LowRankKitError` where the architecture has no such head, or the configuration describes no model.
     """
-    below = {
-        name.removeprefix(f"{model.base_model_prefix}."): (name, parameter)
-        for name, parameter in model.named_parameters()
-        if not any(name.startswith(f"{top}.") for top in layout.on_top)
-    }
-    # hashlib releases the interpreter lock, so threads hash parameters side by side.
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda named: _digest(model, *named), below.values()))
-    whole = hashlib.blake2b(digest_size=16)
-    for (name, (_, parameter)), digest in sorted(zip(below.items(), digests, strict=True), key=lambda item: item[0][0]):
-        whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {digest}\n".encode())
-    return whole.hexdigest()
-
-
-def _digest(model: PreTrainedModel, name: str, parameter: Tensor) -> str:
-    # Of a model that is spread: what waits in memory or on disk until a forward pass needs it.
-    held = load_offloaded_parameter(model, name) if parameter.is_meta else parameter
-    values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+    config = _headed(config, head, num_labels, None)
+    try:
+        with torch.device("meta"):
+            return _AUTO_CLASSES[head].from_config(config)
+    # Every model class meets impossible settings in its own way.
+    except Exception as error:
+        raise LowRankKitError(
+            f"the config.json of '{config.name_or_path}' describes no {config.model_type}: {_reason(error)}"
+        ) from error
 
 
 def _headed(config: PretrainedConfig, head: Head, num_labels: int | None, problem_type: str | None) -> PretrainedConfig:
     if type(config) not in _AUTO_CLASSES[head]._model_mapping:
         raise LowRankKitError(
             f"model type '{config.model_type}' has no {head} head in transformers{_dense_hint(config)}"
+        )
+    if head == "causal" and not _predicts_the_next_token(config):
+        raise LowRankKitError(
+            f"'{config.name_or_path}' is no causal language model: this {config.model_type} reads what comes behind a "
+            "token too; choose a model that predicts the next token, or a classification task"
         )
     config = deepcopy(config)
     if num_labels is not None:
@@ -186,18 +191,11 @@ def _dense_hint(config: PretrainedConfig) -> str:
     )
 
 
-def _new_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    present = set(model.state_dict()) - missing
-    tops = set()
-    for key in missing:
-        top = key.rpartition(".")[0]
-        while "." in top:
-            parent = top.rpartition(".")[0]
-            if any(other.startswith(f"{parent}.") for other in present):
-                break
-            top = parent
-        tops.add(top)
-    return tuple(sorted(tops))
+def _predicts_the_next_token(config: PretrainedConfig) -> bool:
+    """Whether no position sees a later one: not so in encoders, nor in decoders that were opened to both sides."""
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    both_sides = getattr(config.get_text_config(), "use_bidirectional_attention", False) is True
+    return not (is_encoder or both_sides or config.is_encoder_decoder)
 
 
 def _locate(source: ModelSource) -> ModelSource:
@@ -219,6 +217,11 @@ def _locate(source: ModelSource) -> ModelSource:
                 f"a .gguf file, a hub id or {_packaged_hint()}"
             )
         return ModelSource(str(path), gguf_file=source.gguf_file)
+    if path.is_file():
+        raise ConfigError(
+            f"'{source.path}' is a file, and no .gguf one: give its checkpoint folder, a .gguf file, a hub id or "
+            f"{_packaged_hint()}"
+        )
     if source.path.startswith(("/", ".", "~")) or path.suffix == ".gguf" or source.path.count("/") > 1:
         raise ConfigError(
             f"'{source.path}' does not exist: give a folder, a .gguf file, a hub id or {_packaged_hint()}"
@@ -232,23 +235,19 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
         options["gguf_file"] = located.gguf_file
     try:
         return auto_class.from_pretrained(located.path, revision=located.revision or "main", **options)
-    except SafetensorError as error:
-        raise LowRankKitError(_damage(Path(located.path), error)) from error
-    except (OSError, ValueError) as error:
-        if located is source:
+    # A hostile or garbled file fails in ways that nobody lists.
+    except Exception as error:
+        if located is source and isinstance(error, OSError | ValueError):
             raise LowRankKitError(_hub_failure(source, error)) from error
-        raise LowRankKitError(f"cannot read the model '{source.path}': {error}") from error
+        what = {AutoConfig: "configuration (config.json)", AutoTokenizer: "tokenizer"}.get(auto_class, "model")
+        raise LowRankKitError(
+            f"cannot read the {what} of '{source.path}': {_reason(error)}. Fetch it or write it again"
+        ) from error
 
 
-def _damage(folder: Path, error: SafetensorError) -> str:
-    """Name the file that cannot be read: the library's own message does not."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as cause:
-            return f"'{file}' is damaged or was not written to its end ({cause}): fetch it or write it again"
-    return f"the weights of '{folder}' cannot be read ({error}): fetch or write them again"
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _hub_failure(source: ModelSource, error: BaseException) -> str:

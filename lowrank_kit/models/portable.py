@@ -103,7 +103,7 @@ class LowRankModel(PreTrainedModel):
     ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path; ``shared_down``, the
     linears whose ``down`` weight is another one's (one parameter, stored once); where there are any, ``shapes``
     ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that
-    are `SlicedLayer`.
+    are `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
     """
 
     _tied_weights_keys: dict[str, str] | None
@@ -111,20 +111,28 @@ class LowRankModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         super().__init__(config, *args, **kwargs)
-        for name, (out_features, in_features) in config.lowrank.get("shapes", {}).items():
-            stock = self.get_submodule(name)
+        lowrank = _checked(config.lowrank)
+        for name, (out_features, in_features) in lowrank["shapes"].items():
+            stock = self._stock(name, "shapes", (nn.Linear, Conv1D))
             options = {"bias": stock.bias is not None, "device": stock.weight.device, "dtype": stock.weight.dtype}
             self.set_submodule(name, nn.Linear(in_features, out_features, **options))
-        for name in config.lowrank.get("shortcuts", ()):
+        for name in lowrank["shortcuts"]:
+            self._stock(f"{name}.input_layernorm", "shortcuts", nn.Module)
             add_shortcuts(self.get_submodule(name))
-        for name, rank in config.lowrank["ranks"].items():
-            dense = self.get_submodule(name)
+        for name, rank in lowrank["ranks"].items():
+            dense = self._stock(name, "ranks", (nn.Linear, Conv1D))
             weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
             out_features, in_features = weight.shape
+            if rank > min(weight.shape):
+                raise ValueError(f"lowrank.ranks: {rank} is no rank of {name}, which is {out_features}x{in_features}")
             has_bias = dense.bias is not None
             layer = LowRankLinear(in_features, out_features, rank, has_bias, weight.device, weight.dtype)
             self.set_submodule(name, layer)
-        shared = config.lowrank["shared_down"].items()
+        for name, owner in lowrank["shared_down"].items():
+            ours, theirs = (self._stock(end, "shared_down", LowRankLinear).down.weight for end in (name, owner))
+            if owner in lowrank["shared_down"] or ours.shape != theirs.shape:
+                raise ValueError(f"lowrank.shared_down: {name} cannot share the factor of {owner}")
+        shared = lowrank["shared_down"].items()
         self._shared_down = {f"{name}.down.weight": f"{owner}.down.weight" for name, owner in shared}
         # transformers 4 has a list here: without sharing it is left alone, and the checkpoint loads there too.
         if self._shared_down:
@@ -132,9 +140,47 @@ class LowRankModel(PreTrainedModel):
         # The stock class has called it too early: new weights are initialised and tied here.
         self.post_init()
 
+    def _stock(self, name: str, entry: str, kind: Any) -> Any:
+        try:
+            module = self.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, kind):
+            raise ValueError(f"lowrank.{entry} names {name!r}, and the model has no such layer")
+        return module
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The stock class's tied weights, none if the embedding is not tied, and the shared factors."""
         return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_down
+
+
+def _checked(lowrank: Any) -> dict[str, Any]:
+    """The entries of a compressed model's configuration, all there; `ValueError` for values of a wrong kind."""
+    entries = lowrank if isinstance(lowrank, dict) else {}
+    found = {
+        "ranks": entries.get("ranks"),
+        "shared_down": entries.get("shared_down"),
+        "shapes": entries.get("shapes", {}),
+        "shortcuts": entries.get("shortcuts", []),
+    }
+    kinds: dict[str, Any] = {
+        "ranks": _is_size,
+        "shared_down": lambda owner: isinstance(owner, str),
+        "shapes": lambda shape: isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_size, shape)),
+    }
+    for entry, is_right in kinds.items():
+        if not isinstance(found[entry], dict):
+            raise ValueError(f"lowrank.{entry} is {found[entry]!r}: it must say something of every layer by its name")
+        for name, value in found[entry].items():
+            if not is_right(value):
+                raise ValueError(f"lowrank.{entry}: {value!r} cannot be right for {name!r}")
+    if not isinstance(found["shortcuts"], list) or not all(isinstance(name, str) for name in found["shortcuts"]):
+        raise ValueError(f"lowrank.shortcuts is {found['shortcuts']!r}: it must be a list of layers")
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _validate(config: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lowrank_kit.config.plugins import let_here
 from lowrank_kit.errors import ConfigError, LowRankKitError
 
 
@@ -23,16 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ignore", nargs="+", default=[], metavar="KEY",
         help="settings that make no row of their own, such as train.learning_rate where it is chosen for each task",
     )  # fmt: skip
+    parser.add_argument(
+        "--method-prefixes", nargs="+", default=[], metavar="PACKAGE",
+        help="packages of your own methods, which may be imported; what a run names itself is not",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    let_here(options.method_prefixes)
     try:
-        _report(options.runs, options.output, options.level, options.ignore)
+        _report(options.runs, options.output, options.level, options.ignore, options.method_prefixes)
     except LowRankKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequence[str]) -> None:
+def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequence[str], named: Sequence[str]) -> None:
     if not 0 < level < 1:
         raise ConfigError(f"--level {level} is not between 0 and 1")
     # Imported only now: a wrong command is answered before scipy and matplotlib are loaded.
@@ -47,7 +53,7 @@ def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequen
     # Wide enough for every column: a table in a log file must not be cut to the width of no terminal.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     with console.status("reading the runs"):
-        runs, left_out = find_runs(folders)
+        runs, left_out = find_runs(folders, named)
         report = build(without(runs, ignored), left_out, level)
     render.print_report(report, console)
     with console.status("composing the commands"):

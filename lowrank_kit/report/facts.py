@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lowrank_kit.files import plain
 from lowrank_kit.report.command import command_of
 from lowrank_kit.report.find import Run
 from lowrank_kit.report.table import SPEED, Report, Row
@@ -41,7 +42,7 @@ def notes(report: Report) -> list[str]:
     measured = [row for block in report.blocks for row in block.rows if row.kind == "measured"]
     if mixed := [row.title for row in measured if len({_software(run) for run in row.runs}) > 1]:
         lines.append(f"Figures from several states of the software stand in one row (below): {'; '.join(mixed)}.")
-    return lines
+    return list(map(plain, lines))
 
 
 def commands(report: Report) -> Iterator[Made]:
@@ -57,7 +58,7 @@ def _of_row(row: Row) -> Iterator[Made]:
     for run in row.runs:
         by_task.setdefault(str(run.config["task"]["name"]), []).append(run)
     for task, runs in by_task.items():
-        yield Made(row.title, task, command_of(runs[0], [run.seed for run in runs]))
+        yield Made(plain(row.title), plain(task), command_of(runs[0], [run.seed for run in runs]))
 
 
 def sources(report: Report) -> list[str]:
@@ -76,7 +77,7 @@ def sources(report: Report) -> list[str]:
             lines.append(f"data {split}: {fact['source']}, {fact['rows']} rows, sha256 {fact['sha256'][:12]}{note}")
         hardware = facts.get("device", {}).get("hardware", "hardware not recorded")
         lines.append(f"{_software(run)}; {hardware}")
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(map(plain, lines)))
 
 
 def _software(run: Run) -> str:
@@ -88,4 +89,4 @@ def _software(run: Run) -> str:
 
 def missing(report: Report) -> Sequence[str]:
     """What was found and is in no table."""
-    return [f"{run.path}: {run.state}: {run.reason}" for run in report.left_out]
+    return [plain(f"{run.path}: {run.state}: {run.reason}") for run in report.left_out]

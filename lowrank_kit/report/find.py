@@ -3,18 +3,19 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowrank_kit.config import load
-from lowrank_kit.errors import ConfigError
-from lowrank_kit.evaluation.records import EvalRecord
-from lowrank_kit.runs.directory import flatten, identity, read_status, without_seed
+from lowrank_kit.config.plugins import allowing
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.evaluation.records import EvalRecord, read_records
+from lowrank_kit.files import checked, read_json, read_yaml
+from lowrank_kit.runs.directory import flatten, identity, without_seed
+from lowrank_kit.runs.status import read_status
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Run:
     seed: int
     records: tuple[EvalRecord, ...]
     manifest: Mapping[str, Any]
-    plan: Mapping[str, Any] | None
 
     @property
     def method(self) -> str:
@@ -60,11 +60,12 @@ class LeftOut:
     reason: str
 
 
-def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut]]:
+def find_runs(folders: Sequence[Path], named: Sequence[str] = ()) -> tuple[list[Run], list[LeftOut]]:
     """Read every run directory in or below ``folders``: those with results, and the others with the reason.
 
-    A group's members are read, its own summary of them is not. Raises `ConfigError` for a folder that does not
-    exist or holds no run, naming near ones.
+    Nothing that a run names is imported, but for packages of methods in ``named``. One that is damaged is left out as
+    an unfinished one is. A group's members are read, its own summary of them is not. Raises `ConfigError` for a folder
+    that does not exist or holds no run, naming near ones.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -75,7 +76,10 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut]]:
     runs: dict[str, Run] = {}
     left_out = []
     for path in found:
-        read = _read(path)
+        try:
+            read = _read(path, named)
+        except LowRankKitError as error:
+            read = LeftOut(path, "damaged", str(error).splitlines()[0])
         if isinstance(read, LeftOut):
             left_out.append(read)
         elif read is not None:
@@ -104,30 +108,77 @@ def _nothing_in(folder: Path) -> str:
     return f"'{folder}' is not a folder{hint}"
 
 
-def _read(path: Path) -> Run | LeftOut | None:
-    # As libyaml reads it, ten times as fast as OmegaConf: a sweep has hundreds. It is resolved already.
-    config: Any = yaml.load((path / "config.yaml").read_text("utf-8"), yaml.CSafeLoader)
+def _read(path: Path, named: Sequence[str]) -> Run | LeftOut | None:
+    config = allowing(read_yaml(path / "config.yaml"), named)
+    shown = checked(_Shown, config, path / "config.yaml")
     status = read_status(path)
     state = status.state if status else "unknown"
     if state != "complete":
         stage = f" in stage {status.stage}" if status and status.stage else ""
         reason = (status.error if status else "there is no status.json") or "not finished"
         return LeftOut(path, f"{state}{stage}", reason.splitlines()[0])
-    if config["task"]["kind"] == "group":
+    if shown.task.get("kind") == "group":
         return None
-    records = _json(path / "results.json")
+    records = read_records(path / "results.json")
     if not records:
-        return LeftOut(path, state, f"nothing was evaluated: run.stages={config['run']['stages']}")
+        return LeftOut(path, state, f"nothing was evaluated: run.stages={config['run'].get('stages')}")
     recipe, seed = without_seed(_known_settings(config))
-    return Run(
-        path,
-        config,
-        recipe,
-        seed,
-        tuple(EvalRecord(**record) for record in records),
-        _json(path / "manifest.json") or {},
-        _json(path / "plan.json"),
-    )
+    manifest = read_json(path / "manifest.json", dict) or {}
+    checked(_Facts, manifest, path / "manifest.json")
+    return Run(path, config, recipe, seed, tuple(records), manifest)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a report shows of a configuration, whatever wrote it."""
+
+    method: "_Named"
+    model: "_Model"
+    task: dict[str, Any]
+    seed: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+    ratio: float | None = None
+    rank: float | None = None
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class _Split:
+    source: str
+    rows: int
+    sha256: str
+    note: str
+
+
+@dataclass(frozen=True)
+class _Git:
+    revision: str
+    dirty: bool
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a report shows of a manifest."""
+
+    size: dict[str, dict[str, int]] = field(default_factory=dict)
+    trained_parameters: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, _Split] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: _Git | None = None
+    command: tuple[str, ...] = ()
 
 
 def _known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,10 +188,6 @@ def _known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError:
         # Of a method that cannot be imported here, or of a setting that is gone: as it was written.
         return {key: value for key, value in config.items() if key not in ("run", "tracker", "runtime")}
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
 
 def without(runs: Iterable[Run], ignored: Sequence[str]) -> list[Run]:

@@ -1,14 +1,19 @@
 """What single runs left to look at, for the page: as many runs as keep it a page that opens at once."""
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import read_as
 from lowrank_kit.plots.training import plot_loss
 from lowrank_kit.report.find import Run
 from lowrank_kit.report.table import Report
+
+log = logging.getLogger(__name__)
 
 MOST_BYTES = 12_000_000
 MOST_RUNS = 60
@@ -57,12 +62,20 @@ def _plots(run: Run) -> Iterator[tuple[str, bytes]]:
 
 
 def _files(run: Run) -> list[Path]:
-    return sorted((run.path / "plots").glob("*.png"))
+    # A link could show any file of this machine.
+    return sorted(file for file in (run.path / "plots").glob("*.png") if file.is_file() and not file.is_symlink())
 
 
 def _losses(run: Run) -> dict[str, list[tuple[int, float]]] | None:
     """Steps and losses of the Trainer's log; None where there is no curve to draw."""
-    file = run.path / "history.json"
-    log = json.loads(file.read_text("utf-8")) if file.is_file() else []
-    found = {name: [(line["step"], line[name]) for line in log if name in line] for name in ("loss", "eval_loss")}
+    try:
+        lines = read_as(run.path / "history.json", list[dict[str, Any]]) or []
+        found = {name: _curve(lines, name) for name in ("loss", "eval_loss")}
+    except (LowRankKitError, TypeError, ValueError, KeyError) as error:
+        log.warning("%s: no loss is drawn: %s", run.path, error)
+        return None
     return found if len(found["loss"]) > 1 else None
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(line["step"]), float(line[name])) for line in lines if name in line]

@@ -5,13 +5,14 @@ import io
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowrank_kit.markdown import fenced, in_markdown
 from lowrank_kit.report.facts import Made, missing, notes, sources
 from lowrank_kit.report.gallery import Gallery
 from lowrank_kit.report.grid import WIDEST_NAME, Grid, grid, parts
@@ -78,7 +79,7 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
     file = io.StringIO()
     head = "model method budget amount settings kind task metric n fewshot mean deviation seeds stderr parameters"
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*head.split(), "best", "significant", "p", "test", "source", "command"])
+    writer.writerow([*head.split(), "best", "significant", "p", "test", "source", "command", "caveats"])
     for block in report.blocks:
         for row in block.rows:
             for column, cell in row.cells.items():
@@ -88,15 +89,22 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
                 is_best = best is row and verdict is not None
                 test = (verdict.significant, verdict.p, verdict.test) if is_best and verdict else ("", "", "")
                 writer.writerow(
-                    [
+                    _inert(value)
+                    for value in [
                         *(row.model, row.method, *(row.budget or ("", "")), row.settings, row.kind),
                         *(column.task, column.metric, column.n, column.fewshot),
                         *(cell.mean, cell.deviation, len(cell.values), error, row.parameters),
                         *(is_best, test[0], test[1], test[2], column.source),
                         words.get((row.title, str(some.config["task"]["name"])), ""),
+                        row.caveats,
                     ]
                 )
     return file.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    # A spreadsheet takes a text that begins like this for a formula.
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _render(
@@ -114,7 +122,7 @@ def _render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"latex": lambda text: text.translate(LATEX), "pipes": lambda text: text.replace("|", r"\|")}
+    environment.filters |= {"latex": lambda text: text.translate(LATEX), "markdown": in_markdown, "fenced": fenced}
     environment.filters["base64"] = lambda data: b64encode(data).decode()
     return environment.get_template(template).render(
         grid=grid(report),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_rel
 
-from lowrank_kit.errors import ConfigError
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.paired import Difference, compare
 
 LEVEL = 0.05
@@ -70,6 +70,6 @@ def _by_rows(first: Path, second: Path) -> list[Difference]:
         return []
     try:
         return compare(first, second)
-    except ConfigError:
-        # Nothing in common, or other rows: there is nothing to pair.
+    except LowRankKitError:
+        # Nothing in common, other rows, or answers that cannot be read: there is nothing to pair.
         return []

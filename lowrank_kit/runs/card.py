@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from omegaconf import OmegaConf
 
 from lowrank_kit.assets import CATALOGUE
-from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.evaluation.records import Checkpoint, EvalRecord, read_records
+from lowrank_kit.files import plain, read_as, read_json, read_yaml
+from lowrank_kit.markdown import fenced, in_markdown
 from lowrank_kit.models.load import PACKAGED
 from lowrank_kit.runs.portable import PLACE, is_on_hub, portable, portable_model
 
@@ -30,9 +33,7 @@ TEMPLATE = """\
 
 ## How to load it
 
-```python
 {{ loading }}
-```
 
 ## Measured results
 
@@ -45,23 +46,32 @@ TEMPLATE = """\
 DENSE = """\
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")"""
+model = AutoModelForCausalLM.from_pretrained({name})"""
 LOWRANK = """\
 import lowrank_kit  # or: trust_remote_code=True below, without lowrank_kit
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")"""
+model = AutoModelForCausalLM.from_pretrained({name})"""
 ADAPTER = """\
 from peft import PeftModel
 from transformers import {head}
 
-base = {head}.from_pretrained("{base}"{labels})
-model = PeftModel.from_pretrained(base, "{name}")"""
+base = {head}.from_pretrained({base}{labels})
+model = PeftModel.from_pretrained(base, {name})"""
 NOTE = """\
 
 `{place}/NAME` stands for a folder on the machine that this was made on, by its last component: give your own. A
 model that is packaged with lowrank_kit is fetched by `python -m lowrank_kit.assets`; `--list` says where."""
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a card says of a plan."""
+
+    ranks: dict[str, int]
+    parameters_before: int
+    parameters_after: int
 
 
 def write_card(
@@ -73,11 +83,11 @@ def write_card(
     the reader will load it by, a hub id or a folder. ``measured`` says which of the run's figures are this one's;
     ``command`` makes the run again. No folder of this machine is in the card.
     """
-    config = _read_yaml(run / "config.yaml") if run else {}
-    records = [EvalRecord(**record) for record in _read_json(run / "results.json") or []] if run else []
-    plan = (_read_json(run / "plan.json") if run else None) or {}
-    adapter = _read_json(folder / "adapter_config.json")
-    manifest = (_read_json(run / "manifest.json") if run else None) or {}
+    config = read_yaml(run / "config.yaml") if run else {}
+    records = read_records(run / "results.json") if run else []
+    plan: _Plan | None = read_as(run / "plan.json", _Plan) if run else None
+    adapter = read_json(folder / "adapter_config.json", dict)
+    manifest = (read_json(run / "manifest.json", dict) if run else None) or {}
     base, licence = _base(config.get("model", {}))
     method = config.get("method", {}).get("name", "a low-rank method")
     data = ModelCardData(
@@ -89,12 +99,12 @@ def write_card(
     ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=Path(name).name,
+        title=in_markdown(Path(name).name),
         summary=_summary(method, base, adapter is not None),
-        base=base,
-        base_licence=licence[1],
-        facts="\n".join(f"- {line}" for line in _facts(plan, folder, manifest)),
-        loading=_loading(folder, adapter, base, name),
+        base=in_markdown(base),
+        base_licence=in_markdown(licence[1]),
+        facts="\n".join(f"- {in_markdown(line)}" for line in _facts(plan, folder, manifest)),
+        loading=fenced(_loading(folder, adapter, base, name), "python"),
         results=_results(records, measured),
         recipe=_recipe(config, command),
     ).save(folder / "README.md")
@@ -102,7 +112,7 @@ def write_card(
 
 def _summary(method: str, base: str, is_adapter: bool) -> str:
     done = "A PEFT LoRA adapter for" if is_adapter else "A compressed form of"
-    return f"{done} {base}, made with `{method}` by lowrank_kit."
+    return f"{done} {in_markdown(base)}, made with `{plain(str(method)).replace('`', '')}` by lowrank_kit."
 
 
 def _base(model: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
@@ -131,16 +141,16 @@ def _licence_of(path: str, revision: str | None) -> str | None:
     return str(found) if found else None
 
 
-def _facts(plan: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def _facts(plan: _Plan | None, folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     lines = []
     if plan:
-        before, after = plan["parameters_before"], plan["parameters_after"]
-        ranks = sorted(plan["ranks"].values())
+        before, after = plan.parameters_before, plan.parameters_after
+        ranks = sorted(plan.ranks.values())
         lines.append(
             f"Parameters of the block linears: {before:,} before, {after:,} after ({100 * (after / before - 1):+.1f} %)"
         )
         lines.append(f"Ranks of {len(ranks)} matrices: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}")
-    config = _read_json(folder / "config.json") or {}
+    config = read_json(folder / "config.json", dict) or {}
     if factored := (config.get("lowrank") or {}).get("ranks"):
         lines.append(f"Stored as two factors: {len(factored)} matrices")
     if versions := manifest.get("versions"):
@@ -150,13 +160,18 @@ def _facts(plan: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]) -
 
 def _loading(folder: Path, adapter: Mapping[str, Any] | None, base: str, name: str) -> str:
     if adapter is None:
-        config = _read_json(folder / "config.json") or {}
-        return (LOWRANK if "auto_map" in config else DENSE).format(name=name)
+        config = read_json(folder / "config.json", dict) or {}
+        return (LOWRANK if "auto_map" in config else DENSE).format(name=_quoted(name))
     head = HEADS.get(str(adapter.get("task_type")), "AutoModel")
     where = adapter.get("base_model_name_or_path")
     shown = portable_model(where) if where else base
     labels = ", num_labels=NUMBER_OF_CLASSES" if head.endswith("SequenceClassification") else ""
-    return ADAPTER.format(head=head, base=shown, labels=labels, name=name)
+    return ADAPTER.format(head=head, base=_quoted(shown), labels=labels, name=_quoted(name))
+
+
+def _quoted(text: str) -> str:
+    # JSON's quotes are Python's, and nothing leaves the string.
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
@@ -168,8 +183,8 @@ def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
     for record in shown:
         error = "" if record.stderr is None else f"{record.stderr:.4g}"
         lines.append(
-            f"| {record.task} | {record.metric} | {states[record.checkpoint]} | {record.value:.4g} | {error} "
-            f"| {record.n} | {record.source} |"
+            f"| {in_markdown(record.task)} | {in_markdown(record.metric)} | {states[record.checkpoint]} "
+            f"| {record.value:.4g} | {error} | {record.n} | {in_markdown(record.source)} |"
         )
     return "\n".join([*lines, "", "Measured on the checkpoint of the run, in the run's number format."])
 
@@ -177,16 +192,7 @@ def _results(records: Sequence[EvalRecord], measured: Checkpoint) -> str:
 def _recipe(config: Mapping[str, Any], command: str | None) -> str:
     if not config:
         return "Unknown: this checkpoint is of no run directory."
-    plain = {key: value for key, value in portable(config).items() if key not in ("run", "tracker", "runtime")}
-    typed = f"```console\n{command}\n```\n\nWith every setting:\n\n" if command else ""
-    text = f"{typed}```yaml\n{OmegaConf.to_yaml(OmegaConf.create(plain)).strip()}\n```"
+    shown = {key: value for key, value in portable(config).items() if key not in ("run", "tracker", "runtime")}
+    typed = f"{fenced(command, 'console')}\n\nWith every setting:\n\n" if command else ""
+    text = typed + fenced(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(), "yaml")
     return text + (f"\n{NOTE.format(place=PLACE)}" if f"{PLACE}/" in text else "")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return found
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None

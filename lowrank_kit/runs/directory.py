@@ -5,27 +5,32 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 from omegaconf import OmegaConf
 
 from lowrank_kit.config import RunConfig
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.lock import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lock, process_alive
+from lowrank_kit.files import read_json, read_yaml
+from lowrank_kit.lock import HEARTBEAT_SECONDS, Lock
+from lowrank_kit.runs.checksums import Checksum, checksums
+from lowrank_kit.runs.inputs import INPUTS_FILE, Inputs, changes
+from lowrank_kit.runs.status import END, STATUS_FILE, State, Status, read_status
 
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.yaml"
 # What the stages leave; a run directory may hold other people's files too.
 WORK = (
-    "manifest.json",
+    INPUTS_FILE,
+    MANIFEST_FILE,
     "plan.json",
     "plots",
     "checkpoint",
@@ -35,47 +40,14 @@ WORK = (
     "history.json",
     "benchmarks",
     "samples",
+    "windows",
     "energy.json",
     "effects.json",
     "results.json",
 )
 
-State = Literal["running", "complete", "failed", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Status:
-    """Content of `status.json`: what the run is doing, and which process does it. Times in Unix seconds."""
-
-    state: State
-    stage: str | None = None
-    stages_done: tuple[str, ...] = ()
-    error: str | None = None
-    pid: int = field(default_factory=os.getpid)
-    hostname: str = field(default_factory=socket.gethostname)
-    process_started: float = field(default_factory=lambda: psutil.Process().create_time())
-    started: float = field(default_factory=time.time)
-    updated: float = field(default_factory=time.time)
-
-    def process_alive(self) -> bool:
-        """Whether the recorded process still runs; from another host, whether it was heard of lately."""
-        if self.hostname != socket.gethostname():
-            return time.time() - self.updated < SILENCE_SECONDS
-        return process_alive(self.pid, self.process_started)
-
-
-def read_status(path: Path | str) -> Status | None:
-    """Read a run directory's status; None if there is none.
-
-    A run that says `running` but whose process is gone (SIGKILL, power failure) is reported as `interrupted`.
-    """
-    file = Path(path) / "status.json"
-    if not file.is_file():
-        return None
-    raw = json.loads(file.read_text())
-    status = Status(**{**raw, "stages_done": tuple(raw["stages_done"])})
-    alive = status.state != "running" or status.process_alive()
-    return status if alive else replace(status, state="interrupted")
+# Of the trainer, which judges its own halves; and what every process adds to.
+_NOT_SUMMED = ("checkpoints", MANIFEST_FILE)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -113,26 +85,41 @@ class RunDirectory:
     The block's end sets the state: complete, failed (with the error) or interrupted (Ctrl-C, exit).
     """
 
-    def __init__(self, path: Path) -> None:
-        """Hold `path`; raises `LowRankKitError` if a living process already does."""
+    def __init__(self, path: Path, resume: bool = True) -> None:
+        """Hold `path`; raises `LowRankKitError` if a living process already does.
+
+        With ``resume`` also where a file of earlier work is gone or was altered, and `DamagedFileError` for a status
+        that cannot be read.
+        """
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path / "lock.json")
         if (holder := self._lock.try_acquire()) is not None:
             raise LowRankKitError(f"{path} is in use by {holder}; wait for it, end it, or choose another run.dir")
-        earlier = read_status(path)
+        try:
+            earlier = read_status(path, thorough=True) if resume else None
+            if earlier is not None and earlier.state == "damaged":
+                raise LowRankKitError(
+                    f"{path} is not as the run left it: {earlier.error}. Restore that from a copy, choose another "
+                    "run.dir, or start over with run.resume=false"
+                )
+        except BaseException:
+            self._lock.release()
+            raise
         self.was_complete = earlier is not None and earlier.state == "complete"
         """Whether an earlier process ended the run as complete."""
         self._write_lock = threading.Lock()
         self._closing = threading.Event()
-        self._status = Status("running", stages_done=earlier.stages_done if earlier else ())
+        files = {stage: sums for stage, sums in earlier.files.items() if stage != END} if earlier else {}
+        self._status = Status("running", stages_done=earlier.stages_done if earlier else (), files=files)
 
     @classmethod
-    def open(cls, config: RunConfig) -> "RunDirectory":
+    def open(cls, config: RunConfig, inputs: Callable[[], Inputs] | None = None) -> "RunDirectory":
         """Open the directory of this configuration, `run.dir` or ROOT/NAME; find earlier work in it.
 
         With `run.resume=false` that work is removed. Raises `ConfigError` if `run.dir` holds a run of
-        another configuration, naming the keys that differ, and `LowRankKitError` if a process works there.
+        another configuration, naming the keys that differ, or of other ``inputs``, naming those; `LowRankKitError` if
+        a process works there, or if a file of earlier work is gone or was altered.
         Of several processes of one job the first holds the directory, and the others follow it.
         """
         # Imported only now: to read a run takes no torch.
@@ -141,38 +128,82 @@ class RunDirectory:
         opened: list[RunDirectory] = []
 
         def hold() -> tuple[str, ...]:
-            opened.append(cls._hold(config))
+            try:
+                opened.append(cls._hold(config, inputs))
+            except OSError as error:
+                opened.append(cls._show(config, inputs, error))
             return opened[0]._status.stages_done
 
         done = on_main(hold)
         return opened[0] if opened else FollowedRun(run_path(config), done)
 
     @classmethod
-    def _hold(cls, config: RunConfig) -> "RunDirectory":
-        run = cls(run_path(config))
+    def _hold(cls, config: RunConfig, inputs: Callable[[], Inputs] | None) -> "RunDirectory":
+        run = cls(run_path(config), config.run.resume)
         try:
             run._check_configuration(config)
+            made_from = None if inputs is None else inputs()
+            if not config.run.resume:
+                run.remove(*WORK)
+            if made_from is not None:
+                run._check_inputs(made_from)
         except BaseException:
             run._lock.release()
             raise
-        if not config.run.resume:
-            run._status = replace(run._status, stages_done=())
-            run.remove(*WORK)
-        run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
+        run._remove_leftovers()
+        # First, so that no state says complete of a configuration that was written anew.
         run._update()
+        run.write_text(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
+        if made_from is not None and not (run.path / INPUTS_FILE).is_file():
+            run.write_json(INPUTS_FILE, made_from)
+        return run
+
+    @classmethod
+    def _show(cls, config: RunConfig, inputs: Callable[[], Inputs] | None, error: OSError) -> "RunDirectory":
+        """A finished run in a folder that cannot be written to; nothing is left to do in it."""
+        path = run_path(config)
+        status = read_status(path, thorough=True)
+        wanted = status is not None and set(config.run.stages) <= set(status.stages_done)
+        if status is None or status.state != "complete" or not wanted or not config.run.resume:
+            raise LowRankKitError(f"{path} cannot be written to: {error.strerror}; choose another run.dir") from error
+        run = FollowedRun(path, status.stages_done)
+        run._check_configuration(config)
+        if inputs is not None:
+            run._check_inputs(inputs())
         return run
 
     def _check_configuration(self, config: RunConfig) -> None:
-        file = self.path / "config.yaml"
+        file = self.path / CONFIG_FILE
         if not file.is_file():
             return
-        earlier = flatten(OmegaConf.to_container(OmegaConf.load(file)))
+        remedy = "choose another run.dir, or remove the folder if nothing in it is wanted"
+        earlier = flatten(read_yaml(file, remedy))
         now = flatten(identity(config))
         keys = [k for k in {**now, **earlier} if not re.match(r"(run|tracker|runtime)\.", k)]
         if changed := [k for k in keys if earlier.get(k) != now.get(k)]:
             lines = [f"{k}: {earlier.get(k)!r} there, {now.get(k)!r} now" for k in changed]
             heading = f"{self.path} holds a run of another configuration; choose another run.dir. Different:"
             raise ConfigError("\n  ".join([heading, *lines]))
+
+    def _check_inputs(self, now: Inputs) -> None:
+        """Raise `ConfigError` where earlier work was done with other rows or weights."""
+        earlier = read_json(self.path / INPUTS_FILE, dict)
+        ways = "choose another run.dir, or start over with run.resume=false"
+        if earlier is None and self._status.stages_done:
+            raise ConfigError(f"{self.path} does not say which rows and weights its work was done with: {ways}")
+        if earlier is not None and (changed := list(changes(earlier, now))):
+            heading = f"{self.path} holds work that was done with other rows or weights; {ways}. Changed since:"
+            raise ConfigError("\n  ".join([heading, *changed]))
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left half: this process alone holds the folder."""
+        ours = "|".join(map(re.escape, (*WORK, STATUS_FILE, CONFIG_FILE)))
+        # A folder of `TemporaryDirectory`, of `write_folder`, a file of `write_atomically`.
+        half = re.compile(rf"\.({ours})(-\w{{8}}|\.tmp|\.old|\.\d+\.tmp)")
+        self.remove(*(entry.name for entry in self.path.iterdir() if half.fullmatch(entry.name)))
+        for folder in ("benchmarks", "samples", "windows"):
+            for file in (self.path / folder).rglob(".*.tmp"):
+                file.unlink()
 
     def __enter__(self) -> "RunDirectory":
         """Start the heartbeat."""
@@ -186,7 +217,8 @@ class RunDirectory:
         """Record how the run ended and give the directory back."""
         self._closing.set()
         if error is None:
-            self._update(state="complete", stage=None)
+            besides = (CONFIG_FILE, *(name for name in WORK if name != "checkpoints"))
+            self._update(state="complete", stage=None, files=self._with_sums_of(END, besides))
         else:
             state: State = "failed" if isinstance(error, Exception) else "interrupted"
             self._update(state=state, error=f"{type(error).__name__}: {error}")
@@ -198,7 +230,8 @@ class RunDirectory:
 
     def forget(self, stage: str, *names: str) -> None:
         """Let a stage count as not done, and remove the files that told of it."""
-        self._update(stages_done=tuple(s for s in self._status.stages_done if s != stage))
+        files = {done: sums for done, sums in self._status.files.items() if done != stage}
+        self._update(stages_done=tuple(s for s in self._status.stages_done if s != stage), files=files)
         self.remove(*names)
 
     def remove(self, *names: str) -> None:
@@ -215,7 +248,9 @@ class RunDirectory:
 
     def mark(self, stage: str) -> None:
         """Record that a stage is finished; call it after the stage's files are in place."""
-        self._update(stages_done=tuple(dict.fromkeys([*self._status.stages_done, stage])))
+        left = tuple(name for name in WORK if name not in _NOT_SUMMED)
+        files = self._with_sums_of(stage, left)
+        self._update(stages_done=tuple(dict.fromkeys([*self._status.stages_done, stage])), files=files)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file whole or not at all; returns its path."""
@@ -245,10 +280,20 @@ class RunDirectory:
         temporary.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
+    def _with_sums_of(self, stage: str, names: Iterable[str]) -> dict[str, Mapping[str, Checksum]]:
+        """The checksums so far, and for ``stage`` those of the files that are new or were written again."""
+        known = {name: one for sums in self._status.files.values() for name, one in sums.items()}
+        now = checksums(self.path, names, known)
+        kept = {
+            done: {name: one for name, one in sums.items() if name not in now or now[name] == one}
+            for done, sums in self._status.files.items()
+        }
+        return {**kept, stage: {name: one for name, one in now.items() if known.get(name) != one}}
+
     def _update(self, **changes: Any) -> None:
         with self._write_lock:
             self._status = replace(self._status, updated=time.time(), **changes)
-            self.write_json("status.json", asdict(self._status))
+            self.write_json(STATUS_FILE, asdict(self._status))
 
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS):
@@ -259,7 +304,7 @@ class FollowedRun(RunDirectory):
     """The run's folder in the other processes of a job: they read it, know what is done, and write nothing there."""
 
     def __init__(self, path: Path, stages_done: tuple[str, ...]) -> None:
-        self.path = path
+        self.path, self.was_complete = path, True
         self._status = Status("running", stages_done=stages_done)
 
     def __enter__(self) -> "FollowedRun":
@@ -281,6 +326,10 @@ class FollowedRun(RunDirectory):
         """Yield an empty folder that is thrown away."""
         with tempfile.TemporaryDirectory(prefix="lowrank_kit-") as folder:
             yield Path(folder)
+
+    def _with_sums_of(self, stage: str, names: Iterable[str]) -> dict[str, Mapping[str, Checksum]]:
+        """Left to the first process."""
+        return {}
 
     def _update(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)

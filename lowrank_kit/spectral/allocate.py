@@ -5,11 +5,6 @@ from heapq import heapify, heappop, heappush
 from math import isfinite
 
 
-def break_even_rank(out_features: int, in_features: int) -> int:
-    """Largest rank whose two factors hold no more parameters than the matrix: `out in / (out + in)`."""
-    return out_features * in_features // (out_features + in_features)
-
-
 def allocate(
     weights: Sequence[float | int],
     cost_per_rank: Sequence[int],

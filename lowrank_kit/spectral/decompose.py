@@ -14,13 +14,6 @@ from threadpoolctl import ThreadpoolController
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.moments import Moments
 
-FLOAT32_TOLERANCE = 2 * 2.0**-23
-"""Rank tolerance for a Gram summed from float32 products, as `Moments.update` makes it: two float32 eps.
-
-Its noise was measured at up to 0.7 eps of the largest eigenvalue (widths 96 to 1536, 1 to 32768 tokens).
-True eigenvalues may lie below: layers with a few very large channels have them.
-"""
-
 ONE_THREAD_SIDE = 1024
 """Up to this side one BLAS thread decomposes a matrix: more gain little, and waste a busy machine by waiting.
 
@@ -94,7 +87,8 @@ def numerical_rank(values: Float[Tensor, " k"], size: int, tolerance: float | No
 
     `tolerance` defaults to `size` float64 eps, the error of an eigendecomposition of side `size` in float64:
     right for a Gram summed in float64, or for `W C W^T` whose null space comes from the weight.
-    A null space of the activations themselves shows only above the noise of their Gram: `FLOAT32_TOLERANCE`.
+    A Gram summed from float32 products has noise of up to 0.7 float32 eps of its largest eigenvalue (measured at
+    widths 96 to 1536), but true eigenvalues may lie below: layers with a few very large channels have them.
     """
     if not values.any():
         return 0

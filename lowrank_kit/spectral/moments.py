@@ -65,20 +65,6 @@ class Moments:
             self.total += total
             self.count += rows.shape[0]
 
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of both token sets together, as new tensors."""
-        return Moments(self.gram + other.gram, self.total + other.total, self.count + other.count)
-
-    @property
-    def mean(self) -> Float64[Tensor, " n"]:
-        """Mean activation. Raises ValueError when no token was seen."""
-        return self.total / self._positive_count()
-
-    def covariance(self, centred: bool = False) -> Float64[Tensor, "n n"]:
-        """`gram / count`, minus `mean mean^T` when `centred`. Raises ValueError when no token was seen."""
-        second_moment = self.gram / self._positive_count()
-        return second_moment - torch.outer(self.mean, self.mean) if centred else second_moment
-
     def augmented(self) -> Float64[Tensor, "m m"]:
         """Gram of `[x; 1]`, side n + 1: with it the outputs of a biased layer are `[W b] [x; 1]`."""
         count = self.total.new_tensor([[self.count]])
@@ -103,8 +89,3 @@ class Moments:
                 self.gram[panel, panel.start :] += chunk[:, panel].T @ chunk[:, panel.start :]
         for panel in panels:
             self.gram[panel.stop :, panel] = self.gram[panel, panel.stop :].T
-
-    def _positive_count(self) -> int:
-        if self.count == 0:
-            raise ValueError("no token was seen: every row was masked out, or update() was never called")
-        return self.count

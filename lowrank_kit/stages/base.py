@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowrank_kit import __version__
 from lowrank_kit.assets import cache_dir
@@ -91,10 +91,20 @@ class Stages(Generic[Task, Data]):
         return cache_dir() / "calibration" if self.config.calibration.cache else None
 
     @cached_property
+    def _model_config(self) -> PretrainedConfig:
+        """The configuration as the model came."""
+        return load_config(self._model_source)
+
+    @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer, config = load_tokenizer(self._model_source), load_config(self._model_source)
-        if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
-            # RoBERTa counts positions from behind its padding token.
-            first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
-        return tokenizer
+        return tokenizer_of(self._model_source)
+
+
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, whose ``model_max_length`` is no more than what the model has positions for."""
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
+        # RoBERTa counts positions from behind its padding token.
+        first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+    return tokenizer

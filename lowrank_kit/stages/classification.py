@@ -1,20 +1,25 @@
 """The stages of a classification task: an adapter is fine-tuned and judged."""
 
-import json
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import EvalPrediction
 
 from lowrank_kit.config import ClassificationTask, Metric
+from lowrank_kit.data.labels import LabelOrder, label_order, name_classes
+from lowrank_kit.data.padding import RightPadded, padding_id
+from lowrank_kit.data.special_tokens import put_before
 from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import FineTuning
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
 from lowrank_kit.stages.base import VERSIONS
 from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
@@ -34,7 +39,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
         for rows in self._evaluation:
             labels = np.array(rows.rows["labels"])
             logits = glue.predict(model, rows.rows, self._tokenizer, self.config.eval.batch_size, self.device)
-            predictions = glue.predictions_of(logits)
+            predictions = glue.predictions_of(self._order.logits(logits))
             constant = np.full(len(labels), guess)
             for metric in self.task.metrics:
                 error = glue.standard_error(metric, labels, predictions)
@@ -58,24 +63,46 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
             quantization=self.config.model.quantization,
         )
         # A decoder classifies at the last token that is no padding, and tells padding by this id alone.
-        loaded.model.config.pad_token_id = self._tokenizer.pad_token_id
+        for config in (loaded.model.config, loaded.model.config.get_text_config()):
+            config.pad_token_id = self._pad_token_id
+        if layout_of(loaded.model).head in loaded.new_modules:
+            name_classes(loaded.model.config, self.task)
         return loaded
 
+    @cached_property
+    def _order(self) -> LabelOrder:
+        return label_order(self._loaded.model.config, self.task)
+
     def _read_data(self) -> None:
-        _ = self._evaluation
+        _ = self._pad_token_id
+
+    @cached_property
+    def _pad_token_id(self) -> int:
+        judged = (ids for rows in self._evaluation for ids in rows.rows["input_ids"])
+        return padding_id(self._tokenizer, self._model_config, chain(judged, self._learnt["input_ids"]))
+
+    @cached_property
+    def _learnt(self) -> datasets.Dataset:
+        return self._data.train(self._tokenizer)
 
     @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
         return self._data.evaluation(self._tokenizer)
 
     def _calibration_rows(self) -> datasets.Dataset:
-        return self._data.calibration(self._tokenizer)
+        return self._order.for_model(self._data.calibration(self._tokenizer))
+
+    @property
+    def _calibration_opening(self) -> int:
+        """BOS is not calibrated on; an encoder's CLS, which it may classify at, is."""
+        begun = put_before(self._tokenizer)
+        return int(begun is not None and begun != self._tokenizer.cls_token_id)
 
     def _lessons(self) -> Lessons:
         return Lessons(
-            self._data.train(self._tokenizer),
-            DataCollatorWithPadding(self._tokenizer),
-            self._evaluation[0].rows,
+            self._order.for_model(self._learnt),
+            RightPadded(self._pad_token_id),
+            self._order.for_model(self._evaluation[0].rows),
             self._score,
             self.config.eval.batch_size,
         )
@@ -88,8 +115,8 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
         return [{name: torch.tensor(value) for name, value in rows[i].items()} for i in range(count)]
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        predictions = glue.predictions_of(np.asarray(prediction.predictions))
-        labels = np.asarray(prediction.label_ids)
+        predictions = glue.predictions_of(self._order.logits(np.asarray(prediction.predictions)))
+        labels = self._order.for_task(np.asarray(prediction.label_ids))
         return {metric: glue.score(metric, labels, predictions) for metric in self.task.metrics}
 
     def _record(
@@ -105,8 +132,7 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
 
     def _looks_while_training(self, rows: EvaluationRows) -> list[EvalRecord]:
         """The first and the best of the evaluations that the training log holds."""
-        file = self._run.path / "history.json"
-        history = json.loads(file.read_text()) if file.is_file() else []
+        history = read_json(self._run.path / "history.json", list) or []
         looks = [entry for entry in history if f"eval_{self.task.metrics[0]}" in entry]
         if not looks:
             return []

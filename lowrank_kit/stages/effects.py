@@ -48,7 +48,7 @@ class Effects:
     ) -> UpdateEnergy:
         """What looks at the update of the method's targets while they learn; ``model`` is still without adapter."""
         refs = looked_at(method.targets(layout_of(model)), self.settings.blocks)
-        few = CalibrationSamples(samples.sequences[: self.settings.samples])
+        few = samples.first(self.settings.samples)
         return UpdateEnergy.of(model, refs, ranks, few, self._log, batch_size, cache)
 
     def drift_of(self, original: PreTrainedModel, rows: Inputs, device: str) -> Callable[[nn.Module], list[float]]:

@@ -17,8 +17,9 @@ from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.methods.base import Adapter, FineTuning, Plan
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import LoadedModel, fingerprint, local_path
+from lowrank_kit.models.load import LoadedModel, local_path
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.base import Data, Stages, Task
 from lowrank_kit.stages.effects import EFFECTS_FILE, Effects
@@ -61,6 +62,11 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
     @abstractmethod
     def _calibration_rows(self) -> datasets.Dataset:
         """The training rows to calibrate on, encoded as in training."""
+
+    @property
+    @abstractmethod
+    def _calibration_opening(self) -> int:
+        """Tokens at the beginning of those rows that are not calibrated on."""
 
     @abstractmethod
     def _lessons(self) -> Lessons:
@@ -129,13 +135,15 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
         set_seed(self.config.seed)
         loaded = self._load()
         facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(loaded.model, layout_of(loaded.model))}
-        self._manifest.record("model", facts)
+        on_top = {"new_modules": list(loaded.new_modules), "left_out": list(loaded.left_out)}
+        self._manifest.record("model", facts | on_top)
         return loaded
 
     @cached_property
     def _samples(self) -> CalibrationSamples:
         rows = self._calibration_rows()
-        samples = CalibrationSamples(tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows))
+        sequences = tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows)
+        samples = CalibrationSamples(sequences, self._calibration_opening)
         self._manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
         return samples
 

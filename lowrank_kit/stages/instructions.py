@@ -7,11 +7,11 @@ import datasets
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_kit.config import PerplexityTask
-from lowrank_kit.data.instructions import IGNORED
 from lowrank_kit.data.lessons import TaskLessons
+from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.evaluation.answers import answer_perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -65,10 +65,15 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _judge(self) -> CausalJudge:
+        self._manifest.record("bos", self._data.openings(self._tokenizer))
         return CausalJudge(self.config, self.task, self._data, self._tokenizer, self._run.path, self.device)
 
     def _calibration_rows(self) -> datasets.Dataset:
         return self._set.calibration(self._tokenizer, ask)
+
+    @property
+    def _calibration_opening(self) -> int:
+        return len(self._data.opening("calibration", self._tokenizer))
 
     @property
     def _set(self) -> TaskLessons:
@@ -87,8 +92,8 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
         return self._set.held_out(self._tokenizer, ask)
 
     @cached_property
-    def _collate(self) -> DataCollatorForSeq2Seq:
-        return DataCollatorForSeq2Seq(self._tokenizer, label_pad_token_id=IGNORED)
+    def _collate(self) -> RightPadded:
+        return RightPadded(padding_id(self._tokenizer, self._model_config))
 
     @property
     def _compared(self) -> Inputs:
@@ -100,7 +105,11 @@ class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
         if rows is None:
             return []
         found = answer_perplexity(model, rows, self._collate, self.config.train.batch_size, self.device)
-        source = f"held out of training; {', '.join(self._set.sets)}, answers of {len(rows)} rows"
+        opening = self._data.opening("eval", self._tokenizer)
+        source = f"held out of training; {', '.join(self._set.sets)}, answers of {len(rows)} rows, {opening}"
         return [
-            EvalRecord("answers", "perplexity", found.value, found.stderr, len(rows), 0, source, VERSIONS, checkpoint)
-        ]
+            EvalRecord(
+                "answers", "perplexity", found.value, found.stderr, len(rows), 0, source, VERSIONS, checkpoint,
+                bos=opening.token or "",
+            )
+        ]  # fmt: skip

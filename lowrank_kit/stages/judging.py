@@ -1,31 +1,33 @@
 """How causal models are judged: perplexity on texts and answers to benchmarks, the original's measured only once."""
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit import distributed
 from lowrank_kit.assets import cache_dir
+from lowrank_kit.cache.figures import content_hash, shared_figures
+from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
 from lowrank_kit.config import PerplexityTask, RunConfig
 from lowrank_kit.data.texts import EvaluationText, TaskTexts
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
-from lowrank_kit.lock import exclusively
 from lowrank_kit.models.layout import ModelLayout
-from lowrank_kit.models.load import fingerprint
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.stages.base import VERSIONS
 
 if TYPE_CHECKING:
     from lowrank_kit.stages.suite import Suite
+
+
+WINDOWS = "windows"
+"""Folder below the run directory: ``windows/CHECKPOINT/TEXT.json`` has a text's mean loss (nats) window by window."""
 
 
 class CausalJudge:
@@ -65,7 +67,8 @@ class CausalJudge:
         exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self._config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder)
+        opening = self._data.opening("eval", tokenizer)
+        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
 
     def judge(
         self,
@@ -76,21 +79,47 @@ class CausalJudge:
         as_it_came: bool = False,
     ) -> list[EvalRecord]:
         """The records of one model; ``layout`` is its own, without adapters. ``as_it_came``: once for all runs."""
-        key = {
-            "model": fingerprint(model, layout),
-            "dtype": self._config.dtype,
-            "device": torch.device(self._device).type,
-            "versions": VERSIONS,
-        }
+        cache = cache_dir() if as_it_came and self._config.calibration.cache else None
+        key = StatisticsKey.of(
+            model, layout, reads="loss", text="", batch_size=self._task.batch_size, request={"quantity": "perplexity"}
+        )
         figures = []
         for text in self.texts:
             measure = partial(self._measure, model, text, checkpoint, progress)
-            found = _reference(measure, key, text, checkpoint) if as_it_came else measure()
+            if cache is None:
+                found = measure()
+            else:
+                its_key = replace(key, text=content_hash(text.windows))
+                found = _shared(cache / "perplexity", its_key, f"{checkpoint} perplexity", measure)
             figures.append(_record(text, found, checkpoint))
+            distributed.on_main(partial(self._keep_windows, text, found, checkpoint))
         if self.suite is None:
             return figures
-        shared = cache_dir() / "benchmarks" if as_it_came else None
-        return figures + self.suite.judge(model, checkpoint, key, progress, shared)
+        generation = model.generation_config.to_dict() if model.can_generate() else {}
+        asks = replace(
+            key,
+            batch_size=self.suite.batch_size,
+            request={
+                "quantity": "answers",
+                "max_length": self.suite.max_length,
+                "bos": self.suite.opening.ids,
+                "generation": generation,
+            },
+            tokenizer=tokenizer_fingerprint(self._tokenizer),
+        )
+        shared = None if cache is None else cache / "benchmarks"
+        return figures + self.suite.judge(model, checkpoint, asks, progress, shared)
+
+    def _keep_windows(self, text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> None:
+        """The figure of every window: what a spread, or a comparison with another model's, is computed from."""
+        kept = {
+            "nll": found.per_window,
+            "predicted_tokens": text.windows.shape[1] - 1,
+            "bos": text.opening.facts(),
+            "windows_sha256": content_hash(text.windows),
+        }
+        file = self._folder / WINDOWS / checkpoint / f"{text.name}.json"
+        write_atomically(file, json.dumps(kept) + "\n")
 
     def _measure(
         self, model: PreTrainedModel, text: EvaluationText, checkpoint: Checkpoint, progress: StageProgress
@@ -99,26 +128,14 @@ class CausalJudge:
         return perplexity(model, text.windows, self._task.batch_size, self._device, progress, description)
 
 
-def _reference(
-    measure: Callable[[], Perplexity], key: dict[str, Any], text: EvaluationText, checkpoint: Checkpoint
-) -> Perplexity:
+def _shared(root: Path, key: StatisticsKey, what: str, measure: Callable[[], Perplexity]) -> Perplexity:
     """What ``measure`` gives, once for all runs that read the same windows with the same model."""
-    whole = key | {
-        "windows": hashlib.sha256(text.windows.numpy().tobytes()).hexdigest(),
-        "shape": list(text.windows.shape),
-    }
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
-    file = cache_dir() / "perplexity" / f"{digest}.json"
-    with distributed.held_by_main(exclusively(file.with_suffix(".lock"), f"{checkpoint} perplexity")):
-        raw = distributed.on_main(lambda: json.loads(file.read_text()) if file.is_file() else None)
-        if raw:
-            return Perplexity(**{**raw, "per_window": tuple(raw["per_window"])})
-        found = measure()
-        distributed.on_main(lambda: write_atomically(file, json.dumps(asdict(found))))
-        return found
+    found = shared_figures(root, key, what, lambda: asdict(measure()))
+    return Perplexity(**{**found, "per_window": tuple(found["per_window"])})
 
 
 def _record(text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> EvalRecord:
     return EvalRecord(
-        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint
-    )
+        text.name, "perplexity", found.value, found.stderr, len(text.windows), 0, text.source, VERSIONS, checkpoint,
+        bos=text.opening.token or "",
+    )  # fmt: skip

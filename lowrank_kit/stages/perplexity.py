@@ -1,7 +1,6 @@
 """The stages of a perplexity task: a causal model is compressed, perhaps recovered, and judged beside the dense one."""
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,16 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
 from lowrank_kit.config import PerplexityTask
+from lowrank_kit.data.padding import padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
+from lowrank_kit.files import read_as
 from lowrank_kit.methods.base import Adapter, Compressor, Plan
 from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, load_model
+from lowrank_kit.models.load import ModelSource, load_model
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
@@ -48,7 +50,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         # Texts that are too short are found out before the model is loaded.
         _ = self._judge.texts, self._judge.suite
         if self._recovers:
-            _ = self._recovery_rows
+            _ = self._recovery_rows, padding_id(self._tokenizer, self._model_config)
         if self._compressor is not None:
             _ = self._samples, self._probe_windows
             with StageProgress() as progress:
@@ -158,6 +160,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
 
     @cached_property
     def _judge(self) -> CausalJudge:
+        self._manifest.record("bos", self._data.openings(self._tokenizer))
         return CausalJudge(self.config, self.task, self._data, self._tokenizer, self._run.path, self.device)
 
     def _judged(
@@ -184,7 +187,7 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         set_seed(self.config.seed)
         dtype = getattr(torch, self.config.dtype)
         model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
-        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model))}
+        facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model), "loss")}
         self._manifest.record("model", facts)
         return model
 
@@ -194,7 +197,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         self._manifest.record(
             "calibration", {"text": self._data.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
         )
-        return CalibrationSamples(tuple({"input_ids": window} for window in windows))
+        opening = self._data.opening("calibration", self._tokenizer)
+        return CalibrationSamples(tuple({"input_ids": window} for window in windows), len(opening))
 
     @property
     def _probe_windows(self) -> Windows | None:
@@ -215,8 +219,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         file = self._run.path / "plan.json"
         if not file.is_file():
             self.plan()
-        raw = json.loads(file.read_text())
-        return Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
+        plan: Plan = read_as(file, Plan)
+        return plan
 
     @property
     def _recovers(self) -> bool:
@@ -234,7 +238,8 @@ class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
         assert isinstance(method, Adapter)
         chosen = rows.select(range(min(settings.samples, len(rows))))
         samples = CalibrationSamples(
-            tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen)
+            tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen),
+            len(self._data.opening(self._data.learnt_as, self._tokenizer)),
         )
         looks = []
         if self.config.eval.effects.enabled:

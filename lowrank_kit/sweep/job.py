@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_kit.config import RunConfig, load
+from lowrank_kit.config.plugins import let_here
 from lowrank_kit.console import command, set_up_console
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.runs.directory import run_path, write_atomically
@@ -43,7 +44,9 @@ class SweepFolder:
 
     def config(self, number: int) -> RunConfig:
         """What job ``number`` is, as it was checked when the sweep began."""
-        return load(self._read(self._config_file(number)))
+        raw = self._read(self._config_file(number))
+        let_here(raw["run"]["method_prefixes"])
+        return load(raw)
 
     def outcome(self, number: int) -> Outcome | None:
         """How job ``number`` ended; None while it waits or runs, and for ever if it was killed."""

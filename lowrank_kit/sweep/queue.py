@@ -19,7 +19,8 @@ from lowrank_kit.config.sweeps import Submitit
 from lowrank_kit.console import set_up_console, unwind_on_sigterm
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.lock import SILENCE_SECONDS
-from lowrank_kit.runs.directory import read_status, run_path, write_atomically
+from lowrank_kit.runs.directory import run_path, write_atomically
+from lowrank_kit.runs.status import read_status
 from lowrank_kit.sweep.job import SweepFolder
 
 log = logging.getLogger(__name__)

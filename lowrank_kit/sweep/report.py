@@ -9,7 +9,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_kit.runs.directory import read_status, run_path, write_atomically
+from lowrank_kit.files import read_json
+from lowrank_kit.runs.directory import run_path, write_atomically
+from lowrank_kit.runs.status import read_status
 from lowrank_kit.sweep.job import SweepFolder
 
 COLUMNS = 4
@@ -53,7 +55,7 @@ def report_job(
         stage = f" in stage {status.stage}" if status and status.stage else ""
         error = f"ended without a word{stage}" + (f": {known}" if known else "")
     results = path / "results.json"
-    records = json.loads(results.read_text()) if state == "complete" and results.is_file() else []
+    records = (read_json(results, list) or []) if state == "complete" else []
     return JobReport(
         number,
         tuple(overrides),

@@ -13,7 +13,8 @@ from lowrank_kit.config import RunConfig
 from lowrank_kit.config.sweeps import Launcher
 from lowrank_kit.console import set_up_log
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.runs.directory import read_status, run_path
+from lowrank_kit.runs.directory import run_path
+from lowrank_kit.runs.status import read_status
 from lowrank_kit.sweep.job import SweepFolder
 from lowrank_kit.sweep.launch import launch
 from lowrank_kit.sweep.report import JobReport, print_report, report_job, write_report

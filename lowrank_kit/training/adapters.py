@@ -10,18 +10,22 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
+from lowrank_kit.models.files import REMEDY, save_tensors
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
-from lowrank_kit.models.load import fingerprint
+from lowrank_kit.models.load import load_like
+from lowrank_kit.training.adapter_files import load_adapter
 from lowrank_kit.training.optimizer import adamw
+from lowrank_kit.training.precision import hold_in_float32
 from lowrank_kit.training.untouched import SubtractInitial
 
 ADAPTER = "default"
@@ -56,7 +60,8 @@ class Adapted(Protocol):
 class AdaptedModel:
     """A PEFT model, with the float32 factors that its adapter started from (empty when their product is zero).
 
-    ``base_fingerprint`` is that of the original model, before any product was taken out of it.
+    ``base_fingerprint`` is that of the original model, before any product was taken out of it. ``new_modules`` are
+    those that started at random.
     """
 
     model: PeftModel
@@ -64,6 +69,7 @@ class AdaptedModel:
     plan: Plan
     initial: Mapping[str, LowRankFactors]
     base_fingerprint: str
+    new_modules: tuple[str, ...]
 
     @property
     def trained_parameters(self) -> int:
@@ -72,7 +78,7 @@ class AdaptedModel:
 
     def optimizer(self, settings: TrainConfig) -> torch.optim.Optimizer:
         """AdamW; newly initialised modules, and with LoRA+ the up factors, may learn faster."""
-        return adamw(self.model, settings, new=("modules_to_save",), up_ratio=self.method.up_learning_rate_ratio)
+        return adamw(self.model, settings, new=self.new_modules, up_ratio=self.method.up_learning_rate_ratio)
 
     def layer(self, name: str) -> LoraLayer:
         """The adapted layer that stands at the linear ``name`` of the original model."""
@@ -114,7 +120,7 @@ class AdaptedModel:
         config.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
         (folder / BASE_FILE).write_text(json.dumps({"path": base, "fingerprint": self.base_fingerprint}))
 
     def _export_factors(self, name: str) -> LowRankFactors:
@@ -147,7 +153,8 @@ def attach(
         plan: the rank of every adapted linear.
         factors: what every adapted linear starts from; empty for an initialisation of PEFT.
         new_modules: newly initialised modules, which learn in full and are saved with the adapter.
-        task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
+        task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None. The head of a classifier learns in
+            full and is saved, new or trained.
         kept: what calibration kept of every target, for an initialisation of PEFT.
         batches: inputs of the model on its device, for the same.
 
@@ -156,13 +163,16 @@ def attach(
     """
     if method.changes_base:
         _check_separate(model, plan)
-    base_fingerprint = fingerprint(model, layout_of(model))
+    layout = layout_of(model)
+    base_fingerprint = fingerprint(model, layout)
+    heads = [layout.head] if task_type == "SEQ_CLS" and layout.head else []
+    in_full = tuple(dict.fromkeys([*new_modules, *heads]))
     alphas = {name: method.alpha_of(rank) for name, rank in plan.ranks.items()}
     options = {"use_rslora": method.rslora, "lora_dropout": method.dropout, **method.lora_options()}
-    config = _lora_config(plan.ranks, alphas, task_type, list(new_modules) or None, **options)
+    config = _lora_config(plan.ranks, alphas, task_type, list(in_full) or None, **options)
     wrapped = method.wrap(model, config, kept or {}, batches)
     initial = {name: _as_stored(start) for name, start in factors.items()}
-    adapted = AdaptedModel(wrapped, method, plan, initial, base_fingerprint)
+    adapted = AdaptedModel(wrapped, method, plan, initial, base_fingerprint, tuple(new_modules))
     for name, start in initial.items():
         layer = adapted.layer(name)
         _start_from(layer, start)
@@ -174,6 +184,9 @@ def attach(
         initial.update({name: _as_stored(adapted.factors(name)) for name in plan.ranks})
     for name in plan.ranks:
         adapted.layer(name).frozen_peft_weight_names = {ADAPTER: FROZEN[method.train]}
+    for name in in_full:
+        # PEFT holds adapters in float32, and these in the base's dtype.
+        hold_in_float32(wrapped.get_base_model().get_submodule(name).modules_to_save[ADAPTER])
     # PEFT freezes what the layers declare, here and whenever an adapter is loaded or switched.
     wrapped.set_adapter(ADAPTER)
     return adapted
@@ -182,20 +195,21 @@ def attach(
 def load_adapted(method: FineTuning, base_model: PreTrainedModel, folder: Path) -> nn.Module:
     """Read an export back: the adapter on ``base_model``, which is changed, or the checkpoint's own weights.
 
-    Raises `LowRankKitError` for an adapter of ours that was trained on another base; one that PEFT saved does not tell.
+    Raises `LowRankKitError` for an adapter of ours that was trained on another base, which one that PEFT saved does not
+    tell, and as `load_adapter` and `load_like`.
     """
     if not isinstance(method, Adapter):
-        return type(base_model).from_pretrained(folder, dtype=base_model.dtype).to(base_model.device)
+        return load_like(base_model, folder)
     if (folder / BASE_FILE).is_file():
-        trained_on = json.loads((folder / BASE_FILE).read_text())
+        base = read_json(folder / BASE_FILE, dict, REMEDY)
         found = fingerprint(base_model, layout_of(base_model))
-        if found != trained_on["fingerprint"]:
+        if found != base.get("fingerprint"):
             raise LowRankKitError(
-                f"the adapter in {folder} belongs to another base: it was trained on '{trained_on['path']}' (weights "
-                f"{trained_on['fingerprint']}), and these weights are {found}; load that model, in the dtype that it "
+                f"the adapter in {folder} belongs to another base: it was trained on '{base.get('path')}' (weights "
+                f"{base.get('fingerprint')}), and these weights are {found}; load that model, in the dtype that it "
                 "was trained in"
             )
-    return PeftModel.from_pretrained(base_model, str(folder))
+    return load_adapter(base_model, folder)
 
 
 def _lora_config(

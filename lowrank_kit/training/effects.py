@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.files import read_as
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.decompose import Which, output_eigenpairs, range_eigenpairs
@@ -51,7 +52,7 @@ class EnergyLog:
 
     def read(self) -> list[Look]:
         """The looks so far."""
-        return [Look(**raw) for raw in json.loads(self.file.read_text())] if self.file.is_file() else []
+        return list(read_as(self.file, tuple[Look, ...]) or ())
 
     def write(self, looks: Sequence[Look]) -> None:
         """Replace them, whole or not at all."""
@@ -103,6 +104,7 @@ class UpdateEnergy(TrainerCallback):
             StatisticsRequest(moments="smaller"),
             reduce,
             batch_size=batch_size,
+            maker=cls,
             cache=cache,
             reduction_key={"effects": count},
         )

@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.config import RuntimeConfig, TrainConfig
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
+from lowrank_kit.models.files import check_tensors, share
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.progress import ProgressReport
 
 LOGGING_STEPS = 10
+# Transformers' "constant" has no warm-up.
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 History = list[dict[str, float]]
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]
+# Of the model, a pass, and the number of items in all passes of the step: the sum over the pass divided by that number.
+Loss = Callable[[nn.Module, Batch, Tensor], Tensor]
 
 
 def fit(
@@ -70,7 +76,7 @@ def fit(
         device: where to train.
         seed: data order, dropout.
         log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
-        loss: what falls, of the model and a batch; None: the model's own loss.
+        loss: what falls; None: the model's own loss. Its items are tokens as `items_of` counts them.
         optimizer: makes the optimiser; None: AdamW at one learning rate.
         evaluation: encoded rows, scored every ``settings.eval_every`` steps; None: no look while training.
         eval_batch_size: rows a forward pass in evaluation.
@@ -94,8 +100,7 @@ def fit(
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_type=_SCHEDULERS[settings.scheduler],
         max_grad_norm=settings.max_grad_norm,
         eval_strategy="steps" if settings.eval_every and evaluation is not None else "no",
         eval_steps=settings.eval_every,
@@ -126,6 +131,7 @@ def fit(
     trainer = _Trainer(
         loss,
         lambda: optimizer(settings) if optimizer else adamw(model, settings),
+        settings.warmup_ratio,
         model=model,
         args=arguments,
         train_dataset=train,
@@ -154,46 +160,126 @@ def _whole_checkpoint(folder: Path) -> str | None:
     """The latest checkpoint that was finished; halves of others, left by a killed process, are removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
+        if _is_finished(path):
             whole.append(path)
         else:
             shutil.rmtree(path)
     latest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if latest is None else str(latest)
+    if latest is None:
+        return None
+    _check_undamaged(latest)
+    return str(latest)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_finished(checkpoint: Path) -> bool:
     # The Trainer writes its state file last, but not atomically.
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
     return True
 
 
-class _Trainer(Trainer):
-    """The Trainer, with an optimiser of one's own, and perhaps a loss: the mean over a batch."""
+def _check_undamaged(checkpoint: Path) -> None:
+    """Raise `LowRankKitError` for a file that is not as it was written, or gone."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    # Those of sharded trainings have folders, which are left to who wrote them.
+    if not any(path.is_dir() for path in checkpoint.iterdir()):
+        files += [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
+    remedy = f"remove '{checkpoint}', and training starts over, or bring back what was there"
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                check_tensors(file)
+            except LowRankKitError as error:
+                raise LowRankKitError(f"{error}; or {remedy}") from error
+        elif not zipfile.is_zipfile(file):
+            raise LowRankKitError(f"'{file}' is gone or was not written to its end: {remedy}")
 
-    def __init__(self, loss: Loss | None, optimizer: Callable[[], torch.optim.Optimizer], **options: Any) -> None:
+
+def items_of(labels: Tensor, shifted: bool) -> Tensor:
+    """How many items a loss is the mean over: the rows of ``labels [rows]``, the labelled ones of ``[rows, tokens]``.
+
+    ``shifted``: every token is predicted from those before it, so that the first of a row is never.
+    """
+    if labels.ndim == 1:
+        return torch.tensor(len(labels))
+    return (labels[:, 1:] if shifted else labels).ne(NOT_PREDICTED).sum()
+
+
+class _Trainer(Trainer):
+    """The Trainer, with an optimiser of one's own, and losses that are means over all items of an optimiser step.
+
+    What transformers calls ``num_items_in_batch`` is counted here for every kind of loss: it counts none for
+    classifiers and distillation, and for some model classes (GPT-2) the first token of every row too many.
+    """
+
+    def __init__(
+        self, loss: Loss | None, optimizer: Callable[[], torch.optim.Optimizer], warmup: float, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self._loss, self._make_optimizer = loss, optimizer
-        if loss is not None:
-            self.loss_is_scaled_for_ga = False
-        if not isinstance(self.train_dataset[0]["labels"], list):
-            # Classifiers take the number of items among their keyword arguments and divide by the rows of the pass, so
-            # that their loss would count once for every pass and process.
-            self.model_accepts_loss_kwargs = False
+        self._loss, self._make_optimizer, self._warmup = loss or _own_loss, optimizer, warmup
+        # What `compute_loss` returns is a part of the mean already.
+        self.loss_is_scaled_for_ga = True
+        self._shifts = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        evaluation = self.eval_dataset
+        if evaluation is not None:
+            labels = [torch.tensor([row]) for row in evaluation["labels"]]
+            self._items_a_row = float(sum(items_of(one, self._shifts) for one in labels)) / len(labels)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make it when the Trainer is ready for it: sharding asks for that."""
         self.optimizer: torch.optim.Optimizer = self.optimizer or self._make_optimizer()
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **options: Any) -> Any:
-        """As the Trainer, unless there is a loss of one's own."""
-        return (
-            super().compute_loss(model, inputs, *args, **options) if self._loss is None else self._loss(model, inputs)
-        )
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer, with the warm-up as a share of the steps; it would read a share of 1 as one step."""
+        self.args.warmup_steps = math.ceil(num_training_steps * self._warmup)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The passes of a step, and the items in them, over all processes."""
+        passes, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = sum((items_of(one["labels"], self._shifts) for one in passes), torch.tensor(0))
+        # A step without any item has no loss, where 0 / 0 would be none.
+        return passes, self.accelerator.gather(items.to(device)).sum().clamp(min=1)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer, for all whom the umask allows."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            share(*Path(output_dir or self.args.output_dir).glob("*.safetensors"))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The pass's part of the mean of its step; in evaluation, what makes the mean over rows that over all items."""
+        if return_outputs:
+            rows = torch.tensor(len(inputs["labels"]), device=self.args.device)
+            outputs, loss = _outputs(model, inputs, self._items_a_row * rows)
+            return loss, outputs
+        # Gradients of several processes are averaged.
+        return self._loss(model, inputs, num_items_in_batch / self.accelerator.num_processes)
+
+
+def _own_loss(model: nn.Module, batch: Batch, items: Tensor) -> Tensor:
+    return _outputs(model, batch, items)[1]
+
+
+def _outputs(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Any, Tensor]:
+    """What a model returns, and its own loss: the sum over the pass by ``items``."""
+    if batch["labels"].ndim > 1:
+        outputs = model(**batch, num_items_in_batch=items)
+        return outputs, outputs["loss"]
+    # The mean over the rows of the pass: classifiers of some families take no number of items.
+    outputs = model(**batch)
+    return outputs, outputs["loss"] * len(batch["labels"]) / items
 
 
 class _Watcher(TrainerCallback):

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -84,6 +85,7 @@ def calibrate_for(
         request,
         reduce,
         batch_size=batch_size,
+        maker=type(method),
         cache=cache,
         reduction_key=method.reduction_key(),
         progress=progress,
@@ -156,5 +158,5 @@ def _batches(model: PreTrainedModel, samples: CalibrationSamples, size: int) -> 
     config = model.config
     if config.is_encoder_decoder:
         samples = samples.with_decoder_inputs(config.decoder_start_token_id)
-    padded = samples.batches(size, config.get_text_config().pad_token_id or 0)
+    padded = batches_of(model, samples, size)
     return [{name: values.to(model.device) for name, values in batch.items()} for batch in padded]

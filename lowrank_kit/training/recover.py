@@ -12,10 +12,10 @@ from jaxtyping import Float, Int64
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lowrank_kit.config import RecoveryConfig, TrainConfig
-from lowrank_kit.data.instructions import IGNORED
+from lowrank_kit.data.padding import NOT_PREDICTED, RightPadded, padding_id
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.factored import shared_downs
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
@@ -104,6 +104,7 @@ def recover(
 
     Raises:
         LowRankKitError: of `learner` and of `fit`.
+        ConfigError: a padding token beyond the embedding.
     """
     torch.manual_seed(seed)
     learning = adapted.model if adapted else learner(model, settings)
@@ -113,7 +114,7 @@ def recover(
         learning,
         rows,
         schedule,
-        collate=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        collate=RightPadded(padding_id(tokenizer, model.config)),
         folder=folder,
         device=device,
         seed=seed,
@@ -130,17 +131,17 @@ def distillation_loss(
     theirs: Float[Tensor, "rows tokens vocabulary"],
     labels: Int64[Tensor, "rows tokens"],
 ) -> Float[Tensor, ""]:
-    """Mean of KL(theirs || ours) over the positions whose next token has a label, in nats, from logits in float32."""
-    predicted = labels[:, 1:] != IGNORED
+    """Sum of KL(theirs || ours) over the positions whose next token has a label, in nats, from logits in float32."""
+    predicted = labels[:, 1:] != NOT_PREDICTED
     log_p, log_q = (logits[:, :-1][predicted].float().log_softmax(-1) for logits in (theirs, ours))
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / predicted.sum()
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch) -> Tensor:
+def _distil(teacher: PreTrainedModel, model: nn.Module, batch: Batch, items: Tensor) -> Tensor:
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     with torch.no_grad():
         theirs = teacher(**inputs).logits
-    return distillation_loss(model(**inputs).logits, theirs, batch["labels"])
+    return distillation_loss(model(**inputs).logits, theirs, batch["labels"]) / items
 
 
 def _parts(ref: LinearRef, shared: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection, output_projection
@@ -28,10 +28,12 @@ class Plain(Truncation):
 
 
 class Fisher(Truncation):
-    """FWSVD (arXiv 2207.00112): every row weighted by its summed diagonal Fisher information.
+    """FWSVD (arXiv 2207.00112): every input of W, a column here, weighted by its Fisher information.
 
-    The empirical Fisher information is summed over tokens, not over batches as in the authors' code, so that it does
-    not depend on the batch size.
+    The weight is the square root of the diagonal empirical Fisher information summed over the outputs. The paper's W
+    is `[in, out]`, so that its rows are these columns; all public codes weight them. A sample of the paper's Fisher
+    information is a calibration sequence: its summed loss is differentiated before the square is taken, and
+    `calibration.batch_size` plays no part. Public codes square the gradient of a batch's mean loss instead.
     """
 
     kind: Literal["fisher"] = "fisher"
@@ -39,15 +41,15 @@ class Fisher(Truncation):
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""
-        return StatisticsRequest(gradient="moments")
+        return StatisticsRequest(gradient=GradientRequest(fisher=True))
 
     def project(self, layers: Sequence[Layer]) -> Projection:
-        """As in `Truncation`, with the rows' Fisher information as the metric on the outputs."""
+        """As in `Truncation`, with the inputs' Fisher information as a diagonal C."""
         [layer] = layers
         gradient = layer.statistics.gradient
         assert gradient is not None
-        rows = _bounded(gradient.rows.double() / gradient.tokens)
-        return output_projection(layer.weight, _identity(layer), rows.sqrt())
+        assert gradient.fisher is not None
+        return output_projection(layer.weight, _diagonal(_bounded(gradient.fisher.double())))
 
 
 class Scaled(Truncation):

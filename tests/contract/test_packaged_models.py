@@ -12,8 +12,9 @@ from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import ranks_of
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, load_model, load_tokenizer
+from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.truncation.activations import Optimal
 from lowrank_kit.truncation.two_sided import TwoSided
 from lowrank_kit.truncation.weights import Plain

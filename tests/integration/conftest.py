@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import RunConfig
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 # The vocabulary of the tiny models: 64 entries.
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
-from lowrank_kit.calibration.statistics import StatisticsRequest
+from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RuntimeConfig, TrainConfig
@@ -54,14 +54,15 @@ def calibration(folder):
             sums = {"gram": layer.moments.gram, "total": layer.moments.total, "magnitudes": layer.magnitudes}
             found |= {f"{layer.ref.name} {name}": tensor for name, tensor in sums.items()}
             found[f"{layer.ref.name} count"] = torch.tensor(layer.moments.count)
-    for _, gradients in stream_gradients(model, layout, batches, layout.linears, with_mean=True):
+    parts = GradientRequest(moments=True, fisher=True, mean=True)
+    for _, gradients in stream_gradients(model, layout, batches, layout.linears, parts):
         for name, seen in gradients.items():
-            found |= {f"{name} g {part}": getattr(seen, part) for part in ("gram", "rows", "mean")}
-            found[f"{name} g sums"] = torch.tensor([seen.tokens, seen.energy])
+            found |= {f"{name} g {part}": getattr(seen, part) for part in ("gram", "fisher", "mean")}
+            found[f"{name} g energy"] = torch.tensor(seen.energy)
     kept = calibrate(
         model, layout, samples(), layout.linears, METHOD.needs(),
         lambda layer: METHOD.reduce(model.get_submodule(layer.ref.name).weight, None, layer),
-        batch_size=2, cache=folder / "cache",
+        batch_size=2, maker=type(METHOD), cache=folder / "cache",
     )  # fmt: skip
     return found | {f"{name} kept {part}": tensor for name, parts in kept.items() for part, tensor in parts.items()}
 

@@ -3,20 +3,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
-    *("kfac_svd", "basis_sharing", "hisvd", "loss_svd"),
+    *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd"),
 ]
 
 
@@ -168,3 +170,19 @@ def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, m
     monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
     with pytest.raises(ConfigError, match=r"method\.probe_windows"):
         execute(job("method.probe_windows=500", method="loss_svd"))
+
+
+def test_a_preset_is_in_the_run_directory_value_by_value_and_what_is_typed_wins(words, tmp_path):
+    """From the command line: a single run is composed by Hydra, not by our composer."""
+    typed = words("method=zs_svd", "method.preset=paper", "method.rank_multiple=2", "run.stages=[calibrate,plan]")
+    done = subprocess.run([sys.executable, "-m", "lowrank_kit.run", *typed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((Path(done.stdout.splitlines()[-1].removeprefix("run: ")) / "config.yaml").read_text())
+    method = config["method"]
+    assert (method["preset"], method["rank_multiple"], method["allocation"]["floor"]) == ("paper", 2, 0.0)
+    assert config["calibration"]["seq_len"] == 32
+    refused = subprocess.run(
+        [sys.executable, "-m", "lowrank_kit.run", "method=zs_svd", "method.preset=nope"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "method.preset=nope is not an option; legal: default, paper" in refused.stderr

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 WORK = Path(__file__).with_name("processes_at_work.py")
 work = SimpleNamespace(**run_path(str(WORK)))

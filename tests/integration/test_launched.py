@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 work = SimpleNamespace(**run_path(str(Path(__file__).with_name("processes_at_work.py"))))
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation import glue
 from lowrank_kit.pipeline import execute
-from lowrank_kit.runs.directory import read_status
+from lowrank_kit.runs.status import read_status
 
 STEPS = ("train.max_steps=120", "train.save_every=5", "train.eval_every=50", "method.dropout=0.1")
 
@@ -97,7 +97,7 @@ def test_starting_over_removes_the_old_work_and_nothing_else(config):
     (run / "notes.txt").write_text("mine")
     execute(config("run.resume=false", "run.stages=[calibrate]"))
     left = {path.name for path in run.iterdir()} - {".lock"}
-    assert left == {"config.yaml", "log.txt", "manifest.json", "notes.txt", "status.json"}
+    assert left == {"config.yaml", "inputs.json", "log.txt", "manifest.json", "notes.txt", "status.json"}
     assert set(read(run / "manifest.json")["stages"]) == {"calibrate"}
     assert read_status(run).stages_done == ("calibrate",)
 

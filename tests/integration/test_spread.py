@@ -6,8 +6,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, fingerprint, input_device, load_model
+from lowrank_kit.models.load import ModelSource, input_device, load_model
 from lowrank_kit.pipeline import execute
 
 # Less than one block: accelerate leaves the rest on disk and fetches it for every forward pass.

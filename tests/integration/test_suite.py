@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from lm_eval.models.huggingface import HFLM
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.harness import Exam
@@ -89,14 +88,31 @@ def test_the_dense_model_answers_once_for_all_runs(job, answered):
     assert values(first, "dense") == values(second, "dense") == values(as_it_came)
 
 
+def test_damaged_answers_are_asked_again_and_say_so(job, answered, tmp_path, caplog):
+    whole = values(execute(job(method="none")))
+    [samples] = (tmp_path / "cache/benchmarks").glob("*/samples/dense/piqa.jsonl")
+    samples.write_text(samples.read_text().replace('"acc": 1', '"acc": 0', 1))
+    [figures] = (tmp_path / "cache/benchmarks").glob("*/benchmarks/dense/winogrande.json")
+    figures.write_text(figures.read_text()[:-9])
+    answered.clear()
+    assert values(execute(job("run.resume=false", method="none"))) == whole
+    assert sorted(answered) == ["piqa", "winogrande"]
+    assert all(f"{name} is asked again" in caplog.text for name in answered)
+
+
+def test_without_a_cache_nothing_of_a_run_is_kept_for_others(job, tmp_path):
+    execute(job("calibration.cache=false", "task.perplexity=true", "task.window=32", "task.calibrate_on=mine"))
+    assert not list((tmp_path / "cache").rglob("*.json*"))
+
+
 def test_all_models_of_a_run_share_the_tokens_of_the_questions(job, monkeypatch):
-    texts, encode = [], HFLM.tok_encode
+    texts, encode = [], BoundedLM.tok_encode
 
     def watched(self, text, *rest, **more):
         texts.append(text)
         return encode(self, text, *rest, **more)
 
-    monkeypatch.setattr(HFLM, "tok_encode", watched)
+    monkeypatch.setattr(BoundedLM, "tok_encode", watched)
     execute(job())
     # Once for two models; of a question and its answer, the whole and the question.
     questions = 2 * (9 + 8)
@@ -168,7 +184,10 @@ def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_
     run = execute(job(*again, method="none"))
     tiny_model("llama", seed=1).save_pretrained(folder)
     (run / "status.json").unlink()
-    execute(job(*again, method="none"))
+    with pytest.raises(LowRankKitError, match=r"model\.safetensors"):
+        execute(job(*again, method="none"))
+    assert answered == ["winogrande", "piqa"]
+    execute(job(*again, "run.resume=false", method="none"))
     assert answered == ["winogrande", "piqa"] * 2
 
 

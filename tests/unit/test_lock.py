@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.lock import SILENCE_SECONDS, Holder, Lock, exclusively
 
@@ -32,10 +33,12 @@ COMPUTE = """
 import logging, sys, time
 from pathlib import Path
 import torch
+from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.store import CalibrationStore
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 root, wait_after = Path(sys.argv[1]), sys.argv[2]
-store = CalibrationStore(root, {"of": "a test"})
+key = StatisticsKey("a test", "blocks", "", {}, "float32", "cpu", "", "", 1, {}, "")
+store = CalibrationStore(root, key)
 with store.missing(range(3)) as missing:
     for block in sorted(missing):
         time.sleep(0.1)
@@ -142,7 +145,8 @@ def test_threads_of_one_process_take_turns_too(tmp_path):
 
 
 def test_what_is_finished_is_read_without_the_lock(tmp_path):
-    store = CalibrationStore(tmp_path, {"of": "a test"})
+    key = StatisticsKey("a test", "blocks", "", {}, "float32", "cpu", "", "", 1, {}, "")
+    store = CalibrationStore(tmp_path, key)
     with store.missing([]) as missing:
         assert missing == set()
         assert not list(tmp_path.glob("*/lock*"))

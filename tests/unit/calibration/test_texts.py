@@ -22,7 +22,7 @@ def gram_of(model, samples, batch_size=3):
     batches = samples.batches(batch_size, 0)
     request = StatisticsRequest(moments="output")
     return {
-        layer.ref.name: layer.moments.covariance()
+        layer.ref.name: layer.moments.gram / layer.moments.count
         for _, statistics in stream_statistics(model, layout, batches, request, layout.linears)
         for layer in statistics
     }

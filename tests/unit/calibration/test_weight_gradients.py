@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
+from lowrank_kit.calibration import gradients as gradients_module
 from lowrank_kit.calibration import prefix as prefix_module
-from lowrank_kit.calibration import weight_gradients as gradients_module
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.prefix import Prefix
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of

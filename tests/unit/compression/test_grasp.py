@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 
+from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.calibration.weight_gradients import weight_gradients
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression import grasp as at_work_module
 from lowrank_kit.compression.base import Workbench
@@ -258,7 +258,7 @@ def test_another_ratio_or_metric_of_the_same_blocks_needs_no_pass_over_the_text(
         raise AssertionError("the calibration text was read again")
 
     monkeypatch.setattr(at_work_module, "weight_gradients", fail)
-    monkeypatch.setattr(at_work_module, "block_influence", fail)
+    monkeypatch.setattr("lowrank_kit.calibration.influence.hidden_states", fail)
     assert work(lively(), cache=tmp_path, metric="gradient", ratio=0.35).plan() == whole
     with pytest.raises(AssertionError, match="read again"):
         work(lively(), cache=tmp_path, label_shift="legacy").plan()

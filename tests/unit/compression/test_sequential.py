@@ -9,6 +9,7 @@ from lowrank_kit.compression.sequential import factorise_sequentially
 from lowrank_kit.models.factored import LowRankLinear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.truncation.weights import Scaled
 
 
 def inputs_of(model, name, samples):
@@ -150,3 +151,22 @@ def test_the_model_is_closer_to_the_original_than_without(truncation, tiny_model
     truth = logits_of(original, samples)
     errors = [(logits_of(model, samples) - truth).square().sum() for model in (plain, corrected)]
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_asvd_scales_by_the_magnitudes_of_the_inputs_that_the_fit_is_measured_on(anchor, tiny_model, samples, method):
+    """Those of the compressed model, and of the original one as far as the anchor holds."""
+    model = tiny_model("llama", initializer_range=0.2)
+    original = copy.deepcopy(model)
+    settings = method(correction="sequential", truncation=Scaled(), anchor=anchor, ridge=1e-3)
+    plan = run(model, settings, samples)
+    name = "model.layers.1.mlp.gate_proj"
+    x, seen = inputs_of(original, name, samples), inputs_of(model, name, samples)
+    weight = original.get_submodule(name).weight.detach().double()
+    fitted = ridge_fit(seen, x, weight, 1e-3, anchor)
+    scale = ((seen.abs().mean(0) + anchor * x.abs().mean(0)) / (1 + anchor)).sqrt()
+    u, s, vh = torch.linalg.svd(fitted * scale, full_matrices=False)
+    rank = plan.ranks[name]
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank] / scale
+    found = model.get_submodule(name).dense_weight().detach().double()
+    assert (found - expected).norm() <= 1e-4 * expected.norm()

@@ -74,15 +74,15 @@ def test_texts_are_found_with_and_without_the_prefix_as_rows_and_as_plain_text(m
     assert first.windows.tolist() == [list(range(100 + 8 * i, 108 + 8 * i)) for i in range(3)]
     assert second.windows.shape == (5, 8)
     assert second.windows.flatten().tolist() == list(range(200, 240))
-    assert first.source == "local: text/first/test.jsonl, test, 3 windows of 8 tokens"
-    assert second.source == "local: second/test.txt, test, 5 windows of 8 tokens"
+    assert first.source == "local: text/first/test.jsonl, test, 3 windows of 8 tokens, no BOS"
+    assert second.source == "local: second/test.txt, test, 5 windows of 8 tokens, no BOS"
 
 
 def test_rows_are_joined_once_by_the_separator_without_special_tokens_inside(make):
     windows = make(texts={"first": {}}).calibration(tokenizer())
     assert windows.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [BREAK, BREAK, 10, 11, 12]]
     windows = make(texts={"first": {"separator": " "}}).calibration(tokenizer(bos=True))
-    assert windows.flatten().tolist() == [998, *range(14)]
+    assert windows.tolist() == [[998, *range(n, n + 4)] for n in (0, 4, 8)]
 
 
 def test_held_out_windows_lie_behind_those_calibrated_on(make):

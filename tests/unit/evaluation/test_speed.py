@@ -5,8 +5,8 @@ from torch import nn
 from lowrank_kit.config import SpeedConfig
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.speed import (
+    LiveTensors,
     Speed,
-    _LiveTensors,
     ideal_speedup,
     measure_speed,
     speed_records,
@@ -67,7 +67,7 @@ def test_more_tokens_than_positions_are_refused(tiny_model):
 
 def test_live_tensors_are_counted_for_as_long_as_they_live():
     given = torch.ones(1000)
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         a = given + 1
         b = a.view(10, 100).t()
         del a

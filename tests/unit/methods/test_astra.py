@@ -150,7 +150,8 @@ def test_allocation_spends_the_same_budget_by_log_effective_rank(tiny_model, fam
     ranks = [plan.ranks[name] for name in by_score]
     assert all(later >= earlier - 1 for earlier, later in pairwise(ranks))
     assert ranks[-1] > ranks[0]
-    shares = {n: spectrum_entropy(kept[n]["spectrum"]) for n in cost}
+    # The released code's log(R + 1), R the exponential of the entropy.
+    shares = {n: np.log(np.exp(spectrum_entropy(kept[n]["spectrum"])) + 1) for n in cost}
     assert all(abs(plan.scores[n] - shares[n]) < 1e-9 for n in cost)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.runs.directory import SILENCE_SECONDS, RunDirectory, Status, read_status, run_name
+from lowrank_kit.lock import SILENCE_SECONDS
+from lowrank_kit.runs.directory import RunDirectory, run_name
+from lowrank_kit.runs.status import Status, read_status
 
 HOLDER = """
 import sys, time

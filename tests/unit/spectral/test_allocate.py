@@ -1,10 +1,8 @@
-from itertools import product
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lowrank_kit.spectral.allocate import allocate, break_even_rank, spend, water_fill
+from lowrank_kit.spectral.allocate import allocate, spend, water_fill
 
 
 @st.composite
@@ -117,12 +115,6 @@ def test_impossible_requests_say_what_is_wrong(change, message):
     }
     with pytest.raises(ValueError, match=message):
         allocate(**(request | change))
-
-
-@pytest.mark.parametrize(("out", "width"), list(product([1, 7, 64, 1536], repeat=2)))
-def test_break_even_is_the_last_rank_that_does_not_grow_the_matrix(out, width):
-    rank = break_even_rank(out, width)
-    assert rank * (out + width) <= out * width < (rank + 1) * (out + width)
 
 
 def test_steps_of_unequal_price_are_taken_by_urgency_as_far_as_they_fit():

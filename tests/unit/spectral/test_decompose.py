@@ -5,7 +5,6 @@ import torch
 
 from lowrank_kit.spectral import decompose
 from lowrank_kit.spectral.decompose import (
-    FLOAT32_TOLERANCE,
     complete_basis,
     eigenvalues,
     eigh,
@@ -126,9 +125,10 @@ def test_rank_of_outputs_in_a_subspace_from_float32_activations(tokens):
     weight = (normal(96, 48) @ normal(48, 96, seed=1)).float()
     x = normal(tokens, 96, seed=2).float()
     collected = eigenvalues(moments_of(x @ weight.T).gram)
-    assert numerical_rank(collected, 96, FLOAT32_TOLERANCE) == 48
+    eps = torch.finfo(torch.float32).eps
+    assert numerical_rank(collected, 96, 2 * eps) == 48
     noise = float(collected[48] / collected[0])
-    assert noise < FLOAT32_TOLERANCE / 2
+    assert noise < eps
     assert numerical_rank(output_eigenvalues(weight, moments_of(x)), 96) == 48
 
 

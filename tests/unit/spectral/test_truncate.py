@@ -100,7 +100,7 @@ def test_the_two_sided_truncation_is_the_svd_of_the_transformed_weight(shape):
     np.testing.assert_allclose(projection.values.sqrt().numpy(), s[: len(projection.values)], rtol=1e-8)
 
 
-def test_a_diagonal_root_weights_the_rows():
+def test_a_diagonal_root_weights_the_outputs():
     weight, x = weight_of((24, 40)), torch.eye(40, dtype=torch.float64)
     rows = torch.logspace(0, -2, 24, dtype=torch.float64)
     projection = output_projection(weight, moments_of(x), rows)

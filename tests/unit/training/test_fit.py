@@ -100,3 +100,21 @@ def test_training_ends_at_the_first_look_after_the_loss_is_lost(train):
 def test_a_finished_training_leaves_its_last_checkpoint_to_the_caller(train, tmp_path):
     train(Line(), max_steps=4, save_every=2)
     assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_checkpoint_with_a_file_cut_short_is_not_gone_on_from(train, tmp_path, name, keep):
+    train(Line(), max_steps=2, save_every=2)
+    file = tmp_path / "checkpoints/checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(LowRankKitError, match=rf"{file}' is .*remove '{file.parent}', and training starts over"):
+        train(Line(), max_steps=4, save_every=2)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_the_state_of_its_optimiser_is_not_gone_on_from(train, tmp_path, name):
+    train(Line(), max_steps=2, save_every=2)
+    (tmp_path / "checkpoints/checkpoint-2" / name).unlink()
+    with pytest.raises(LowRankKitError, match=f"{name}' is gone"):
+        train(Line(), max_steps=4, save_every=2)

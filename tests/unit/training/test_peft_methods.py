@@ -32,6 +32,8 @@ from lowrank_kit.training.initialise import adapt, adapted
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 4, 6.0, 1e-2
+# By hand the gradient is summed batch by batch in float32, here row by row; its singular vectors magnify the rounding.
+LORA_GA_ROUNDING = 1e-4
 METHODS = {
     "lora": (Lora, {}),
     "rslora": (Lora, {"rslora": True}),
@@ -171,13 +173,13 @@ def ours(name, model):
     return adapt(model, method, samples(), task_type="CAUSAL_LM", batch_size=4)
 
 
-def assert_equal_where_it_matters(found, expected):
+def assert_equal_where_it_matters(found, expected, rounding=1e-5):
     for path, parameter in expected.items():
         # The sign of a gradient next to zero is rounding's, and Adam's first step is the rate times that sign.
         sure = parameter.grad.abs() >= 1e-3 * parameter.grad.abs().max()
         assert sure.sum() > 0.9 * sure.numel() or "lora_" not in path, path
         error = (found[path] - parameter)[sure].abs().max()
-        assert error <= 1e-5 * parameter.abs().max(), path
+        assert error <= rounding * parameter.abs().max(), path
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -196,7 +198,7 @@ def test_one_step_is_that_of_peft_used_by_hand(tiny_model, tmp_path, name):
     after = logits(reference)
     assert (after - before).abs().max() > 1e-2 * before.abs().max()
     assert torch.allclose(logits(ready.model), after, atol=2e-5 * float(after.abs().max()))
-    assert_equal_where_it_matters(learning, expected)
+    assert_equal_where_it_matters(learning, expected, LORA_GA_ROUNDING if name.startswith("lora_ga") else 1e-5)
 
 
 def test_a_step_of_full_fine_tuning_is_that_of_a_plain_loop(tiny_model, tmp_path):

@@ -1,0 +1,75 @@
+"""``python -m lowrank_kit.cache [--clear [KEY ...]]``: list what runs keep on disk for other runs, or clear it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_kit.assets import cache_dir
+from lowrank_kit.cache.entry import KEY_FILE, Entry, entries, limit_bytes, remove
+from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+
+KINDS = ("calibration", "perplexity", "benchmarks")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lowrank_kit.cache", description=__doc__)
+    parser.add_argument(
+        "--clear", nargs="*", metavar="KEY", help="remove the entries whose keys begin so; without a KEY, all"
+    )
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        known = {kind: entries(cache_dir() / kind) for kind in KINDS}
+        if options.clear is None:
+            console.print(_table(known))
+        else:
+            for entry in _chosen([entry for found in known.values() for entry in found], options.clear):
+                remove(entry)
+                console.print(f"removed {entry.folder.name} ({_size(entry.size)})")
+    except LowRankKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _chosen(known: Sequence[Entry], wanted: Sequence[str]) -> list[Entry]:
+    names = [entry.folder.name for entry in known]
+    for start in wanted:
+        if not any(name.startswith(start) for name in names):
+            raise ConfigError(f"no entry of the cache begins with '{start}'{did_you_mean(start, names)}")
+    return [entry for entry in known if not wanted or entry.folder.name.startswith(tuple(wanted))]
+
+
+def _table(known: dict[str, list[Entry]]) -> Table:
+    total = sum(entry.size for found in known.values() for entry in found)
+    title = f"{_size(total)} in {cache_dir()}; at most {_size(limit_bytes())} a kind"
+    table = Table("kind", "key", "size", "last used", "model", "what", title=title)
+    for kind, found in known.items():
+        for entry in reversed(found):
+            used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
+            table.add_row(kind, entry.folder.name[:12], _size(entry.size), used, *_facts(entry.folder))
+    return table
+
+
+def _facts(folder: Path) -> tuple[str, str]:
+    """The model's class and what was asked of it, as far as the key can be read."""
+    try:
+        key = json.loads((folder / KEY_FILE).read_text("utf-8"))
+        return key["architecture"].rpartition(".")[2], json.dumps(key["request"])[:60]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "?", "its key is damaged"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Sums over the gradients of some linears, in float32 and float64 whatever the model's dtype."""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from transformers import PreTrainedModel
+
+from lowrank_kit import distributed
+from lowrank_kit.calibration.backward import Batch, Loss, predicted_tokens
+from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
+from lowrank_kit.calibration.texts import measured
+from lowrank_kit.data.padding import NOT_PREDICTED
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.models.linear import check_linear, weight_of
+from lowrank_kit.spectral.moments import Moments
+
+NEARLY_ZERO = 1e-4
+"""A gradient of so small a share of the mean norm is rounding, and has no direction: the query of a window's first
+token, which attends to nothing but itself, has one."""
+
+
+class GradientCollector:
+    """Hooks, while entered, that see what every linear reads and the gradient at its output.
+
+    Autograd accumulates nothing: it would sum in the model's dtype, where half precision loses small gradients. No
+    parameter has to want a gradient either; a graph begins at the lowest of the linears.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, refs: Collection[LinearRef], request: GradientRequest, opening: int = 0
+    ) -> None:
+        self._modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
+        self._request, self._opening = request, opening
+        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in self._modules.items()}
+        self._predicted = self._positions = 0
+        self._rows = 1
+        self._kept: Tensor | None = None
+
+    def __enter__(self) -> "GradientCollector":
+        self._handles = [
+            module.register_forward_hook(partial(self._observe, ref)) for ref, module in self._modules.items()
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def read(self, model: PreTrainedModel, batch: Batch, loss: Loss) -> None:
+        """Add one batch, on the model's device."""
+        self._rows = len(batch["input_ids"])
+        if self._request.moments:
+            real = batch["attention_mask"].bool()
+            self._kept = within_margin(real, self._request.margin) & measured(real, self._opening)
+            self._positions += int((self._kept & (predicted_tokens(batch) != NOT_PREDICTED)).sum())
+        total, predicted = loss(model, batch)
+        self._predicted += predicted
+        if predicted:
+            total.backward()  # type: ignore[no-untyped-call]
+
+    def add_up(self) -> None:
+        """Take in what the other processes collected from their batches."""
+        if distributed.size() == 1:
+            return
+        self._predicted = int(distributed.total(self._predicted))
+        self._positions = int(distributed.total(self._positions))
+        for sums in self._sums.values():
+            distributed.add_up(*sums.tensors())
+
+    def statistics(self) -> dict[str, GradientStatistics]:
+        """What was collected, by name; it is held no longer. Raises `LowRankKitError` where it is not finite."""
+        counts = self._predicted, self._positions
+        return {ref.name: self._sums.pop(ref).statistics(*counts) for ref in tuple(self._sums)}
+
+    def _observe(self, ref: LinearRef, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:
+            output.requires_grad_()
+        # What is not needed would wait for the backward pass all the same.
+        read = inputs[0] if self._request.mean or self._request.fisher else None
+        observed: Tensor = _Observed.apply(output, read, partial(self._note, ref))  # type: ignore[no-untyped-call]
+        return observed
+
+    def _note(self, ref: LinearRef, inputs: Tensor | None, gradient: Tensor) -> None:
+        sums = self._sums[ref]
+        g = gradient.reshape(self._rows, -1, ref.out_features)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        if inputs is not None:
+            sums.add_weight_gradients(inputs.reshape(self._rows, -1, ref.in_features).to(g), g)
+        if self._kept is not None:
+            if self._request.clipping is not None:
+                g = clipped(g, self._kept, *self._request.clipping)
+            sums.add_moments(g, self._kept, weight_of(self._modules[ref]))
+
+
+class _Observed(torch.autograd.Function):
+    """The identity, which tells what a linear read and the gradient at its output.
+
+    What was read is saved as every other activation is, so that blocks that are recomputed hold it no longer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor | None, note: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.note = note
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inputs,) = ctx.saved_tensors
+        ctx.note(inputs, gradient)
+        return gradient, None, None
+
+
+class _Sums:
+    """What is summed of one linear."""
+
+    def __init__(self, weight: Tensor, ref: LinearRef, request: GradientRequest) -> None:
+        self._ref, device, dtype = ref, weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self._moments = Moments.zeros(ref.full_rank, device) if request.moments else None
+        self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self._fisher = torch.zeros(ref.in_features, dtype=torch.float64, device=device) if request.fisher else None
+        self._mean = (
+            torch.zeros(ref.out_features, ref.in_features, device=device, dtype=dtype) if request.mean else None
+        )
+
+    def add_weight_gradients(
+        self, inputs: Float[Tensor, "rows tokens in"], gradients: Float[Tensor, "rows tokens out"]
+    ) -> None:
+        """Add every row's gradient in the weight: itself, and its square summed over the outputs."""
+        for x, g in zip(inputs, gradients, strict=True):
+            of_row = g.T @ x
+            if self._fisher is not None:
+                self._fisher += of_row.square().sum(0, dtype=torch.float64)
+            if self._mean is not None:
+                self._mean += of_row
+
+    def add_moments(
+        self, g: Float[Tensor, "rows tokens out"], kept: Bool[Tensor, "rows tokens"], weight: Float[Tensor, "out in"]
+    ) -> None:
+        """Add the second moment of the gradients at these positions, on the smaller side of the weight."""
+        assert self._moments is not None
+        g = g[kept]
+        self._energy += g.square().sum(dtype=torch.float64)
+        try:
+            self._moments.update(g if self._ref.out_features <= self._ref.in_features else g @ weight.to(g))
+        except ValueError as error:
+            raise LowRankKitError(f"gradients of {self._ref.name}: {error}") from error
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, to be changed in place."""
+        gram = None if self._moments is None else self._moments.gram
+        return [part for part in (gram, self._energy, self._fisher, self._mean) if part is not None]
+
+    def statistics(self, predicted: int, positions: int) -> GradientStatistics:
+        """The sums per predicted token."""
+        if self._mean is not None and not self._mean.isfinite().all():
+            raise LowRankKitError(
+                f"the gradient of the loss in {self._ref.name} is not finite: use dtype=bfloat16 or float32, and look "
+                "for weights that are not finite"
+            )
+        gram = None if self._moments is None else self._moments.gram / positions
+        energy = 0.0 if self._moments is None else float(self._energy) / positions
+        fisher = None if self._fisher is None else self._fisher / predicted
+        return GradientStatistics(gram, energy, fisher, None if self._mean is None else self._mean.div_(predicted))
+
+
+def within_margin(mask: Bool[Tensor, "rows tokens"], margin: float) -> Bool[Tensor, "rows tokens"]:
+    """The real positions of every row but for this share of them, rounded down, at either end."""
+    place, count = mask.cumsum(1) - 1, mask.sum(1, keepdim=True)
+    left_out = (margin * count).floor()
+    return mask & (place >= left_out) & (place < count - left_out)
+
+
+def clipped(
+    g: Float[Tensor, "rows tokens out"], kept: Bool[Tensor, "rows tokens"], low: float, high: float
+) -> Float[Tensor, "rows tokens out"]:
+    """Scale every token's gradient so that its norm is ``low`` to ``high`` times the mean norm of its row.
+
+    The mean is over kept tokens whose gradient is not zero, as in the code of LEMS (github.com/lems-svd/lems); what is
+    zero but for rounding (`NEARLY_ZERO`) stays as it is.
+    """
+    norms = vector_norm(g, dim=-1)
+    counted = kept & (norms > NEARLY_ZERO * _mean(norms, kept))
+    mean = _mean(norms, counted)
+    scale = torch.where(counted, norms.clamp(low * mean, high * mean) / norms, 1)
+    return g * scale[..., None]
+
+
+def _mean(values: Float[Tensor, "rows tokens"], counted: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows 1"]:
+    return (values * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)

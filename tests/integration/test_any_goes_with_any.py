@@ -1,0 +1,115 @@
+"""Every truncation with every allocation and every correction, on one tiny model with one cache."""
+
+import copy
+from typing import get_args
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lowrank_kit.allocation import AnyAllocation
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compression.base import Workbench
+from lowrank_kit.compression.svd import SvdCompression
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.methods.svd import TruncatedSVD
+from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.truncation import AnyTruncation
+
+
+def kinds(union):
+    return {kind.model_fields["kind"].default: kind for kind in get_args(get_args(union)[0])}
+
+
+TRUNCATIONS, ALLOCATIONS = kinds(AnyTruncation), kinds(AnyAllocation)
+CORRECTIONS = get_args(TruncatedSVD.model_fields["correction"].annotation)
+SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_key_value_heads=1, initializer_range=0.2)).eval()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def windows(count, seed):
+    return torch.randint(3, 64, (count, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def refused(method, layout):
+    """Whether the combination is refused, from shapes alone, by one message that says what to use instead."""
+    try:
+        method.check(layout)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        return False
+    assert "\n" not in message
+    assert "method." in message
+    return True
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
+    truncation, allocation, correction, model, cache, tmp_path
+):
+    method = TruncatedSVD(
+        name="any",
+        ratio=0.4,
+        rank_multiple=1,
+        correction=correction,
+        truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
+        allocation=ALLOCATIONS[allocation](),
+    )
+    layout = layout_of(model)
+    if refused(method, layout):
+        return
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)))
+    work = SvdCompression(method, Workbench(copy.deepcopy(model), layout, samples, 4, cache, windows(1, seed=1)))
+    work.calibrate()
+    plan = work.plan()
+    compressed = work.apply(plan)
+    # A basis that several matrices share is one parameter, counted once.
+    left = sum(p.numel() for name, p in compressed.named_parameters() if "proj" in name)
+    step = max(sum(candidate.shape) for candidate in work._decomposition.candidates)
+    assert left == plan.parameters_after
+    assert method.budget(layout) - step < left <= method.budget(layout)
+    save_compressed(compressed, tmp_path / "checkpoint")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        expected, found = (m(windows(2, seed=2)).logits for m in (compressed, loaded))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_refused_is_known(model):
+    """No combination is refused by accident."""
+    layout = layout_of(model)
+    found = {
+        (truncation, correction)
+        for truncation in TRUNCATIONS
+        for allocation in ALLOCATIONS
+        for correction in CORRECTIONS
+        if refused(
+            TruncatedSVD(
+                name="any",
+                ratio=0.4,
+                rank_multiple=1,
+                correction=correction,
+                truncation=TRUNCATIONS[truncation](),
+                allocation=ALLOCATIONS[allocation](),
+            ),
+            layout,
+        )
+    }
+    assert found == {("joint", "sequential"), ("joint", "residual")}
