@@ -35,6 +35,7 @@ def read(file):
     return json.loads(file.read_text())
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_runs_to_a_checkpoint_of_the_promised_size(method, job):
     run = execute(job(method=method))
