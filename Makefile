@@ -10,10 +10,11 @@ demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, 
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
 	$(BIN)/python -m lowrank_kit.run method=astra task=glue/sst2
 
-# One thread: the matrices are small, and threads that wait for each other on a busy machine cost minutes.
+# A process a core, of one thread each: the matrices are small, and threads that wait for each other cost minutes.
+# In the order of the files, for those with few and long tests come early.
 test: lint  ## everything that CI checks
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

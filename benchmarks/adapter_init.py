@@ -35,6 +35,7 @@ from lowrank_kit.methods.milora import Milora
 from lowrank_kit.methods.olora import Olora
 from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.load import load_tokenizer
+from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.training.initialise import adapt
 
 METHODS: dict[str, tuple[type[Adapter], dict[str, object]]] = {
@@ -55,6 +56,8 @@ METHODS: dict[str, tuple[type[Adapter], dict[str, object]]] = {
 
 def main() -> None:
     arguments = _arguments()
+    if not arguments.measure:
+        print(in_words(arguments.provenance), end="\n\n")
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments)))
@@ -113,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=0, help="use the first so many blocks; 0: all")
     parser.add_argument("--measure", choices=list(METHODS), help=argparse.SUPPRESS)
     require("smollm2_135m")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,14 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.load import load_tokenizer
+from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.training.initialise import adapt
 
 
 def main() -> None:
     arguments = _arguments()
+    if not arguments.measure:
+        print(in_words(arguments.provenance), end="\n\n")
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.ranks[0], arguments)))
@@ -109,7 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=0, help="use the first so many blocks; 0: all")
     parser.add_argument("--measure", choices=["astra", "corda"], help=argparse.SUPPRESS)
     require("smollm2_135m")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
+from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.truncation.activations import Optimal
 
 PERPLEXITY_WINDOW = 1024
@@ -55,6 +56,8 @@ FORWARD, DECOMPOSITION, CACHE, FACTORS = "forward and Grams", "decomposition", "
 
 def main() -> None:
     arguments = _arguments()
+    if not arguments.measure:
+        print(in_words(arguments.provenance), end="\n\n")
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps({"ours": measure_ours, "published": measure_published}[arguments.measure](arguments)))
@@ -276,7 +279,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="show where our time goes instead")
     parser.add_argument("--measure", choices=["ours", "published"], help=argparse.SUPPRESS)
     require("smollm2_135m")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

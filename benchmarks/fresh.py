@@ -22,7 +22,7 @@ def in_fresh_process(measure: str, arguments: argparse.Namespace) -> Run:
     """Run this script again with ``--measure`` and all its other options; return the JSON that it prints last."""
     options = ["--measure", measure]
     for key, value in vars(arguments).items():
-        if key == "measure" or value is None or value is False:
+        if key in ("measure", "provenance") or value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         options += [f"--{key.replace('_', '-')}", *map(str, values)]

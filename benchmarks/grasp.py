@@ -43,6 +43,7 @@ from lowrank_kit.methods.grasp import Grasp
 from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
+from lowrank_kit.runs.provenance import in_words, parse_study
 
 PERPLEXITY_WINDOW = 1024
 REMOVED_SHARE = 0.9
@@ -52,6 +53,8 @@ NAMES = {"published": "published loop", "propagate": "ours, propagate=true", "on
 
 def main() -> None:
     arguments = _arguments()
+    if not arguments.measure:
+        print(in_words(arguments.provenance), end="\n\n")
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments)))
@@ -209,7 +212,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, help="folder with text/wikitext2, as for data=local")
     parser.add_argument("--measure", choices=list(NAMES), help=argparse.SUPPRESS)
     require("smollm2_135m")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from lowrank_kit.config import SpeedConfig
 from lowrank_kit.evaluation.speed import Speed, ideal_speedup, measure_speed, speedup
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.load import ModelSource, load_model
+from lowrank_kit.runs.provenance import in_words, parse_study
 
 WHOLE = "whole"
 
@@ -33,6 +34,7 @@ Parts = dict[str, float]
 @torch.no_grad()
 def main() -> None:
     arguments = _arguments()
+    print(in_words(arguments.provenance), end="\n\n")
     torch.set_num_threads(arguments.threads)
     sources = {"dense": arguments.dense, "compressed": str(arguments.checkpoint)}
     models = {name: load_model(ModelSource(path), "causal", arguments.dtype).model for name, path in sources.items()}
@@ -177,7 +179,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ from lowrank_kit.compose import Composer
 from lowrank_kit.config import Benchmark, PerplexityTask
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.evaluation.harness import definitions
+from lowrank_kit.runs.provenance import in_words, parse_study
 
 
 def main() -> None:
     arguments = _arguments()
+    print(in_words(arguments.provenance), end="\n\n")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         benchmarks = _smoke()
@@ -128,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ factor of the Gram matrix in float64, its diagonal shifted where that fails, and
 a shape: a check, not a timing.
 """
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection, input_projection, output_projection, output_projection_from_gram
 
@@ -36,6 +38,8 @@ Factors = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    print(f"{in_words(parse_study(parser).provenance)}\n")
     print(HEADER)
     for (name, decades), shape in itertools.product(INPUTS.items(), SHAPES):
         x, weight = inputs(decades, shape[1]), torch.randn(shape, dtype=torch.float64, generator=_generator(1))

@@ -3,12 +3,13 @@
     python experiments/compression_study.py STUDY.yaml --wikitext FOLDER [--workers 2] [--runs FOLDER]
         [--only ARM ...] [OVERRIDE ...]
 
-A study is a YAML file: `common` overrides, `ratios`, `benchmarks` (packaged sets and their splits, if any), and `arms`,
-each a name and its own overrides (`method=NAME` is understood where they name no method). FOLDER holds WikiText-2 as
-validation.jsonl and test.jsonl, an article a row (key `text`); the second text, which nothing is calibrated on, is the
-packaged Wikipedia text. An arm's ratios run one after another in a process of its own. Every run has a directory of its
-own, found again by its configuration: a killed study continues where it was. Writes `results.json`, `table.md` and a
-picture, named like the study and beside it, of all runs there are.
+A study is a YAML file: `common` overrides, `ratios`, `at` (further overrides of a ratio, if any), `benchmarks`
+(packaged sets and their splits, if any), and `arms`, each a name and its own overrides (`method=NAME` is understood
+where they name no method). FOLDER holds WikiText-2 as validation.jsonl and test.jsonl, an article a row (key `text`);
+the second text, which nothing is calibrated on, is the packaged Wikipedia text. An arm's ratios run one after another
+in a process of its own. Every run has a directory of its own, found again by its configuration: a killed study
+continues where it was. Writes `results.json`, `table.md` and a picture, named like the study and beside it, of all
+runs there are.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from lowrank_kit.runs.provenance import in_words, origin, parse_study
+
 Row = dict[str, Any]
 TEXTS = {"wikitext2": "WikiText-2 (± s.e.)", "wikipedia": "Wikipedia (not calibrated on)"}
 
@@ -32,8 +35,15 @@ def main() -> None:
     study = yaml.safe_load(arguments.study.read_text())
     data = prepare(arguments.wikitext, study.get("benchmarks", {}), Path(arguments.runs) / "data")
     extra = [*arguments.overrides, f"run.root={arguments.runs}", f"data.root={data}"]
+    at = study.get("at", {})
     jobs = [
-        (arm, [[*study["common"], *_method(arm, own), f"method.ratio={ratio}", *extra] for ratio in study["ratios"]])
+        (
+            arm,
+            [
+                [*study["common"], *at.get(ratio, []), *_method(arm, own), f"method.ratio={ratio}", *extra]
+                for ratio in study["ratios"]
+            ],
+        )
         for arm, own in study["arms"].items()
         if arm in (arguments.only or study["arms"])
     ]
@@ -46,8 +56,10 @@ def main() -> None:
     order = {arm: place for place, arm in enumerate(study["arms"])}
     rows += [row for row in known if (row["arm"], row["asked"]) not in done]
     rows.sort(key=lambda row: (row["asked"], order[row["arm"]]))
-    file.write_text(json.dumps({"study": study, "rows": rows}, indent=1) + "\n")
-    table = "\n".join(markdown(rows))
+    file.write_text(json.dumps({"provenance": arguments.provenance, "study": study, "rows": rows}, indent=1) + "\n")
+    table = "\n".join(
+        [*markdown(rows), "", *calibrations(rows), *revisions(rows), f"Written with {in_words(arguments.provenance)}."]
+    )
     arguments.study.with_suffix(".table.md").write_text(table + "\n")
     plot(rows, arguments.study.with_suffix(".png"))
     print(table)
@@ -93,6 +105,8 @@ def _method(arm: str, own: Sequence[str]) -> list[str]:
 def _row(arm: str, folder: Path) -> Row:
     from omegaconf import OmegaConf
 
+    from lowrank_kit.runs.caveats import caveats_of
+
     plan, manifest, results, checkpoint = (
         json.loads((folder / f"{name}.json").read_text())
         for name in ("plan", "manifest", "results", "checkpoint/config")
@@ -114,29 +128,50 @@ def _row(arm: str, folder: Path) -> Row:
         "peak_rss_bytes": max(stages[name]["peak_rss_bytes"] for name in ("calibrate", "plan", "apply", "train")),
         "factored": len(checkpoint.get("lowrank", {}).get("ranks", {})),
         "matrices": len(plan["ranks"]),
-        "git": manifest["git"],
+        "calibration": manifest["calibration"],
+        **origin(folder),
+        "caveats": caveats_of(folder, OmegaConf.to_container(config)),
     }
 
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
     """One table, a ratio after the other, best perplexity first; accuracies in percent."""
-    answered = [n for n in rows[0]["figures"] if not n.endswith(" perplexity") and not n.startswith("speed ")]
+    figures = dict.fromkeys(name for row in rows for name in row["figures"])
+    answered = [n for n in figures if not n.endswith(" perplexity") and not n.startswith("speed ")]
     recovered = any("compressed" in found for row in rows for found in row["figures"].values())
     yield (
-        f"| removed | arm | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
+        f"| removed | arm | caveats | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
         f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | not factored "
         f"| calibrate s | plan + apply{' + train' * recovered} s | peak GB |"
     )
-    yield "|---" * (11 + recovered + len(answered)) + "|"
-    yield f"| 0 | dense |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
+    yield "|---" * (12 + recovered + len(answered)) + "|"
+    yield f"| 0 | dense | |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
     for row in sorted(rows, key=lambda r: (r["asked"], _perplexity(r, "wikitext2", "final")[0])):
         seconds = row["seconds"]
         yield (
-            f"| {row['asked']} | {row['arm']} |{_cells(row, 'final', answered, recovered)} {row['removed']:.4f} "
+            f"| {row['asked']} | {row['arm']} | {_caveats(row)} |{_cells(row, 'final', answered, recovered)} "
+            f"{row['removed']:.4f} "
             f"| {row['removed_of_model']:.3f} | {row['bytes'] / 1e6:.0f} | {row['matrices'] - row['factored']} "
             f"| {seconds['calibrate']:.0f} | {sum(seconds[name] for name in ('plan', 'apply', 'train')):.0f} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
+
+
+def calibrations(rows: Sequence[Row]) -> Iterator[str]:
+    """What the rows were calibrated on, and how much of it."""
+    # Rows of studies from before it was recorded have none.
+    sizes = [row["calibration"] for row in rows if "calibration" in row]
+    for text in sorted({f"{s['samples']} windows, {s['tokens']} tokens, of {s['text']}" for s in sizes}):
+        yield f"Calibrated on {text}."
+        yield ""
+
+
+def revisions(rows: Sequence[Row]) -> Iterator[str]:
+    """Which states of the code the rows are of: more than one, or an unknown one, is said."""
+    states = [row["git"] for row in rows]
+    names = sorted({s["revision"][:12] + " with changes" * s["dirty"] if s else "unknown" for s in states})
+    yield f"Rows measured at revision {', '.join(names)}" + ("." if len(names) == 1 else ": NOT one state of the code.")
+    yield ""
 
 
 def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> str:
@@ -144,8 +179,15 @@ def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> st
     if recovered:
         found = row["figures"]["wikitext2 perplexity"].get("compressed")
         cells.append("" if found is None or state == "dense" else _shown(*found))
-    cells += [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (row["figures"][n][state] for n in answered)]
+    for name in answered:
+        found = row["figures"].get(name, {}).get(state)
+        cells.append("" if found is None else f"{100 * found[0]:.1f} ± {100 * found[1]:.1f}")
     return "".join(f" {cell} |" for cell in cells)
+
+
+def _caveats(row: Row) -> str:
+    # Rows of studies from before they were recorded have none.
+    return "; ".join(row.get("caveats", ["not recorded"]))
 
 
 def _perplexity(row: Row, text: str, state: str) -> list[float]:
@@ -181,7 +223,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="runs/study")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

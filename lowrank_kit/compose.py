@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -90,6 +90,9 @@ class Composer:
         self.name = name
         self.folder = (folder or conf_folder()).resolve()
         self.extra = extra.resolve() if extra else None
+        for option, given in (("--config-path", folder), ("--config-dir", extra)):
+            if given is not None and not given.is_dir():
+                raise ConfigError(f"{option} '{given}' is not a folder")
         self.options = options([self.folder, *([self.extra] if self.extra else [])])
         self.presets = presets([self.folder, *([self.extra] if self.extra else [])])
         _forget_namesakes(self.options)
@@ -117,9 +120,12 @@ class Composer:
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
-        hydra = self._compose(fixed if multirun else overrides, return_hydra_config=True).hydra
+        composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
+        hydra = composed.hydra
         if not multirun and hydra.mode != RunMode.MULTIRUN:
-            return [load(self.compose(overrides))]
+            with open_dict(composed):
+                del composed.hydra
+            return [load(composed)]
         with self._readable_errors():
             sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
             launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True, throw_on_missing=True)
@@ -183,6 +189,7 @@ class Composer:
 
     def _compose(self, overrides: Sequence[str], return_hydra_config: bool) -> DictConfig:
         search = [f"hydra.searchpath=[file://{self.extra}]"] if self.extra else []
+        self._check_options(overrides)
         with (
             self._readable_errors(),
             initialize_config_dir(version_base="1.3", config_dir=str(self.folder)),
@@ -198,12 +205,27 @@ class Composer:
         name_model(composed, overrides)
         return composed
 
+    def _check_options(self, overrides: Sequence[str]) -> None:
+        """Raise `ConfigError` for a config group that is given a number, a truth value or null."""
+        with self._readable_errors():
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in parsed:
+            group, value = override.key_or_group, override._value
+            is_word = isinstance(value, (str, list, QuotedString)) or override.is_sweep_override()
+            if group in self.options and not is_word and not override.is_delete():
+                raise ConfigError(f"{override.input_line} is not an option; legal: {', '.join(self.options[group])}")
+
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             yield
         except MissingConfigException as error:
             missing = error.missing_cfg_file or self.name
+            if missing == self.name:
+                names = [file.stem for file in self.folder.glob("*.yaml")]
+                raise ConfigError(
+                    f"--config-name {missing} is not in {self.folder}{did_you_mean(missing, names)}"
+                ) from error
             group, _, name = missing.rpartition("/") if missing.startswith("hydra/") else missing.partition("/")
             legal = self.options.get(group, error.options or ())
             key = "method.preset" if group == "preset" else group

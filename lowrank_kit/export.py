@@ -107,6 +107,10 @@ def _export(
     from lowrank_kit.retrace import command_elsewhere
     from lowrank_kit.runs.card import write_card
 
+    if style == "lora":
+        from lowrank_kit.training.adapter_files import check_adapter
+
+        check_adapter(source)
     run = next((folder for folder in (source, source.parent) if (folder / "config.yaml").is_file()), None)
     output.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the target: a rename is atomic only within one file system.

@@ -23,7 +23,7 @@ command again resumes where the last one stopped. Exit status: 0 all done, 1 the
 
 Examples
   python -m lowrank_kit.run method=astra task=glue/rte
-  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2
+  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
   python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
   python -m lowrank_kit.run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
   python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4

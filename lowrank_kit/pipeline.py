@@ -25,13 +25,13 @@ from lowrank_kit.models.contents import contents
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
-from lowrank_kit.runs.directory import RunDirectory
+from lowrank_kit.runs.directory import RunDirectory, run_path
 from lowrank_kit.runs.inputs import Inputs, inputs_of
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.published import published_for
 from lowrank_kit.runs.table import print_results
 from lowrank_kit.runs.tracking import NullTracker, open_tracker
-from lowrank_kit.stages.base import Stages
+from lowrank_kit.stages.base import Stages, tokenizer_of
 from lowrank_kit.stages.classification import ClassificationStages
 from lowrank_kit.stages.instructions import InstructionStages
 from lowrank_kit.stages.perplexity import PerplexityStages
@@ -63,6 +63,8 @@ def execute(config: RunConfig) -> Path:
         for task, data in zip(tasks, found, strict=True)
         for split, fact in data.facts().items()
     }
+    if not run_path(config).is_dir():
+        _check_lengths(config, found)
     with (
         distributed.together(device),
         RunDirectory.open(config, lambda: _inputs(config, facts)) as run,
@@ -102,6 +104,16 @@ def _tasks(config: RunConfig, source: Source) -> Sequence[SingleTask]:
             config.data.source, ", ".join(t.name for t in there), task.name, ", ".join(absent),
         )  # fmt: skip
     return there or wanted
+
+
+def _check_lengths(config: RunConfig, found: Sequence[TaskRows | TaskTexts]) -> None:
+    """Raise `ConfigError` for texts that are too short and windows that are too long; needs the tokenizer alone."""
+    tokenizer = tokenizer_of(ModelSource(config.model.path, config.model.revision, config.model.gguf_file))
+    for data in found:
+        if isinstance(data, TaskTexts):
+            data.evaluation(tokenizer)
+            if isinstance(config.method, Compressor):
+                data.calibration(tokenizer)
 
 
 def _open_data(config: RunConfig, task: SingleTask, source: Source, model: PretrainedConfig) -> TaskRows | TaskTexts:
@@ -274,6 +286,10 @@ def _check_machine(config: RunConfig, device: str) -> None:
         raise ConfigError(f"device={config.device} is one device, for {processes} processes: use device=auto")
     if isinstance(config.method, FineTuning) or config.recovery.what != "none":
         rows_per_pass(config.train, processes)
+        if config.train.mixed_precision == "fp16" and not device.startswith("cuda"):
+            raise ConfigError(
+                f"train.mixed_precision=fp16 needs a CUDA device, not {device}: use train.mixed_precision=none, or bf16"
+            )
         if config.runtime.placement is not None:
             raise ConfigError(
                 "runtime=spread is for models that are judged: train with another, and judge what was exported with "
@@ -293,7 +309,12 @@ def _logged_to(file: Path) -> Iterator[None]:
     if not launcher.is_main():
         yield
         return
-    handler = logging.FileHandler(file, encoding="utf-8")
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError:
+        # Of a finished run that is only shown.
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("lowrank_kit")
     logger.addHandler(handler)

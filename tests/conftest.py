@@ -1,3 +1,4 @@
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,12 @@ def build_tiny_model(family: str, head: str = "causal", seed: int = 0, **config:
     settings = TINY_CONFIGS[family]()
     settings.update(config)
     return HEADS[head].from_config(settings).eval()
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports left out of the garbage collections to come: a tenth of the tests' time went into them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

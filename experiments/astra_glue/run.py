@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 from scipy.stats import ttest_rel
 
+from lowrank_kit.runs.provenance import origin, parse_study
+
 HERE = Path(__file__).parent
 Records = list[dict[str, Any]]
 
@@ -50,7 +52,7 @@ def main() -> None:
             for (s, t, a), records in zip(cells, final, strict=True)
         ]
     tuned = [{"task": t, "arm": a, "learning_rate": float(r), "score": v} for (t, a, r), v in scores.items()]
-    out = {"study": study, "tuning": tuned, "results": results}
+    out = {"provenance": arguments.provenance, "study": study, "tuning": tuned, "results": results}
     (HERE / f"{arguments.study.stem}.results.json").write_text(json.dumps(out, indent=1) + "\n")
     table = "\n".join(markdown(study, results))
     (HERE / f"{arguments.study.stem}.table.md").write_text(table + "\n")
@@ -65,7 +67,9 @@ def run(overrides: list[str]) -> Records:
 
     set_up_console()
     [config] = Composer().jobs(overrides, multirun=False)
-    return json.loads((execute(config) / "results.json").read_text())
+    folder = execute(config)
+    # Beside every figure, what it was made with.
+    return [{**record, **origin(folder)} for record in json.loads((folder / "results.json").read_text())]
 
 
 def markdown(study: dict[str, Any], results: list[dict[str, Any]]) -> Iterable[str]:
@@ -107,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", default="runs/astra_glue")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

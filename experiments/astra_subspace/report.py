@@ -24,12 +24,12 @@ class Quantity:
     scale: float = 1.0
 
 
-def write(study: Path, settings: Mapping[str, Any], tuned: Sequence[Row], rows: Sequence[Row]) -> None:
+def write(study: Path, settings: Mapping[str, Any], tuned: Sequence[Row], rows: Sequence[Row], provenance: Row) -> None:
     """All files of the study: ``.results.json``, ``.table.md`` and both plots, beside it."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     found = {task: quantities(task, settings, rows) for task in tasks}
     tests = [test for task in tasks for q in found[task] for test in compare(task, q, list(settings["arms"]))]
-    out = {"study": settings, "tuning": tuned, "tests": tests, "results": rows}
+    out = {"provenance": provenance, "study": settings, "tuning": tuned, "tests": tests, "results": rows}
     study.with_suffix(".results.json").write_text(json.dumps(out, indent=1) + "\n")
     table = "\n".join(line for task in tasks for line in markdown(task, settings, rows, found[task], tests))
     study.with_suffix(".table.md").write_text(table + "\n")

@@ -24,6 +24,8 @@ from typing import Any
 import yaml
 from report import value, write
 
+from lowrank_kit.runs.provenance import origin, parse_study
+
 Row = dict[str, Any]
 
 
@@ -72,7 +74,7 @@ def main() -> None:
                 jobs = [study.overrides(task, arm, rate, seed, False) for arm, rate in chosen.items()]
                 for (arm, rate), found in zip(chosen.items(), pool.map(run, jobs), strict=True):
                     rows.append({"task": task, "arm": arm, "seed": seed, "learning_rate": rate, **found})
-                write(arguments.study, settings, tuned, rows)
+                write(arguments.study, settings, tuned, rows, arguments.provenance)
     print(arguments.study.with_suffix(".table.md").read_text())
 
 
@@ -139,6 +141,7 @@ def _row(folder: Path) -> Row:
     kept = ("task", "metric", "checkpoint", "value", "stderr", "n")
     answered = [json.loads(line) for file in folder.glob("samples/final/*.jsonl") for line in file.open()]
     return {
+        **origin(folder),
         "figures": [{name: record[name] for name in kept} for record in results],
         # Of the right choice, given the question: what the training made smaller, on other rows.
         "answer_loss": -fmean(s["log_likelihoods"][int(s["target"])] for s in answered) if answered else None,
@@ -166,7 +169,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--runs", default="runs/astra_subspace")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

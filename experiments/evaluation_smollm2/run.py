@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from lowrank_kit.runs.provenance import origin, parse_study
+
 Row = dict[str, Any]
 
 
@@ -30,7 +32,9 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "lowrank_kit.run", *words], check=True)
     finished = {name: folder for name, folder in folders.items() if (folder / "results.json").is_file()}
     rows = [row for name, folder in finished.items() for row in read(name, folder)]
-    arguments.study.with_suffix(".results.json").write_text(json.dumps({"study": study, "rows": rows}, indent=1) + "\n")
+    origins = {name: origin(folder) for name, folder in finished.items()}
+    found = {"provenance": arguments.provenance, "runs": origins, "study": study, "rows": rows}
+    arguments.study.with_suffix(".results.json").write_text(json.dumps(found, indent=1) + "\n")
     table = "\n".join(markdown(rows)) + "\n"
     arguments.study.with_suffix(".table.md").write_text(table)
     print(table)
@@ -71,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="runs/evaluation")
     parser.add_argument("--collect", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
-    return parser.parse_args()
+    return parse_study(parser)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
+from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.truncation.activations import Optimal
 
 SOURCE = ModelSource("packaged://smollm2_135m")
@@ -30,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN.json")
-    arguments = parser.parse_args()
+    arguments = parse_study(parser)
+    print(in_words(arguments.provenance))
     calibration = windows(arguments.wikitext, "validation", 16, 512)
     test = windows(arguments.wikitext, "test", 16, 1024)
     samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration))

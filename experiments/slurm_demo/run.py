@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_kit.runs.offline import offline_runs
+from lowrank_kit.runs.provenance import parse_study
 
 HERE = Path(__file__).resolve().parent
 CLUSTER = HERE.parents[1] / "tests" / "slurm_cluster.sh"
@@ -41,7 +42,8 @@ QUEUE = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launch
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "slurm_demo")
-    work = parser.parse_args().work
+    arguments = parse_study(parser)
+    work = arguments.work
     subprocess.run([CLUSTER, "up", work / "cluster"], check=True)
     os.environ |= {"SLURM_CONF": str(work / "cluster" / "slurm.conf"), "OMP_NUM_THREADS": "1"}
     # A cache of its own, so that calibration happens here: once, whatever ran before.
@@ -50,7 +52,9 @@ def main() -> None:
         found = demonstrate(work)
     finally:
         subprocess.run([CLUSTER, "down", work / "cluster"], check=True)
-    (HERE / "results.json").write_text(json.dumps(found, indent=1).replace(str(work), "WORK") + "\n")
+    (HERE / "results.json").write_text(
+        json.dumps({"provenance": arguments.provenance, **found}, indent=1).replace(str(work), "WORK") + "\n"
+    )
     (HERE / "table.md").write_text(table(found))
     print(table(found))
 

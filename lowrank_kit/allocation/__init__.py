@@ -9,6 +9,7 @@ from pydantic import Field
 
 from lowrank_kit.allocation.asvd import Strs
 from lowrank_kit.allocation.d_rank import DRank
+from lowrank_kit.allocation.energy_svd import EnergySvd
 from lowrank_kit.allocation.hisvd import HiSvd
 from lowrank_kit.allocation.lagrangian import Lagrangian
 from lowrank_kit.allocation.loss import Loss
@@ -18,6 +19,7 @@ from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.allocation.zs_svd import ZeroSum
 
 AnyAllocation = Annotated[
-    Uniform | SvdLlmV2 | DRank | Swift | HiSvd | ZeroSum | Strs | Lagrangian | Loss, Field(discriminator="kind")
+    Uniform | SvdLlmV2 | DRank | Swift | HiSvd | EnergySvd | ZeroSum | Strs | Lagrangian | Loss,
+    Field(discriminator="kind"),
 ]
 """A rule chosen by `kind`."""

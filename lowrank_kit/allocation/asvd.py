@@ -16,30 +16,36 @@ class Strs(Allocation):
     """Cut one matrix at a time to every share of a grid, measure, then allow every matrix the same loss.
 
     With a threshold on the measured loss each matrix takes the smallest share that stays below it, dense if none
-    does; a binary search finds the smallest threshold that meets the budget. Checked against the authors' code, whose
-    scripts measure the shares 0.4 to 0.9 only. Perplexity and loss order alike, so loss is used.
+    does; a binary search finds the smallest threshold that meets the budget. Checked against the authors' code
+    (ASVD4LLM, `sensitivity.py` and `binary_search.py`). Perplexity and loss order alike, so loss is used.
     """
 
     needs_probe: ClassVar[bool] = True
 
     kind: Literal["asvd"] = "asvd"
     """Marks the rule."""
-    grid: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
-    )
-    """Shares of a matrix's parameters to measure; each costs one measurement a matrix."""
+    grid: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
+    """Shares of a matrix's parameters to measure, the authors' by default; each costs one measurement a matrix. A ratio
+    above 0.6 needs smaller ones."""
 
-    def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
-        """See `Allocation.ranks`. Also a `ConfigError` when even the smallest share costs more than the budget."""
-        assert probe is not None
+    def check(self, candidates: Sequence[Candidate], budget: Budget) -> None:
+        """Raise `ConfigError` when even the smallest share costs more than the budget."""
         options = options_of(candidates, budget)
-        measured = [self._measure(c, o, probe) for c, o in zip(candidates, options, strict=True)]
-        cheapest = sum(o.costs[min(found)] for o, found in zip(options, measured, strict=True))
+        cheapest = sum(
+            o.costs[o.within(min(self.grid) * c.dense_cost)] for c, o in zip(candidates, options, strict=True)
+        )
         if cheapest > budget.parameters:
             raise ConfigError(
                 f"the smallest share of allocation.grid, {min(self.grid):g}, costs {cheapest} parameters, above "
                 f"the budget of {budget.parameters}; add smaller shares"
             )
+
+    def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
+        """See `Allocation.ranks`, and `check`."""
+        self.check(candidates, budget)
+        assert probe is not None
+        options = options_of(candidates, budget)
+        measured = [self._measure(c, o, probe) for c, o in zip(candidates, options, strict=True)]
         thresholds = sorted({loss for found in measured for loss in found.values()})
         fits = bisect_left(
             thresholds,

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float64
+from pydantic import Field
 
+from lowrank_kit.allocation.keep import Keep
 from lowrank_kit.config import Section
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.layout import LinearRef
@@ -89,9 +91,15 @@ class Budget:
     """No rank below this share (0 to 1) of the uniform one, rounded down to a multiple."""
     dense: bool = True
     """A matrix may be left dense; without it ranks stop at break-even."""
+    block_floors: Mapping[int, float] = field(default_factory=dict)
+    """Floors of single blocks, where they are above `floor`."""
     elsewhere: int = 0
     """Parameters of linears that stay dense whatever is decided; only so that messages can speak of the whole ratio.
     A budget for one role of many takes its share of them."""
+
+    def floor_of(self, candidate: Candidate) -> float:
+        """The floor of a candidate, as a share of its uniform rank."""
+        return max(self.floor, self.block_floors.get(candidate.block, 0.0))
 
 
 @runtime_checkable
@@ -111,9 +119,15 @@ class Allocation(Section):
     crosses_roles: ClassVar[bool] = False
     """The rule compares or moves ranks across roles: it must see all candidates at once, under one budget."""
 
+    keep: Keep = Field(default_factory=Keep)
+    """What the rule does not decide. `ranks` never sees it."""
+
     def needs(self) -> frozenset[Quantity]:
         """The spectra it reads besides `Candidate.tail`."""
         return frozenset()
+
+    def check(self, candidates: Sequence[Candidate], budget: Budget) -> None:
+        """Raise `ConfigError` where the rule's own settings cannot meet the budget. Reads shapes, no spectra."""
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """The rank of every candidate by name; `full_rank` means left dense.

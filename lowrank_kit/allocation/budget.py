@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 
 from jaxtyping import Float64
 
@@ -54,16 +55,24 @@ def options_of(candidates: Sequence[Candidate], budget: Budget) -> list[Options]
             f"multiple {budget.multiple} the ranks that save parameters end at {most} in total, and no matrix may "
             f"be left dense; allow dense, or nearest feasible: {_amount(most, candidates, budget)}"
         )
-    floored = _with_floor(candidates, every, keep * budget.floor)
+    floored = _with_floors(candidates, every, budget, keep)
     if _cheapest(floored) > budget.parameters:
-        shares = (percent / 100 for percent in range(int(budget.floor * 100), -1, -1))
-        nearest = next(s for s in shares if _cheapest(_with_floor(candidates, every, keep * s)) <= budget.parameters)
+        highest = max(budget.floor_of(candidate) for candidate in candidates)
+        scales = (percent / 100 for percent in range(100, -1, -1))
+        nearest = next(
+            s for s in scales if _cheapest(_with_floors(candidates, every, budget, keep * s)) <= budget.parameters
+        )
         raise ConfigError(
-            f"a floor of {budget.floor:g} of the uniform rank costs {_cheapest(floored)} parameters, above the "
+            f"a floor of {highest:g} of the uniform rank costs {_cheapest(floored)} parameters, above the "
             f"budget of {budget.parameters}, because some matrices cannot go below one rank multiple "
-            f"({budget.multiple}); nearest feasible floor: {nearest:g}"
+            f"({budget.multiple}); nearest feasible floor: {highest * nearest:g}"
         )
     return floored
+
+
+def largest(candidates: Sequence[Candidate], budget: Budget) -> int:
+    """Parameters of all candidates at their last option: the most that a budget can be spent on."""
+    return sum(_legal(candidate, budget).costs[-1] for candidate in candidates)
 
 
 def proportional(candidates: Sequence[Candidate], budget: Budget, weights: Sequence[float]) -> dict[str, int]:
@@ -123,6 +132,24 @@ def share_out(
     ]
 
 
+def depth_clusters(candidates: Sequence[Candidate], ranges: int) -> list[tuple[str, int]]:
+    """Role and range of depth of each, the blocks being divided into this many ranges of neighbours."""
+    depth = 1 + max(c.block for c in candidates)
+    return [(c.role, c.block * ranges // depth) for c in candidates]
+
+
+def standardised(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """Values minus their group's mean over its standard deviation; 0 in a group without spread."""
+    inside: dict[Hashable, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        inside[group].append(value)
+    moments = {group: (fmean(found), pstdev(found)) for group, found in inside.items()}
+    return [
+        (value - moments[group][0]) / moments[group][1] if moments[group][1] > 0 else 0.0
+        for value, group in zip(values, groups, strict=True)
+    ]
+
+
 def finish(
     candidates: Sequence[Candidate],
     budget: Budget,
@@ -172,8 +199,13 @@ def _legal(candidate: Candidate, budget: Budget) -> Options:
     return Options(tuple(ranks), tuple(costs))
 
 
-def _with_floor(candidates: Sequence[Candidate], every: Sequence[Options], share: float) -> list[Options]:
-    return [o.dearer_than(o.within(share * c.dense_cost)) for c, o in zip(candidates, every, strict=True)]
+def _with_floors(
+    candidates: Sequence[Candidate], every: Sequence[Options], budget: Budget, keep: float
+) -> list[Options]:
+    return [
+        o.dearer_than(o.within(keep * budget.floor_of(c) * c.dense_cost))
+        for c, o in zip(candidates, every, strict=True)
+    ]
 
 
 def _cheapest(options: Sequence[Options]) -> int:

@@ -25,18 +25,29 @@ class ZeroSum(Allocation):
 
     kind: Literal["zs_svd"] = "zs_svd"
     """Marks the rule."""
-    floor: float = Field(default=0.1, ge=0, le=1)
-    """No rank below this share of break-even."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """No rank below this share of break-even. null: as the authors' scripts, 0 below a ratio of 0.6 and 0.3 from there
+    on (they have 0.2, 0.4 and 0.6); the ratio is that of the matrices that the rule decides."""
 
     def needs(self) -> frozenset[Quantity]:
         """The first-order change of every component."""
         return frozenset({"change"})
 
+    def check(self, candidates: Sequence[Candidate], budget: Budget) -> None:
+        """Raise `ConfigError` where the floor costs more than the budget."""
+        options_of(candidates, self._floored(candidates, budget))
+
+    def _floored(self, candidates: Sequence[Candidate], budget: Budget) -> Budget:
+        """The budget with this rule's floor, as a share of the uniform rank."""
+        keep = keep_of(candidates, budget)
+        # Hundredths, so that a budget rounded to whole parameters still counts as its ratio.
+        floor = (0.3 if round(1 - keep, 2) >= 0.6 else 0.0) if self.floor is None else self.floor
+        # A share of break-even costs that share of the dense matrix, the uniform rank `keep` of it.
+        return replace(budget, floor=max(budget.floor, min(floor / max(keep, 1e-9), 1.0)))
+
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
-        # A share of break-even costs that share of the dense matrix, the uniform rank `keep` of it.
-        floor = min(self.floor / max(keep_of(candidates, budget), 1e-9), 1.0)
-        options = options_of(candidates, replace(budget, floor=max(budget.floor, floor)))
+        options = options_of(candidates, self._floored(candidates, budget))
         changes = [c.spectra["change"].tolist() for c in candidates]
         lowest = [o.ranks[0] for o in options]
         walked = self._walk(candidates, budget, changes, lowest)

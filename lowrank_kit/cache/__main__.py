@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known = {kind: entries(cache_dir() / kind) for kind in KINDS}
         if options.clear is None:
+            total = sum(entry.size for found in known.values() for entry in found)
             console.print(_table(known))
+            console.print(f"{_size(total)} in {cache_dir()}; at most {_size(limit_bytes())} a kind", soft_wrap=True)
         else:
             for entry in _chosen([entry for found in known.values() for entry in found], options.clear):
                 remove(entry)
@@ -48,9 +50,7 @@ def _chosen(known: Sequence[Entry], wanted: Sequence[str]) -> list[Entry]:
 
 
 def _table(known: dict[str, list[Entry]]) -> Table:
-    total = sum(entry.size for found in known.values() for entry in found)
-    title = f"{_size(total)} in {cache_dir()}; at most {_size(limit_bytes())} a kind"
-    table = Table("kind", "key", "size", "last used", "model", "what", title=title)
+    table = Table("kind", "key", "size", "last used", "model", "what")
     for kind, found in known.items():
         for entry in reversed(found):
             used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")

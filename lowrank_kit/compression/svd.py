@@ -3,9 +3,12 @@
 from functools import cached_property
 from pathlib import Path
 
+from jaxtyping import Float64
 from rich.progress import Progress
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.compression.apply import factorise
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.compression.decompose import Decomposition, decompose
@@ -25,7 +28,7 @@ class SvdCompression(Compression[TruncatedSVD]):
     def calibrate(self, progress: Progress | None = None) -> None:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
         self._progress = progress
-        _ = self._decomposition
+        _ = self._decomposition, self._influence
 
     def plan(self, progress: Progress | None = None) -> Plan:
         """Decide every rank."""
@@ -33,7 +36,7 @@ class SvdCompression(Compression[TruncatedSVD]):
         bench, decomposition, probe = self.bench, self._decomposition, None
         if bench.probe_windows is not None:
             probe = LossProbe(bench.model, decomposition, bench.probe_windows, progress)
-        return self.method.plan(bench.layout, decomposition.candidates, probe)
+        return self.method.plan(bench.layout, decomposition.candidates, probe, self._influence)
 
     def apply(self, plan: Plan, progress: Progress | None = None) -> PreTrainedModel:
         """Factorise the planned matrices, in place."""
@@ -60,6 +63,16 @@ class SvdCompression(Compression[TruncatedSVD]):
         plot_spectra(linears, singular, folder / "spectra.png", f"singular value ({self.method.truncation.kind})")
         plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
         plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
+
+    @cached_property
+    def _influence(self) -> Float64[Tensor, " blocks"] | None:
+        """Influence of every block, where floors are set by it."""
+        if not self.method.allocation.keep.influence:
+            return None
+        bench = self.bench
+        return block_influence(
+            bench.model, bench.layout, bench.samples, bench.batch_size, cache=bench.cache, progress=self._progress
+        )
 
     @cached_property
     def _decomposition(self) -> Decomposition:

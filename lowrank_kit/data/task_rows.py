@@ -131,11 +131,14 @@ class TaskRows:
             return "no token is left of its text, so there is nothing to classify: write a text, or leave the row out"
         if self._model is None:
             return None
-        if self._model.is_encoder_decoder and (ends := ids.count(tokenizer.eos_token_id)) > 1:
-            return (
-                f"the text holds the end token {tokenizer.eos_token} by itself ({ends} in all), and the model "
-                "classifies at the one that ends a row: take it out of the text"
-            )
+        if self._model.is_encoder_decoder:
+            # The tokenizer ends every text of a pair.
+            own = tokenizer(*("a" for _ in self._task.text_columns))["input_ids"].count(tokenizer.eos_token_id)
+            if (ends := ids.count(tokenizer.eos_token_id)) > own:
+                return (
+                    f"the text holds the end token {tokenizer.eos_token} by itself ({ends} in all), and the model "
+                    "classifies at the one that ends a row: take it out of the text"
+                )
         return beyond(ids, tokenizer, self._model)
 
     def _place(self, split: str, row: Mapping[str, Any]) -> str:

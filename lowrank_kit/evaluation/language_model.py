@@ -93,7 +93,7 @@ class BoundedLM(HFLM):
         return self._opening.encode([string], self.tokenizer)[0]
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", **_: Any
+        self, strings: Sequence[str], padding_side: str = "left", **_: Any
     ) -> tuple[Int64[Tensor, "rows tokens"], Int64[Tensor, "rows tokens"]]:
         """Token ids and attention mask of several texts, each as in `tok_encode`; none is cut."""
         ids = {"input_ids": self._opening.encode(strings, self.tokenizer)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import comb
 from os import cpu_count
 from typing import Any
@@ -23,10 +24,18 @@ def program_of(row: Mapping[str, Any], completion: str) -> Program:
     """What is run to judge a completion: a row of HumanEval (which starts the program itself) or of MBPP."""
     if "entry_point" in row:
         answer, entry = f"{row['prompt']}{completion}", row["entry_point"]
-        # The prompt ends in a docstring, so that what it defines is there for the tests, which use some of it.
-        return Program(answer, f"{row['test']}\ncheck({entry})", row["prompt"], entry)
+        # The tests use some of what the prompt defines. It ends in a docstring, or needs a body to be a program.
+        given = row["prompt"] if _compiles(row["prompt"]) else f"{row['prompt'].rstrip()}\n    pass\n"
+        return Program(answer, f"{row['test']}\ncheck({entry})", given, entry)
     # The set-up may use the answer's names.
     return Program(completion, "\n".join([row.get("test_setup_code") or "", *row["test_list"]]))
+
+
+def _compiles(text: str) -> bool:
+    with suppress(SyntaxError, ValueError):
+        compile(text, "prompt", "exec")
+        return True
+    return False
 
 
 def run_all(programs: Sequence[Program], limits: Limits = LIMITS) -> list[Outcome]:

@@ -10,11 +10,13 @@ from dataclasses import replace
 from functools import reduce
 from typing import ClassVar, Literal
 
+from jaxtyping import Float64
 from pydantic import Field
 
 from lowrank_kit.allocation import AnyAllocation
-from lowrank_kit.allocation.base import Budget, Candidate, Probe, Quantity
-from lowrank_kit.allocation.budget import options_of
+from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
+from lowrank_kit.allocation.budget import largest, options_of
+from lowrank_kit.allocation.uniform import Uniform
 from lowrank_kit.calibration.statistics import GradientRequest, Kept, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
@@ -91,9 +93,13 @@ class TruncatedSVD(Compressor):
                 f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
                 "each other: use method.scope=global"
             )
+        keep = self.allocation.keep
+        keep.check(tuple(dict.fromkeys(ref.role for ref in self.targets(layout))), len(layout.blocks))
         flat = [Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64)) for g in self.groups(layout)]
-        for candidates, budget in self._budgets(layout, flat):
-            options_of(candidates, budget)
+        # The influence of the blocks is not known yet: at most that floor.
+        for rule, part, budget in self._budgets(layout, flat, max(self.floor, keep.influence)):
+            options_of(part, budget)
+            rule.check(part, budget)
 
     @property
     def probe(self) -> tuple[int, int] | None:
@@ -133,14 +139,26 @@ class TruncatedSVD(Compressor):
             spectra[implied] = kept["values"]
         return Candidate(group[0].name, group, kept["values"], spectra)
 
-    def plan(self, layout: ModelLayout, candidates: Sequence[Candidate], probe: Probe | None) -> Plan:
-        """Decide every rank, exactly within the budget. ``probe`` is for an allocation with ``needs_probe``."""
-        chosen: dict[str, int] = {}
+    def plan(
+        self,
+        layout: ModelLayout,
+        candidates: Sequence[Candidate],
+        probe: Probe | None,
+        influence: Float64[Tensor, " blocks"] | None = None,
+    ) -> Plan:
+        """Decide every rank, exactly within the budget.
+
+        ``probe`` is for an allocation with ``needs_probe``, ``influence`` (of every block) for floors by it.
+        """
+        chosen = {c.name: c.full_rank for c in candidates}
         unspent = 0
-        for part, budget in self._budgets(layout, candidates):
-            budget = replace(budget, parameters=budget.parameters + unspent)
-            chosen |= self.allocation.ranks(part, budget, probe)
-            unspent = budget.parameters - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
+        floors = self.allocation.keep.floors(influence)
+        for rule, part, budget in self._budgets(layout, candidates, self.floor):
+            left = budget.parameters + unspent
+            # What the parts before could not spend may be more than this one can.
+            budget = replace(budget, parameters=min(left, largest(part, budget)), block_floors=floors)
+            chosen |= rule.ranks(part, budget, probe)
+            unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
         before = cost = sum(ref.out_features * ref.in_features for ref in layout.linears)
         for candidate in candidates:
@@ -152,19 +170,35 @@ class TruncatedSVD(Compressor):
         return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, tails)
 
     def _budgets(
-        self, layout: ModelLayout, candidates: Sequence[Candidate]
-    ) -> Iterator[tuple[list[Candidate], Budget]]:
-        """The candidates that share a budget, and that budget."""
-        total = sum(ref.out_features * ref.in_features for ref in layout.linears)
-        dense = sum(candidate.dense_cost for candidate in candidates)
+        self, layout: ModelLayout, candidates: Sequence[Candidate], floor: float
+    ) -> Iterator[tuple[Allocation, list[Candidate], Budget]]:
+        """The rules, the candidates that share a budget, and that budget: first what is held at the uniform rank.
+
+        What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
+        """
+        keep, total = self.allocation.keep, sum(ref.out_features * ref.in_features for ref in layout.linears)
+        held: list[Candidate] = []
+        free: list[Candidate] = []
+        for candidate in candidates:
+            (held if keep.holds(candidate.members, len(layout.blocks)) else free).append(candidate)
+        if keep.at == "dense":
+            if held and not free:
+                raise ConfigError("method.allocation.keep holds every matrix dense: nothing is left to compress")
+            held = []
+        dense = sum(candidate.dense_cost for candidate in [*held, *free])
         left = self.budget(layout) - (total - dense)
         parts: dict[str, list[Candidate]] = defaultdict(list)
-        for candidate in candidates:
+        for candidate in free:
             parts[candidate.role if self.scope == "role" else ""].append(candidate)
-        for part in parts.values():
+        rules: list[tuple[Allocation, list[Candidate]]] = [(Uniform(), held)] if held else []
+        before = 0
+        for rule, part in [*rules, *((self.allocation, part) for part in parts.values())]:
             share = sum(candidate.dense_cost for candidate in part)
             elsewhere = (total - dense) * share // dense
-            yield part, Budget(left * share // dense, self.rank_multiple, self.floor, self.dense, elsewhere)
+            # Shares of the whole so far, so that rounding them down loses nothing of the sum.
+            parameters = left * (before + share) // dense - left * before // dense
+            before += share
+            yield rule, part, Budget(parameters, self.rank_multiple, floor, self.dense, elsewhere=elsewhere)
 
     def _extra_quantities(self) -> set[Quantity]:
         """The spectra to compute beside the truncation's own."""

@@ -1,10 +1,8 @@
 """Files of weights: written for all whom the umask allows; looked at before a weight is read, and no code runs."""
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import read_json
 
+REMEDY = "fetch it or write it again"
 # In the order in which transformers looks for them.
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
@@ -61,21 +61,7 @@ def share(*files: Path) -> None:
 def damage(file: Path, error: Exception) -> str:
     """The message for a file that cannot be read."""
     cause = (str(error).strip().splitlines() or [""])[0]
-    return (
-        f"'{file}' is damaged or was not written to its end ({type(error).__name__}: {cause}): fetch it or write it "
-        "again"
-    )
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON object; raises `LowRankKitError`, with the file, for anything else."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LowRankKitError(damage(file, error)) from error
-    if not isinstance(content, dict):
-        raise LowRankKitError(f"'{file}' holds {type(content).__name__}, no JSON object: fetch it or write it again")
-    return content
+    return f"'{file}' is damaged or was not written to its end ({type(error).__name__}: {cause}): {REMEDY}"
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -90,9 +76,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    wanted = read_json(index).get("weight_map")
+    wanted = read_json(index, dict, REMEDY).get("weight_map")
     if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
-        raise LowRankKitError(f"'{index}' has no weight_map from weights to files: fetch it or write it again")
+        raise LowRankKitError(f"'{index}' has no weight_map from weights to files: {REMEDY}")
     names = sorted(set(wanted.values()))
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:

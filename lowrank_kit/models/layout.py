@@ -75,8 +75,12 @@ class ModelLayout:
     def of_roles(self, roles: Sequence[str] | None = None) -> tuple[LinearRef, ...]:
         """Return the linears with these roles (None: all), in execution order.
 
-        Raises `ConfigError` for a role that no linear of the model has.
+        Raises `ConfigError` for a role that no linear of the model has, and for no role at all.
         """
+        if roles is not None and not roles:
+            raise ConfigError(
+                f"method.roles=[] names no linear: leave it out for all, or choose of {', '.join(self.roles)}"
+            )
         for role in roles or ():
             if role not in self.roles:
                 hint = did_you_mean(role, self.roles)

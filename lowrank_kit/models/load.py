@@ -217,6 +217,11 @@ def _locate(source: ModelSource) -> ModelSource:
                 f"a .gguf file, a hub id or {_packaged_hint()}"
             )
         return ModelSource(str(path), gguf_file=source.gguf_file)
+    if path.is_file():
+        raise ConfigError(
+            f"'{source.path}' is a file, and no .gguf one: give its checkpoint folder, a .gguf file, a hub id or "
+            f"{_packaged_hint()}"
+        )
     if source.path.startswith(("/", ".", "~")) or path.suffix == ".gguf" or source.path.count("/") > 1:
         raise ConfigError(
             f"'{source.path}' does not exist: give a folder, a .gguf file, a hub id or {_packaged_hint()}"

@@ -15,10 +15,6 @@ log = logging.getLogger(__name__)
 
 Head = Literal["causal", "classification", "seq2seq", "base"]
 
-# Above the blocks, by the first part of a name in the whole or in the base model; span extraction has a head too.
-_POOLERS = {family.pooler for variants in FAMILIES.values() for family in variants if family.pooler}
-_HEADS = {head for variants in FAMILIES.values() for family in variants for head in family.heads} | {"qa_outputs"}
-
 
 @dataclass(frozen=True)
 class OnTop:
@@ -42,17 +38,18 @@ def check_whole(model: PreTrainedModel, head: Head, info: Mapping[str, Any], pat
     Raises:
         LowRankKitError: names every weight that is missing, not expected, or of another shape.
     """
+    heads, poolers = _known_on_top()
     may_be_new = head in ("classification", "base")
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    above = {name for name in missing if _top(name, model) in _HEADS | _POOLERS} if may_be_new else set()
+    above = {name for name in missing if _top(name, model) in heads | poolers} if may_be_new else set()
     new = _modules(model, above)
     present = set(model.state_dict()) - missing
     is_half = any(name.startswith(tuple(f"{module}." for module in new)) for name in present)
     # A trained head reads the pooler that it was trained with.
-    lost_pooler = head == "classification" and not any(_top(name, model) in _HEADS for name in above)
+    lost_pooler = head == "classification" and not any(_top(name, model) in heads for name in above)
     if is_half or lost_pooler:
         above, new = set(), ()
-    other = {name for name in unexpected if _top(name, model) in _HEADS | _POOLERS} if may_be_new else set()
+    other = {name for name in unexpected if _top(name, model) in heads | poolers} if may_be_new else set()
     faults = []
     if lacking := missing - above:
         faults.append(f"it lacks {_listed(lacking)}")
@@ -71,6 +68,13 @@ def check_whole(model: PreTrainedModel, head: Head, info: Mapping[str, Any], pat
     if left_out and head == "classification":
         log.info("%s has %s, which this model has no use for: left out", path, ", ".join(left_out))
     return OnTop(new, left_out)
+
+
+def _known_on_top() -> tuple[set[str], set[str]]:
+    """The heads and the poolers of all families, by the first part of a name; span extraction has a head too."""
+    families = [family for variants in FAMILIES.values() for family in variants]
+    heads = {head for family in families for head in family.heads}
+    return heads | {"qa_outputs"}, {family.pooler for family in families if family.pooler}
 
 
 def _top(name: str, model: PreTrainedModel) -> str:

@@ -32,7 +32,7 @@ class Grid:
 def grid(report: Report) -> Grid:
     """Lay out what every form shows; a column that says the same in every line, or nothing, is left out."""
     lines = [[_line(report, block, row) for row in block.rows] for block in report.blocks]
-    headings = [Text(h, number=False) for h in ("model", "budget", "method")]
+    headings = [Text(h, number=False) for h in ("model", "budget", "method", "caveats")]
     headings += [Text(h) for h in ("seeds", "parameters (M)", *(plain(column.heading) for column in report.columns))]
     cells = [line for block in lines for line in block]
     several_models = len({line[0].text for line in cells}) > 1
@@ -82,7 +82,7 @@ def _line(report: Report, block: Block, row: Row) -> list[Text]:
     figures = [
         Text(_figure(row.cells.get(column), column), bold=block.is_bold(row, column)) for column in report.columns
     ]
-    names = [Text(plain(name), number=False) for name in (row.model, budget, row.name)]
+    names = [Text(plain(name), number=False) for name in (row.model, budget, row.name, row.caveats)]
     return [*names, Text(row.seeds), Text(parameters), *figures]
 
 

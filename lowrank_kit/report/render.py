@@ -79,7 +79,7 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
     file = io.StringIO()
     head = "model method budget amount settings kind task metric n fewshot mean deviation seeds stderr parameters"
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*head.split(), "best", "significant", "p", "test", "source", "command"])
+    writer.writerow([*head.split(), "best", "significant", "p", "test", "source", "command", "caveats"])
     for block in report.blocks:
         for row in block.rows:
             for column, cell in row.cells.items():
@@ -96,6 +96,7 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
                         *(cell.mean, cell.deviation, len(cell.values), error, row.parameters),
                         *(is_best, test[0], test[1], test[2], column.source),
                         words.get((row.title, str(some.config["task"]["name"])), ""),
+                        row.caveats,
                     ]
                 )
     return file.getvalue()

@@ -12,6 +12,7 @@ from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.report.find import LeftOut, Run
 from lowrank_kit.report.significance import LEVEL, Measured, Verdict, judge
+from lowrank_kit.runs.caveats import caveats_of
 
 SPEED, AVERAGE = "speed", "average"
 BASELINES = {"dense": "dense model", "majority_class": "majority class"}
@@ -98,6 +99,13 @@ class Row:
         """All runs that the row is made of, by seed."""
         found = {run.path: run for cell in self.cells.values() for run in cell.runs.values()}
         return sorted(found.values(), key=lambda run: (str(run.config["task"]["name"]), run.seed))
+
+    @cached_property
+    def caveats(self) -> str:
+        """What must be known of the figures, see `caveats_of`; of a baseline, nothing."""
+        if self.kind == "baseline":
+            return ""
+        return "; ".join(dict.fromkeys(word for run in self.runs for word in caveats_of(run.path, run.config)))
 
     @property
     def seeds(self) -> str:

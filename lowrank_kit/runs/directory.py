@@ -40,6 +40,7 @@ WORK = (
     "history.json",
     "benchmarks",
     "samples",
+    "windows",
     "energy.json",
     "effects.json",
     "results.json",
@@ -127,7 +128,10 @@ class RunDirectory:
         opened: list[RunDirectory] = []
 
         def hold() -> tuple[str, ...]:
-            opened.append(cls._hold(config, inputs))
+            try:
+                opened.append(cls._hold(config, inputs))
+            except OSError as error:
+                opened.append(cls._show(config, inputs, error))
             return opened[0]._status.stages_done
 
         done = on_main(hold)
@@ -152,6 +156,20 @@ class RunDirectory:
         run.write_text(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
         if made_from is not None and not (run.path / INPUTS_FILE).is_file():
             run.write_json(INPUTS_FILE, made_from)
+        return run
+
+    @classmethod
+    def _show(cls, config: RunConfig, inputs: Callable[[], Inputs] | None, error: OSError) -> "RunDirectory":
+        """A finished run in a folder that cannot be written to; nothing is left to do in it."""
+        path = run_path(config)
+        status = read_status(path, thorough=True)
+        wanted = status is not None and set(config.run.stages) <= set(status.stages_done)
+        if status is None or status.state != "complete" or not wanted or not config.run.resume:
+            raise LowRankKitError(f"{path} cannot be written to: {error.strerror}; choose another run.dir") from error
+        run = FollowedRun(path, status.stages_done)
+        run._check_configuration(config)
+        if inputs is not None:
+            run._check_inputs(inputs())
         return run
 
     def _check_configuration(self, config: RunConfig) -> None:
@@ -183,7 +201,7 @@ class RunDirectory:
         # A folder of `TemporaryDirectory`, of `write_folder`, a file of `write_atomically`.
         half = re.compile(rf"\.({ours})(-\w{{8}}|\.tmp|\.old|\.\d+\.tmp)")
         self.remove(*(entry.name for entry in self.path.iterdir() if half.fullmatch(entry.name)))
-        for folder in ("benchmarks", "samples"):
+        for folder in ("benchmarks", "samples", "windows"):
             for file in (self.path / folder).rglob(".*.tmp"):
                 file.unlink()
 
@@ -286,7 +304,7 @@ class FollowedRun(RunDirectory):
     """The run's folder in the other processes of a job: they read it, know what is done, and write nothing there."""
 
     def __init__(self, path: Path, stages_done: tuple[str, ...]) -> None:
-        self.path = path
+        self.path, self.was_complete = path, True
         self._status = Status("running", stages_done=stages_done)
 
     def __enter__(self) -> "FollowedRun":

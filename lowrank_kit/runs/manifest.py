@@ -4,22 +4,17 @@ import logging
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowrank_kit import __version__
-
-PACKAGES = ("torch", "transformers", "peft", "datasets")
+from lowrank_kit.runs.provenance import software
 
 
 class Manifest:
@@ -30,16 +25,11 @@ class Manifest:
     """
 
     def __init__(self, seed: int, device: str, earlier: Mapping[str, Any] | None = None) -> None:
-        previous = earlier or {}
+        previous, made_by = earlier or {}, software()
         self._facts: dict[str, Any] = {
             **{key: fact for key, fact in previous.items() if key not in ("stages", "warnings")},
-            "versions": {
-                "lowrank_kit": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
-            "git": git_revision(Path(__file__).resolve().parents[2]),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            **made_by,
+            "processes": _with(previous.get("processes", []), {key: made_by[key] for key in ("git", "command")}),
             "seed": seed,
             "device": {"name": device, "hardware": _hardware(device), "threads": torch.get_num_threads()},
         }
@@ -118,22 +108,9 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def git_revision(checkout: Path) -> dict[str, Any] | None:
-    """Return the commit and whether files differ from it; None if `checkout` is not the root of a repository.
-
-    An installed package inside somebody else's repository must not take that repository's commit for its own.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
-            return None
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _with(processes: list[dict[str, Any]], process: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every state of the code and command that worked on the run, each once."""
+    return processes if process in processes else [*processes, process]
 
 
 def _hardware(device: str) -> str:

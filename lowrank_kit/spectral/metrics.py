@@ -36,22 +36,47 @@ def tail_energy(spectrum: Float[Tensor, " n"], k: int) -> float:
     return float(values[k:].sum() / total) if total > 0 else 0.0
 
 
-def tail_redundancy(spectrum: Float[Tensor, " n"], k0: int, eta: float) -> float:
-    """`(k0 - k_eta) / k0`, `k_eta` the fewest components with share `eta` of the energy that `k0` keep.
+def head_concentration(spectrum: Float[Tensor, " n"], k: int, eta: float) -> float:
+    """`(k - k_eta) / k`, `k_eta` the fewest components with share `eta` of the energy that the first `k` hold.
 
     Near 1 when almost all of the kept energy sits in a few components; 1 for an all-zero spectrum.
-    A reconstruction of HiSVD's second stage, whose formula is not public.
     """
     values = _descending(spectrum)
-    _check_index("k0", k0, 1, len(values))
+    _check_index("k", k, 1, len(values))
+    return _spared(values[:k], eta)
+
+
+def tail_redundancy(spectrum: Float[Tensor, " n"], k: int, eta: float) -> float:
+    """The share of the tail beyond `k` that is not needed to hold share `eta` of the tail's energy.
+
+    Near 1 when a few components hold almost all that the tail has; 1 for a tail without energy or components.
+    """
+    values = _descending(spectrum)
+    _check_index("k", k, 0, len(values))
+    return _spared(values[k:], eta)
+
+
+def _spared(values: Float64[Tensor, " n"], eta: float) -> float:
+    """Share of descending values beyond the fewest with share `eta` of their sum."""
     if not 0 < eta <= 1:
         raise ValueError(f"eta must be in (0, 1], got {eta}")
-    kept = values[:k0].cumsum(0)
-    if kept[-1] == 0:
+    sums = values.cumsum(0)
+    if not len(values) or sums[-1] == 0:
         return 1.0
     # The share is compared up to round-off, so that eta = 1 does not count what only rounding added.
-    k_eta = int((kept < eta * kept[-1] * (1 - 1e-12)).sum()) + 1
-    return (k0 - k_eta) / k0
+    needed = int((sums < eta * sums[-1] * (1 - 1e-12)).sum()) + 1
+    return (len(values) - needed) / len(values)
+
+
+def tail_participation(spectrum: Float[Tensor, " n"], k: int) -> float:
+    """Participation ratio of the tail beyond `k` over its length, `(sum t)^2 / (n sum t^2)`; 0 without energy.
+
+    1 for a flat tail, 1/n for a tail of one value.
+    """
+    values = _descending(spectrum)
+    _check_index("k", k, 0, len(values))
+    tail = values[k:]
+    return float(tail.sum() ** 2 / (len(tail) * tail.square().sum())) if tail.any() else 0.0
 
 
 def decay_exponent(spectrum: Float[Tensor, " n"], start: int = 0) -> float:

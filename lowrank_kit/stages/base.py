@@ -97,9 +97,14 @@ class Stages(Generic[Task, Data]):
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer, config = load_tokenizer(self._model_source), self._model_config
-        if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
-            # RoBERTa counts positions from behind its padding token.
-            first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
-        return tokenizer
+        return tokenizer_of(self._model_source)
+
+
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, whose ``model_max_length`` is no more than what the model has positions for."""
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
+        # RoBERTa counts positions from behind its padding token.
+        first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+    return tokenizer

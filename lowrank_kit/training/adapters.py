@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import read_json
 from lowrank_kit.methods.base import Adapter, Batches, FineTuning, LowRankFactors, Plan
-from lowrank_kit.models.files import save_tensors
+from lowrank_kit.models.files import REMEDY, save_tensors
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import load_like
+from lowrank_kit.training.adapter_files import load_adapter
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.precision import hold_in_float32
 from lowrank_kit.training.untouched import SubtractInitial
@@ -193,20 +195,21 @@ def attach(
 def load_adapted(method: FineTuning, base_model: PreTrainedModel, folder: Path) -> nn.Module:
     """Read an export back: the adapter on ``base_model``, which is changed, or the checkpoint's own weights.
 
-    Raises `LowRankKitError` for an adapter of ours that was trained on another base; one that PEFT saved does not tell.
+    Raises `LowRankKitError` for an adapter of ours that was trained on another base, which one that PEFT saved does not
+    tell, and as `load_adapter` and `load_like`.
     """
     if not isinstance(method, Adapter):
         return load_like(base_model, folder)
     if (folder / BASE_FILE).is_file():
-        trained_on = json.loads((folder / BASE_FILE).read_text())
+        base = read_json(folder / BASE_FILE, dict, REMEDY)
         found = fingerprint(base_model, layout_of(base_model))
-        if found != trained_on["fingerprint"]:
+        if found != base.get("fingerprint"):
             raise LowRankKitError(
-                f"the adapter in {folder} belongs to another base: it was trained on '{trained_on['path']}' (weights "
-                f"{trained_on['fingerprint']}), and these weights are {found}; load that model, in the dtype that it "
+                f"the adapter in {folder} belongs to another base: it was trained on '{base.get('path')}' (weights "
+                f"{base.get('fingerprint')}), and these weights are {found}; load that model, in the dtype that it "
                 "was trained in"
             )
-    return PeftModel.from_pretrained(base_model, str(folder))
+    return load_adapter(base_model, folder)
 
 
 def _lora_config(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -227,6 +228,13 @@ def composed() -> Callable[[list[str]], RunConfig]:
 @pytest.fixture
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _drawn_where_marked(request, monkeypatch):
+    """Every run puts its figures together; only tests marked `draws` draw them, which takes longer than a tiny run."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: Path(file).touch())
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,7 @@ def test_the_final_figures_are_those_of_the_exported_adapter(job, sharp_checkpoi
     assert float(mean.exp()) == pytest.approx(after, rel=1e-4)
 
 
+@pytest.mark.draws
 def test_effects_tell_where_the_update_lies_and_what_moved(job):
     figures = {}
     for subspace in ("tail", "top"):
@@ -193,6 +194,7 @@ def test_what_cannot_be_learnt_is_said_before_the_model_is_loaded(settings, wher
         execute(job(*more, *settings, **where))
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("adapter", ["astra", "lora"])
 def test_a_model_is_compressed_adapted_and_judged_in_one_run(adapter, job, environment, sharp_checkpoint):
     recovery = ("recovery=adapter", f"recovery.method={adapter}", "recovery.method.rank=2", "method.ratio=0.4")

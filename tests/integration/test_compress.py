@@ -3,9 +3,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +18,7 @@ from lowrank_kit.runs.status import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
-    *("kfac_svd", "basis_sharing", "hisvd", "loss_svd"),
+    *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd"),
 ]
 
 
@@ -33,6 +35,7 @@ def read(file):
     return json.loads(file.read_text())
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_runs_to_a_checkpoint_of_the_promised_size(method, job):
     run = execute(job(method=method))
@@ -132,7 +135,7 @@ def test_a_truncated_checkpoint_is_a_clear_error_and_leaves_no_results(job, word
     with safe_open(file, "pt") as whole:
         assert whole.keys()
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(LowRankKitError, match="damaged"):
+    with pytest.raises(LowRankKitError, match=r"checkpoint/model\.safetensors was altered"):
         execute(job())
     assert not (first / "results.json").exists()
 
@@ -167,3 +170,19 @@ def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, m
     monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
     with pytest.raises(ConfigError, match=r"method\.probe_windows"):
         execute(job("method.probe_windows=500", method="loss_svd"))
+
+
+def test_a_preset_is_in_the_run_directory_value_by_value_and_what_is_typed_wins(words, tmp_path):
+    """From the command line: a single run is composed by Hydra, not by our composer."""
+    typed = words("method=zs_svd", "method.preset=paper", "method.rank_multiple=2", "run.stages=[calibrate,plan]")
+    done = subprocess.run([sys.executable, "-m", "lowrank_kit.run", *typed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((Path(done.stdout.splitlines()[-1].removeprefix("run: ")) / "config.yaml").read_text())
+    method = config["method"]
+    assert (method["preset"], method["rank_multiple"], method["allocation"]["floor"]) == ("paper", 2, 0.0)
+    assert config["calibration"]["seq_len"] == 32
+    refused = subprocess.run(
+        [sys.executable, "-m", "lowrank_kit.run", "method=zs_svd", "method.preset=nope"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "method.preset=nope is not an option; legal: default, paper" in refused.stderr

@@ -37,6 +37,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(("method", "more", "family"), RUNS)
 def test_a_run_ends_with_results_and_a_stock_checkpoint_of_fewer_blocks(method, more, family, job):
     run = execute(job(method, *more, family=family))

@@ -6,12 +6,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.export import main
+from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import LowRankLinear, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
+from lowrank_kit.training.initialise import adapt
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 
@@ -86,14 +89,13 @@ def test_wrong_commands_say_what_to_do_and_write_nothing(run, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_an_adapter_is_written_with_its_card(tmp_path, capsys):
+def test_an_adapter_is_written_with_its_card(tiny_model, tmp_path, capsys):
     adapter = tmp_path / "run/adapter"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    ready = adapt(tiny_model("bert", "classification"), Lora(name="lora"), CalibrationSamples(()), task_type="SEQ_CLS")
+    ready.export(adapter, "base")
     assert main([str(tmp_path / "run"), "--format", "lora", "--output", str(tmp_path / "out")]) == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "base.json"
     }  # fmt: skip
     assert not (adapter / "README.md").exists()
     assert main([str(tmp_path), "--format", "lora", "--output", str(tmp_path / "other")]) == 2

@@ -12,6 +12,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("method", ["astra", "lora"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama", "gpt2", "opt", "t5"])
 def test_every_family_runs_from_rows_to_results_and_adapter(config, checkpoint, family, method):

@@ -97,3 +97,21 @@ def test_a_single_run_of_a_model_given_by_its_path_is_named_after_the_folder(min
     assert json.loads((run / "manifest.json").read_text())["model"]["name"] == "mymodel"
     shown = subprocess.run([*command, "--cfg", "job"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "name: mymodel\n" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("task.window=5000", "5000"),
+        ("task.window=700", r"has \d+ tokens, less than one window"),
+        ("calibration.samples=5000", "calibration.samples=5000"),
+        ("calibration.seq_len=5000", "calibration.seq_len=5000"),
+        ("method.roles=[]", r"method\.roles=\[\] names no linear"),
+        ("model.path=/etc/passwd", "'/etc/passwd' is a file"),
+    ],
+)
+def test_what_cannot_be_is_found_before_a_run_directory_is_made(mine, tmp_path, word, message):
+    build, _, _ = mine
+    with pytest.raises(ConfigError, match=message):
+        execute(build(word))
+    assert not (tmp_path / "runs").exists()

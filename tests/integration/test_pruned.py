@@ -158,6 +158,7 @@ def read(file):
     return json.loads(file.read_text())
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     ("family", "method"),
     [

@@ -24,6 +24,7 @@ def trained(config, tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.draws
 def test_the_command_in_the_report_makes_the_same_figure_again(trained, tmp_path, capsys, environment):
     assert main([str(trained), "--output", str(tmp_path / "report")]) == 0
     assert "Left out, 1:" in capsys.readouterr().out

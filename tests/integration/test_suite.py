@@ -184,7 +184,10 @@ def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_
     run = execute(job(*again, method="none"))
     tiny_model("llama", seed=1).save_pretrained(folder)
     (run / "status.json").unlink()
-    execute(job(*again, method="none"))
+    with pytest.raises(LowRankKitError, match=r"model\.safetensors"):
+        execute(job(*again, method="none"))
+    assert answered == ["winogrande", "piqa"]
+    execute(job(*again, "run.resume=false", method="none"))
     assert answered == ["winogrande", "piqa"] * 2
 
 

@@ -1,6 +1,7 @@
 """Who gets which rank, against the formulas of the papers, from what an observer sees of the model.
 
-With multiples of one, a rule that shares out a budget may round each ideal rank to one of its neighbours, no more.
+With multiples of one, a rule that shares out a budget may round each ideal rank to one of its neighbours, no more;
+the ideal itself is compared too, as on so small a model rounding would hide most mistakes.
 """
 
 from math import e, log
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from lowrank_kit.allocation import asvd as strs_module
+from lowrank_kit.allocation import d_rank as d_rank_module
+from lowrank_kit.allocation import svd_llm_v2 as v2_module
+from lowrank_kit.allocation import swift as swift_module
 from lowrank_kit.allocation import zs_svd as zs_module
 from lowrank_kit.allocation.asvd import Strs
 from lowrank_kit.allocation.d_rank import DRank
@@ -59,10 +63,37 @@ def started(monkeypatch):
     return spy
 
 
-def test_svd_llm_v2_cuts_by_one_over_log_loss(model, work, seen):
+@pytest.fixture
+def wanted(monkeypatch):
+    """The shares of the budget that a rule wants, before they are rounded to ranks: `wanted(module)` by name."""
+    kept = {}
+
+    def spy(module):
+        proportional = module.proportional
+
+        def noted(candidates, budget, weights):
+            costs = [weight * candidate.cost_per_rank for weight, candidate in zip(weights, candidates, strict=True)]
+            kept.update({c.name: cost / sum(costs) for c, cost in zip(candidates, costs, strict=True)})
+            return proportional(candidates, budget, weights)
+
+        monkeypatch.setattr(module, "proportional", noted)
+        return kept
+
+    return spy
+
+
+def assert_shares(shares, ideal, layers, plan):
+    """The ideal ranks cost these shares of the budget, and each has been rounded to one of its neighbours."""
+    costs = {name: rank * sum(layers[name].weight.shape) for name, rank in ideal.items()}
+    assert shares == pytest.approx({name: cost / sum(costs.values()) for name, cost in costs.items()}, rel=2e-4)
+    assert all(abs(plan.ranks[name] - rank) <= 1.01 for name, rank in ideal.items())
+
+
+def test_svd_llm_v2_cuts_by_one_over_log_loss(model, work, seen, wanted):
     """Arxiv 2503.12340, algorithm 1: in a role, ratio_i = n R (1 / log L_i) / sum (1 / log L), L the error at R."""
+    shares = wanted(v2_module)
     plan, _ = work(model, settings(allocation=SvdLlmV2()))
-    layers = seen(model)
+    layers, ideal = seen(model), {}
     for role in ("q", "k", "v", "o", "gate", "up", "down"):
         members = [name for name in layers if role_of(name) == role]
         inverse = {}
@@ -74,14 +105,15 @@ def test_svd_llm_v2_cuts_by_one_over_log_loss(model, work, seen):
             inverse[name] = 1 / log(loss)
         for name in members:
             removed = len(members) * RATIO * inverse[name] / sum(inverse.values())
-            assert abs(plan.ranks[name] - (1 - removed) * break_even(layers[name])) <= 1.01, name
+            ideal[name] = (1 - removed) * break_even(layers[name])
+    assert_shares(shares, ideal, layers, plan)
 
 
-def test_d_rank_follows_the_root_of_the_effective_rank(model, work, seen):
+def test_d_rank_follows_the_root_of_the_effective_rank(model, work, seen, wanted):
     """Arxiv 2509.25622, sections 3.1 and 3.2: k ~ sqrt(R / (out + in)) within a role, R of the whitened spectrum."""
-    unmoved = {"moved": 0.0} | ({"guard": False} if "guard" in DRank.model_fields else {})
-    plan, _ = work(model, settings(allocation=DRank(**unmoved), dense=False))
-    layers = seen(model)
+    shares = wanted(d_rank_module)
+    plan, _ = work(model, settings(allocation=DRank(moved=0.0, guard=False), dense=False))
+    layers, ideal = seen(model), {}
     for role in ("q", "k", "v", "o", "gate", "up", "down"):
         members = [name for name in layers if role_of(name) == role]
         root = {}
@@ -92,16 +124,39 @@ def test_d_rank_follows_the_root_of_the_effective_rank(model, work, seen):
         cost = sum(layers[members[0]].weight.shape)
         budget = (1 - RATIO) * len(members) * layers[members[0]].weight.size
         for name in members:
-            assert abs(plan.ranks[name] - root[name] * budget / (cost * sum(root.values()))) <= 1, name
+            ideal[name] = root[name] * budget / (cost * sum(root.values()))
+    assert_shares(shares, ideal, layers, plan)
 
 
-def test_swift_shares_half_by_importance_and_output_norm(model, work, seen, cut, loss, replaced, probe_rows):
+def test_d_rank_gives_v_what_it_can_take_of_q_and_k(model, work, seen, wanted):
+    """Section 3.3, with grouped queries: a share of all q and k is pooled, divided among the v, what they cannot hold
+    goes back. This model's v, half as tall as its q, is offered more than it can hold."""
+    before, _ = work(model, settings(allocation=DRank(moved=0.0, guard=False), dense=True))
+    shares = wanted(d_rank_module)
+    plan, _ = work(model, settings(allocation=DRank(moved=0.3, guard=False), dense=True))
+    layers = seen(model)
+    cost = {n: min(before.ranks[n] * sum(layers[n].weight.shape), layers[n].weight.size) for n in layers}
+    of = {role: [n for n in layers if role_of(n) == role] for role in ("q", "k", "v")}
+    gift = {role: 0.3 * sum(cost[n] for n in of[role]) for role in ("q", "k")}
+    gain = {n: min((gift["q"] + gift["k"]) / 3, layers[n].weight.size - cost[n]) for n in of["v"]}
+    left = gift["q"] + gift["k"] - sum(gain.values())
+    assert left > 0
+    after = dict(cost) | {n: cost[n] + gain[n] for n in of["v"]}
+    for role in ("q", "k"):
+        for n in of[role]:
+            after[n] = 0.7 * cost[n] + left * gift[role] / (gift["q"] + gift["k"]) / 3
+    assert shares == pytest.approx({n: c / sum(after.values()) for n, c in after.items()}, rel=1e-6)
+    assert all(plan.ranks[n] == min(layers[n].weight.shape) for n in of["v"])
+
+
+def test_swift_shares_half_by_importance_and_output_norm(model, work, seen, cut, loss, replaced, wanted, probe_rows):
     """Arxiv 2604.01609: half of the uniform rank, the rest by beta^a log(e + eps)^(1 - a), a = 0.6, role by role.
 
     beta, from 1 to 2 over the blocks, is by default OURS: the loss that is measured with that block alone cut.
     """
+    shares = wanted(swift_module)
     plan, _ = work(model, settings(allocation=Swift(), dense=False), probe_rows)
-    layers, beta = seen(model), []
+    layers, beta, ideal = seen(model), [], {}
     for block in range(3):
         cuts = {}
         for name, layer in layers.items():
@@ -118,8 +173,8 @@ def test_swift_shares_half_by_importance_and_output_norm(model, work, seen, cut,
             score[name] = beta[block] ** 0.6 * log(e + norm) ** 0.4
         for name in members:
             uniform = (1 - RATIO) * break_even(layers[name])
-            ideal = 0.5 * uniform + 0.5 * uniform * len(members) * score[name] / sum(score.values())
-            assert abs(plan.ranks[name] - ideal) <= 1, name
+            ideal[name] = 0.5 * uniform + 0.5 * uniform * len(members) * score[name] / sum(score.values())
+    assert_shares(shares, ideal, layers, plan)
 
 
 def test_zero_sum_walks_from_component_to_component(model, work, seen, started):

@@ -123,15 +123,13 @@ def test_grasp_keeps_the_components_on_which_the_loss_depends(propagate, model, 
     bi = influence(model, rows)
     redundant = sorted(sorted(range(BLOCKS), key=lambda block: bi[block])[:2], reverse=True)
     assert {int(name.split(".")[2]) for name in plan.kept} == set(redundant)
-    expected = {}
+    expected, original = {}, seen(model)
     for block in redundant:
         for part in (MLP, ATTENTION):
             # As published, what comes later in the model is compressed already when a block is scored.
-            layers = seen(replaced(model, expected) if propagate else model)
+            layers = seen(replaced(model, expected)) if propagate else original
             for name in (n for n in layers if f"layers.{block}." in n and n.endswith(part)):
                 weight, gradient = layers[name].weight, layers[name].mean_gradient
-                if not propagate:
-                    weight, gradient = seen(model)[name].weight, seen(model)[name].mean_gradient
                 u, s, vh = np.linalg.svd(weight, full_matrices=False)
                 score = [abs(s[k] * (u[:, k] @ gradient @ vh[k])) for k in range(len(s))]
                 rows_, columns = weight.shape

@@ -4,6 +4,8 @@ import io
 import json
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 
 import pytest
@@ -66,6 +68,25 @@ def test_fetch_converts_once_and_then_needs_nothing(toy, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["toy"]
     monkeypatch.setattr("subprocess.run", None)
     assets.fetch(["toy"])
+
+
+def test_two_fetches_at_once_download_once_and_the_asset_never_goes_away(toy, monkeypatch):
+    downloads, run = [], subprocess.run
+
+    def counted(*arguments, **options):
+        downloads.append(1)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr("subprocess.run", counted)
+    threads = [threading.Thread(target=assets.fetch, args=(["toy"], Console(file=io.StringIO()))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not assets.is_present("toy"):
+        time.sleep(0.01)
+    while any(thread.is_alive() for thread in threads):
+        assert assets.is_present("toy")
+        time.sleep(0.01)
+    assert len(downloads) == 1
 
 
 def test_new_pin_makes_the_old_asset_absent_and_fetch_replaces_it(toy, monkeypatch):

@@ -10,15 +10,20 @@ from hypothesis import strategies as st
 from lowrank_kit.allocation import AnyAllocation
 from lowrank_kit.allocation.asvd import Strs
 from lowrank_kit.allocation.base import Budget
+from lowrank_kit.allocation.d_rank import DRank
 from lowrank_kit.allocation.hisvd import HiSvd
 from lowrank_kit.allocation.loss import Loss
 from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocation.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError
 
 RULES = [
     *(rule() for rule in get_args(get_args(AnyAllocation)[0])),
-    HiSvd(capacity="density", redundancy="slope", strength=-0.3, spectrum="two_sided", exponent=1),
-    HiSvd(capacity="proportional", spectrum="weight"),
+    HiSvd(capacity="rank", power=1.0, redundancy="slope", strength=0.3),
+    HiSvd(redundancy="participation", strength=1.0),
+    DRank(scope="global", guard=False),
+    ZeroSum(floor=0.1),
+    Strs(grid=(0.1, 0.5)),
 ]
 
 
@@ -105,7 +110,7 @@ def test_every_rule_meets_the_budget_or_says_why_not(make, all_spectra, tails_pr
         reasons = [
             sum(cheapest(c, budget) for c in candidates) > budget.parameters,
             not budget.dense and caps < budget.parameters,
-            "nearest feasible floor" in str(error) and max(budget.floor, getattr(rule, "floor", 0)) > 0,
+            "nearest feasible floor" in str(error) and (budget.floor > 0 or isinstance(rule, ZeroSum)),
             isinstance(rule, Strs) and "allocation.grid" in str(error),
         ]
         if any(reasons):

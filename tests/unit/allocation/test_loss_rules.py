@@ -82,8 +82,9 @@ def naive_zero_sum(candidates, budget, floor):
     return {c.name: c.full_rank if kept[c.name] > c.break_even else kept[c.name] for c in candidates}, sums
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.6, 0.8])
-def test_zero_sum_walks_as_published(make, keep):
+# Shares of break-even in the authors' scripts: 0.3 at a ratio of 0.6, none at 0.2 and 0.4; the others by our rule.
+@pytest.mark.parametrize(("keep", "share"), [(0.8, 0), (0.6, 0), (0.5, 0), (0.41, 0), (0.4, 0.3), (0.35, 0.3)])
+def test_zero_sum_walks_as_published(make, keep, share):
     generator = torch.Generator().manual_seed(3)
     candidates = []
     for block in range(3):
@@ -91,8 +92,8 @@ def test_zero_sum_walks_as_published(make, keep):
             change = torch.randn(min(shape), generator=generator, dtype=torch.float64) * power(min(shape), 1)
             candidates.append(make(role, block, shape, change.abs(), change=change))
     budget = Budget(int(keep * total(candidates)))
-    # The floor of 0.1 rounds down to multiples of one, at least one.
-    floor = {c.name: max(int(0.1 * c.dense_cost / c.cost_per_rank), 1) for c in candidates}
+    # The floor rounds down to multiples of one, at least one.
+    floor = {c.name: max(int(share * c.dense_cost / c.cost_per_rank), 1) for c in candidates}
     expected, sums = naive_zero_sum(candidates, budget.parameters, floor)
     ranks = ZeroSum().ranks(candidates, budget)
     # Ours may give back what the last drop freed beyond the budget, a rank at most.
@@ -132,19 +133,24 @@ def test_strs_takes_the_smallest_threshold_that_fits(make, tails_probe, keep):
     ]
     budget = Budget(int(keep * total(candidates)))
     probe = tails_probe(candidates)
-    ranks = Strs().ranks(candidates, budget, probe)
+    rule = Strs(grid=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    ranks = rule.ranks(candidates, budget, probe)
     assert all(len(asked) == 1 for asked in probe.asked)
     assert len(probe.asked) == 9 * len(candidates)
-    searched = naive_strs(candidates, budget, tails_probe(candidates), Strs().grid)
+    searched = naive_strs(candidates, budget, tails_probe(candidates), rule.grid)
     assert all(ranks[c.name] >= searched[c.name] for c in candidates)
     room = max(c.dense_cost for c in candidates)
     assert sum(c.cost(ranks[c.name]) - c.cost(searched[c.name]) for c in candidates) < 3 * room
 
 
-def test_strs_says_when_its_grid_cannot_reach_the_budget(make, tails_probe):
+def test_strs_says_before_it_measures_when_its_grid_cannot_reach_the_budget(make):
     candidates = few(make)
     with pytest.raises(ConfigError, match=r"smallest share of allocation\.grid, 0\.9, costs \d+ .* add smaller shares"):
-        Strs(grid=(0.9,)).ranks(candidates, Budget(int(0.5 * total(candidates))), tails_probe(candidates))
+        Strs(grid=(0.9,)).check(candidates, Budget(int(0.5 * total(candidates))))
+
+
+def test_strs_measures_the_shares_of_the_authors_script():
+    assert Strs().grid == (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])

@@ -4,7 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lowrank_kit.allocation.hisvd import HiSvd
+from lowrank_kit.allocation.energy_svd import EnergySvd
 from lowrank_kit.allocation.lagrangian import Lagrangian
 from lowrank_kit.allocation.zs_svd import ZeroSum
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -97,7 +97,7 @@ def test_gradients_are_collected_once_for_all_who_ask_for_the_same(tiny_model, s
     model = tiny_model("llama")
     decompose(model, method(truncation=TwoSided()), samples, batch_size=2, cache=tmp_path)
     monkeypatch.setattr("lowrank_kit.calibration.collect.stream_gradients", None)
-    spectra = HiSvd(spectrum="two_sided")
+    spectra = EnergySvd()
     decompose(model, method(allocation=spectra), samples, batch_size=2, cache=tmp_path)
 
 

@@ -20,7 +20,9 @@ BASE = ["method=fake", "++run.method_prefixes=[third_party_methods]"]
         ("method.rank=[1", "'method.rank=[1' cannot be read"),
         ("method.rank=1,2", "add -m"),
         ("~method.rnk", "'method.rnk' does not exist"),
-        ("train=3", "group override must be a string"),
+        ("train=3", "train=3 is not an option; legal: default, recovery"),
+        ("method=null", "method=null is not an option; legal: astra, "),
+        ("calibration=5", "calibration=5 is not an option; legal: default"),
     ],
 )
 def test_hydras_errors_are_put_in_our_words(override, expected):
@@ -28,6 +30,14 @@ def test_hydras_errors_are_put_in_our_words(override, expected):
         Composer().jobs(force_dotted([override]), multirun=False)
     assert expected in str(caught.value)
     assert "++" not in str(caught.value)
+
+
+def test_what_hydra_is_started_with_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config-name nope is not in .*; legal: config"):
+        Composer("nope").compose()
+    for folder in (tmp_path / "absent", Path(__file__)):
+        with pytest.raises(ConfigError, match=r"--config-dir '.*' is not a folder"):
+            Composer(extra=folder)
 
 
 @pytest.mark.parametrize(

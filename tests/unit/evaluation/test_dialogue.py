@@ -1,6 +1,7 @@
 # ruff: noqa: E501 - a program is one string on one line
 """Answers that cheat: none passes, whatever it reads, patches or returns; right ones pass, whatever they print."""
 
+# ruff: noqa: E501 (programs, a line each)
 import pytest
 
 from lowrank_kit.evaluation.programs import program_of

@@ -209,7 +209,7 @@ def test_an_index_names_no_file_outside_its_folder(tiny_model, tmp_path, kind, w
     ("text", "message"),
     [
         ("", "damaged"),
-        ("[1]", "no JSON object"),
+        ("[1]", "it holds a list, no dict"),
         ('{"metadata": {}}', "has no weight_map"),
         ('{"metadata": {}, "weight_map": {"a": 3}}', "has no weight_map"),
         ('{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors' is missing"),

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 from lowrank_kit.config import TrackerConfig
 from lowrank_kit.report.dashboard import compose as compose_report
 from lowrank_kit.report.dashboard import main
-from lowrank_kit.runs.offline import offline_runs
 from lowrank_kit.runs.tracking import open_tracker
 
 pytest.importorskip("wandb_workspaces")
@@ -25,20 +24,21 @@ def test_the_report_has_a_panel_for_every_final_figure():
     assert {runset.project for grid in grids for runset in grid.runsets} == {"mine"}
 
 
-def test_what_the_panels_ask_for_is_what_a_run_sends(compose, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_what_the_panels_ask_for_is_what_a_run_sends(compose, tmp_path, wandb_records):
     run = tmp_path / "runs/one"
     (run / "plots").mkdir(parents=True)
     figure = Figure()
     figure.subplots()
     figure.savefig(run / "plots/energy.png")
-    config = compose("method=svd_llm", "model=smollm2_135m", "task=perplexity/wikitext2", "tracker=wandb")
+    config = compose(
+        "method=svd_llm", "model=smollm2_135m", "task=perplexity/wikitext2", "tracker=wandb", "tracker.mode=offline"
+    )
     assert isinstance(config.tracker, TrackerConfig)
     tracker = open_tracker(config.tracker, run, config.resolved())
     tracker.log({"train/loss": 1.0, "eval/loss": 2.0}, step=1)
     tracker.summary(dict.fromkeys(METRICS, 0.5))
     tracker.finish(0)
-    [sent] = offline_runs(tmp_path)
+    [sent] = wandb_records(tmp_path)
     summary = {key.removesuffix("._type") for key in sent["summary"]}
     # As W&B's own client writes the panels: SECTION.value.KEY of the configuration.
     report = compose_report("team", "mine", "title", METRICS, ["energy"])

@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 import pytest
 
-from lowrank_kit.runs.manifest import Manifest, git_revision, peak_rss_bytes
+from lowrank_kit.runs.manifest import Manifest, peak_rss_bytes
+from lowrank_kit.runs.provenance import git_revision
 
 
 def test_manifest_is_json_and_names_versions_and_device():

@@ -1,5 +1,6 @@
 """A run directory of which something is gone, altered, cut short or of other rows and weights is never whole."""
 
+import errno
 import json
 import os
 
@@ -41,11 +42,17 @@ def test_a_finished_run_of_which_a_file_is_gone_is_damaged(finished, make, name)
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found_and_named(finished, make, name):
     data = bytearray((finished / name).read_bytes())
-    data[len(data) // 2] ^= 1
+    # The letter that begins a configuration, whatever its length.
+    data[0] ^= 1
     (finished / name).write_bytes(data)
     assert read_status(finished).error == f"{name} was altered"
     with pytest.raises(LowRankKitError, match=f"{name} was altered"):
         RunDirectory.open(make())
+    if name == "config.yaml":
+        # Whose run it is cannot be told any more.
+        with pytest.raises(LowRankKitError, match=r"choose another run\.dir"):
+            RunDirectory.open(make(resume=False))
+        return
     with RunDirectory.open(make(resume=False)) as run:
         assert not run.done("evaluate")
 
@@ -120,3 +127,23 @@ def test_what_a_killed_process_left_half_is_removed_at_the_next_start(make):
     with RunDirectory.open(make()):
         hidden = {path.name for path in run.path.rglob(".*")}
         assert hidden == {mine.name}
+
+
+def read_only(monkeypatch):
+    def refuse(*_arguments, **_named):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+
+
+def test_a_finished_run_on_a_read_only_disk_can_be_shown(finished, make, monkeypatch):
+    with RunDirectory.open(make(stages=["apply", "evaluate"])):
+        pass
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    read_only(monkeypatch)
+    with RunDirectory.open(make(stages=["apply", "evaluate"])) as run:
+        assert run.was_complete
+        assert run.done("evaluate")
+    with pytest.raises(LowRankKitError, match=r"cannot be written to: Read-only file system; choose another run\.dir"):
+        RunDirectory.open(make(stages=["train"]))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

@@ -6,8 +6,10 @@ import torch
 from lowrank_kit.spectral.metrics import (
     decay_exponent,
     effective_rank,
+    head_concentration,
     rank_density,
     tail_energy,
+    tail_participation,
     tail_redundancy,
 )
 
@@ -16,7 +18,9 @@ METRICS = [
     effective_rank,
     lambda s: rank_density(s, 4, 4),
     lambda s: tail_energy(s, 1),
+    lambda s: head_concentration(s, 1, 0.9),
     lambda s: tail_redundancy(s, 1, 0.9),
+    lambda s: tail_participation(s, 1),
     decay_exponent,
 ]
 
@@ -43,8 +47,33 @@ def test_tail_energy_runs_from_one_to_zero():
 @pytest.mark.parametrize(
     ("k0", "eta", "expected"), [(4, 1.0, 0.0), (4, 0.5, 0.5), (4, 0.51, 0.25), (8, 1.0, 0.5), (1, 0.1, 0.0)]
 )
-def test_tail_redundancy_counts_the_components_that_eta_spares(k0, eta, expected):
-    assert tail_redundancy(torch.tensor([1.0] * 4 + [0.0] * 4), k0, eta) == expected
+def test_head_concentration_counts_the_kept_components_that_eta_spares(k0, eta, expected):
+    assert head_concentration(torch.tensor([1.0] * 4 + [0.0] * 4), k0, eta) == expected
+
+
+@pytest.mark.parametrize(
+    ("tail", "eta", "expected"),
+    [
+        ([1, 1, 1, 1], 0.5, 1 / 2),
+        ([6, 2, 1, 1], 0.6, 3 / 4),
+        ([6, 2, 1, 1], 0.61, 1 / 2),
+        ([6, 2, 1, 1], 1.0, 0.0),
+        ([3, 0, 0, 0, 0], 1.0, 4 / 5),
+        ([0, 0], 0.9, 1.0),
+        ([], 0.9, 1.0),
+    ],
+)
+@pytest.mark.parametrize("head", [[], [9, 7], [100, 50, 20]])
+def test_tail_redundancy_speaks_of_what_lies_beyond_the_rank_alone(head, tail, eta, expected):
+    spectrum = torch.tensor([*head, *tail], dtype=torch.float64)
+    assert tail_redundancy(spectrum, len(head), eta) == pytest.approx(expected)
+
+
+def test_tail_participation_is_the_length_of_a_flat_tail_that_is_as_spread():
+    assert tail_participation(torch.tensor([9.0, 2, 2, 2, 2]), 1) == 1
+    assert tail_participation(torch.tensor([9.0, 2, 0, 0, 0]), 1) == 1 / 4
+    # (3 + 1)^2 / (4 (9 + 1)) = 16 / 40
+    assert tail_participation(torch.tensor([9.0, 3, 1, 0, 0]), 1) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.5])
@@ -68,7 +97,7 @@ def test_decay_exponent_needs_two_values():
 
 def test_all_zero_spectra_are_defined():
     zeros = torch.zeros(4)
-    assert [metric(zeros) for metric in METRICS[:-1]] == [0, 0, 0, 1]
+    assert [metric(zeros) for metric in METRICS[:-1]] == [0, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -84,7 +113,15 @@ def test_order_and_scale_do_not_matter():
         assert metric(shuffled) == pytest.approx(metric(SPECTRUM), rel=1e-9)
 
 
-@pytest.mark.parametrize("call", [lambda: tail_energy(SPECTRUM, 51), lambda: tail_redundancy(SPECTRUM, 0, 0.9)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tail_energy(SPECTRUM, 51),
+        lambda: head_concentration(SPECTRUM, 0, 0.9),
+        lambda: tail_redundancy(SPECTRUM, 51, 0.9),
+        lambda: tail_participation(SPECTRUM, 51),
+    ],
+)
 def test_indices_outside_the_spectrum_name_the_legal_range(call):
     with pytest.raises(ValueError, match=r"must be in \d\.\.50"):
         call()

@@ -233,6 +233,7 @@ def test_the_runtime_is_no_part_of_what_a_run_is():
         (["runtime=ddp", "train.batch_size=3"], 2, "3 rows an optimiser step"),
         (["runtime=ddp", "device=cuda:0"], 2, "device=cuda:0"),
         (["model.quantization=nf4", "device=cpu"], None, "bitsandbytes|CUDA device"),
+        (["method=lora", "train.mixed_precision=fp16"], None, "fp16 needs a CUDA device, not cpu"),
         (["method=svd", "task=perplexity", "model.quantization=int8"], None, "compresses float weights"),
         (["method=svd", "task=perplexity", "recovery=lora", "runtime=fsdp"], 2, "recovery trains a model"),
     ],
