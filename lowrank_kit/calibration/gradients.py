@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ def weight_gradients(
     loss: Loss | None = None,
     prefix: Prefix | None = None,
     on_batch: Callable[[], object] = lambda: None,
-) -> dict[str, Float32[Tensor, "out in"]]:
+) -> dict[str, Float[Tensor, "out in"]]:
     """Return ``dL/dW`` by name in one backward pass, L the mean loss over all predicted tokens of all batches.
 
     Args:

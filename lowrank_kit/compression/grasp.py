@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float64
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -196,7 +196,7 @@ class GraspCompression(Compression[Grasp]):
     def _sigma(self, name: str) -> Float64[Tensor, " r"]:
         return self._components(name).values.sqrt()
 
-    def _change(self, name: str, gradient: Float32[Tensor, "out in"]) -> Float64[Tensor, " r"]:
+    def _change(self, name: str, gradient: Float[Tensor, "out in"]) -> Float64[Tensor, " r"]:
         """The loss's first-order change when a component is dropped, from ``dL/dW``."""
         weight = weight_of(self.bench.model.get_submodule(name))
         return drop_change(*self._components(name).components(weight), gradient.double())
