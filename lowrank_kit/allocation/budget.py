@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from math import exp
 from statistics import fmean, pstdev
 
 from jaxtyping import Float64
@@ -136,6 +137,25 @@ def depth_clusters(candidates: Sequence[Candidate], ranges: int) -> list[tuple[s
     """Role and range of depth of each, the blocks being divided into this many ranges of neighbours."""
     depth = 1 + max(c.block for c in candidates)
     return [(c.role, c.block * ranges // depth) for c in candidates]
+
+
+def modulated(
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    anchored: dict[str, int],
+    taus: Sequence[float],
+    strength: float,
+    ranges: int,
+) -> dict[str, int]:
+    """Ranks ``k0 exp(-strength z(tau))``; z standardises tau in a cluster, which keeps the parameters of k0.
+
+    ``anchored`` holds k0 by name. The clusters are `depth_clusters` of this many ``ranges``.
+    """
+    clusters = depth_clusters(candidates, ranges)
+    costs = [c.cost(anchored[c.name]) for c in candidates]
+    factors = [exp(-strength * z) for z in standardised(taus, clusters)]
+    weights = [cost / c.cost_per_rank * f for c, cost, f in zip(candidates, costs, factors, strict=True)]
+    return proportional(candidates, budget, share_out(candidates, weights, clusters, costs))
 
 
 def standardised(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:

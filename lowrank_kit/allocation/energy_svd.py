@@ -1,13 +1,12 @@
 """Ranks by the effective rank and the total energy of the two-sided spectrum: this toolkit's own rule."""
 
 from collections.abc import Sequence
-from math import exp
 from typing import Literal
 
 from pydantic import Field
 
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
-from lowrank_kit.allocation.budget import depth_clusters, proportional, share_out, standardised
+from lowrank_kit.allocation.budget import modulated, proportional, share_out
 from lowrank_kit.spectral.metrics import effective_rank, head_concentration
 
 ATTENTION = frozenset({"q", "k", "v", "o", "qkv"})
@@ -49,11 +48,7 @@ class EnergySvd(Allocation):
             head_concentration(values := c.spectra["two_sided"].sqrt(), min(anchored[c.name], len(values)), self.eta)
             for c in candidates
         ]
-        clusters = depth_clusters(candidates, self.depth_ranges)
-        costs = [c.cost(anchored[c.name]) for c in candidates]
-        factors = [exp(-self.strength * z) for z in standardised(taus, clusters)]
-        weights = [cost / c.cost_per_rank * f for c, cost, f in zip(candidates, costs, factors, strict=True)]
-        return proportional(candidates, budget, share_out(candidates, weights, clusters, costs))
+        return modulated(candidates, budget, anchored, taus, self.strength, self.depth_ranges)
 
     def _anchors(self, candidates: Sequence[Candidate]) -> list[float]:
         """k0 up to a factor."""

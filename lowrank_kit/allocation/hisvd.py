@@ -1,14 +1,13 @@
 """HiSVD, a RECONSTRUCTION: ranks by information capacity, less where the spectral tail is redundant (ACL 2026)."""
 
 from collections.abc import Sequence
-from math import exp
 from typing import Literal
 
 from jaxtyping import Float64
 from pydantic import Field
 
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
-from lowrank_kit.allocation.budget import break_even_of, depth_clusters, proportional, share_out, standardised
+from lowrank_kit.allocation.budget import break_even_of, modulated, proportional
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.spectral.metrics import (
     decay_exponent,
@@ -57,11 +56,7 @@ class HiSvd(Allocation):
         if not self.strength:
             return anchored
         taus = [self._redundancy(c.spectra["whitened"], anchored[c.name]) for c in candidates]
-        clusters = depth_clusters(candidates, self.depth_ranges)
-        costs = [c.cost(anchored[c.name]) for c in candidates]
-        factors = [exp(-self.strength * z) for z in standardised(taus, clusters)]
-        weights = [cost / c.cost_per_rank * f for c, cost, f in zip(candidates, costs, factors, strict=True)]
-        return proportional(candidates, budget, share_out(candidates, weights, clusters, costs))
+        return modulated(candidates, budget, anchored, taus, self.strength, self.depth_ranges)
 
     def _anchors(self, candidates: Sequence[Candidate]) -> list[float]:
         """Stage 1: k0 up to a factor."""
