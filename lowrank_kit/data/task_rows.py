@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import ClassificationTask, RunConfig
+from lowrank_kit.config import ClassificationTask, EvalConfig, RunConfig
 from lowrank_kit.data.encode import check_rows, encode_classification
 from lowrank_kit.data.sources import DatasetRef, Rows, Source
 from lowrank_kit.data.special_tokens import beyond
@@ -31,9 +31,9 @@ def dataset_of(task: ClassificationTask) -> DatasetRef:
     return DatasetRef(task.name, task.hub_path, task.hub_name)
 
 
-def needed_splits(config: RunConfig, task: ClassificationTask) -> tuple[str, ...]:
+def needed_splits(settings: EvalConfig, task: ClassificationTask) -> tuple[str, ...]:
     """The splits that a run of this task reads: with ``eval.held_out``, no evaluation split."""
-    return (task.train_split,) if config.eval.held_out else (task.train_split, *task.eval_splits)
+    return (task.train_split,) if settings.held_out else (task.train_split, *task.eval_splits)
 
 
 class TaskRows:
@@ -53,7 +53,7 @@ class TaskRows:
                     f"{key}={choice} is for texts, benchmarks and instructions: labelled text ({task.name}) is read "
                     f"with the special tokens of the model's tokenizer; use {key}=auto"
                 )
-        splits = needed_splits(config, task)
+        splits = needed_splits(config.eval, task)
         self._splits: dict[str, Rows] = {split: source.load(dataset_of(task), split) for split in splits}
         for split, rows in self._splits.items():
             check_rows(rows, task, split)
@@ -74,6 +74,9 @@ class TaskRows:
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split, for the manifest."""
         return {name: rows.facts() for name, rows in self._splits.items()}
+
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, *, calibrates: bool) -> None:
+        """Nothing can be too short: rows are as long as they are."""
 
     @property
     def train_labels(self) -> list[float]:

@@ -115,6 +115,12 @@ class TaskTexts:
         texts |= self._recovery_set.facts() if self._recovery_set else {}
         return texts | (self.instructions.facts() if self.instructions else {})
 
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, *, calibrates: bool) -> None:
+        """Raise `ConfigError` for texts that are too short, and for windows that are longer than the model reads."""
+        self.evaluation(tokenizer)
+        if calibrates:
+            self.calibration(tokenizer)
+
     def opening(self, of: _Of, tokenizer: PreTrainedTokenizerBase) -> Opening:
         """What begins the windows, prompts and instructions that are evaluated on or learnt, or calibrated on."""
         choice = self._config.eval.bos if of == "eval" else self._config.calibration.bos

@@ -1,7 +1,7 @@
 """What a method is: a frozen configuration that says what it needs, plans, and computes factors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
-from lowrank_kit.config import Section
+from lowrank_kit.config import Method, ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.models.layout import LinearRef, ModelLayout
@@ -50,22 +50,10 @@ class Plan:
     trained_parameters: int = 0
 
 
-class Method(Section):
-    """A method's settings. Subclasses add theirs; their fields are the keys of ``conf/method/NAME.yaml``."""
-
-    name: str
-    """Name in tables and run directories."""
-    # Left out where it says nothing, so that older run directories are found again.
-    preset: str = Field(default="default", exclude_if=lambda preset: preset == "default")
-    """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
-    included. What else is on the command line wins over them."""
-
-    def check(self, layout: ModelLayout) -> None:
-        """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
-
-
 class FineTuning(Method):
-    """A method that trains: every adapter, and full fine-tuning. ``isinstance(method, FineTuning)`` tells."""
+    """A method that trains: every adapter, and full fine-tuning."""
+
+    trains: ClassVar[bool] = True
 
     roles: tuple[str, ...] | None = None
     """Roles to train (q k v o gate up down, or the family's own); null: every linear in the blocks."""
@@ -74,6 +62,17 @@ class FineTuning(Method):
     def calibrates(self) -> bool:
         """Whether the method reads calibration samples."""
         return False
+
+    def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
+        """A task that teaches something, and a model that is not spread over devices."""
+        if not task.teaches:
+            yield (
+                f"method={self.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
+                "choose a task that has, such as commonsense, math, code or glue/sst2, or a method that compresses, or "
+                "method=none"
+            )
+        if runtime.placement is not None:
+            yield runtime.not_for_training
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
         """The linears to train, of a factored one both halves. Raises `ConfigError` for a role that is not there."""
@@ -103,6 +102,7 @@ class Adapter(FineTuning):
     The scaling s is ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (arXiv 2312.03732).
     """
 
+    adapts: ClassVar[bool] = True
     takes_from_base: ClassVar[bool] = False
     """Whether PEFT's initialisation takes a product that is not zero out of the base weight."""
     rows_a_batch: ClassVar[int | None] = None
@@ -295,8 +295,7 @@ class InitialisedAdapter(Adapter):
 class Compressor(Method):
     """Makes the model smaller, without training."""
 
-    factorises: ClassVar[bool] = False
-    """Whether some linears become products of two, which recovery may train."""
+    compresses: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, gt=0, lt=1)
     """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
@@ -306,8 +305,15 @@ class Compressor(Method):
         """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
         return None
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for too few calibration tokens."""
+    def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
+        """A causal language model in a float format."""
+        if task.kind != "causal":
+            yield (
+                f"method={self.name} compresses causal language models, and task={task.name} is for classifiers: "
+                "choose task=perplexity, or a method that adapts"
+            )
+        if model.quantization != "none":
+            yield f"method={self.name} compresses float weights: use model.quantization=none"
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""

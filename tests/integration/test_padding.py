@@ -218,7 +218,7 @@ def test_a_row_that_cannot_be_read_is_answered_with_its_line_before_the_model_is
     good = {"sentence": "w1 w2", "label": 1}
     file = tmp_path / "rows/glue/sst2/validation.jsonl"
     file.write_text("".join(json.dumps(found) + "\n" for found in (good, good, row, good)))
-    monkeypatch.setattr("lowrank_kit.stages.classification.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(Exception, match=message):
         run(folder)
 
