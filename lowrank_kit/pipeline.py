@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import RunConfig, SingleTask
+from lowrank_kit.data.causal import CausalData
+from lowrank_kit.data.recovery import RecoveryRows
 from lowrank_kit.data.sources import Source, has, open_source
+from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.evaluation.records import EvalRecord, read_records
@@ -30,7 +32,7 @@ from lowrank_kit.stages.causal_fine_tuning import CausalFineTuningStages
 from lowrank_kit.stages.classification import ClassificationStages
 from lowrank_kit.stages.compression import CompressionStages
 from lowrank_kit.stages.ledger import Ledger
-from lowrank_kit.stages.models import Models, source_of, tokenizer_of
+from lowrank_kit.stages.models import Models, source_of
 from lowrank_kit.stages.requirements import check_model, check_settings, device_for
 from lowrank_kit.stages.workplace import Workplace
 
@@ -59,7 +61,7 @@ class Member:
     """A task with its data, loaded and checked."""
 
     task: SingleTask
-    data: TaskRows | TaskTexts
+    data: TaskRows | CausalData
 
 
 def execute(config: RunConfig) -> Path:
@@ -74,15 +76,15 @@ def execute(config: RunConfig) -> Path:
     if device == "cpu" and config.dtype == "float16":
         log.warning("dtype=float16 on a CPU is slow, and its sums overflow above 65504: use dtype=float32 or bfloat16")
     limit_bytes()
+    models = Models(config.model, getattr(torch, config.dtype), device, config.seed, config.runtime.placement)
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _present(config, source)
-    model = check_model(config, tasks)
-    members = [_open(config, task, source, model) for task in tasks]
+    check_model(config, tasks)
+    members = [_open(config, task, source) for task in tasks]
     facts = {f"{member.task.name}/{split}": fact for member in members for split, fact in member.data.facts().items()}
     if not run_path(config).is_dir():
-        tokenizer = tokenizer_of(source_of(config.model))
         for member in members:
-            member.data.check_lengths(tokenizer, calibrates=config.method.compresses)
+            member.data.check_lengths(models.reader, calibrates=config.method.compresses)
     with (
         distributed.together(device),
         RunDirectory.open(config, lambda: _inputs(config, facts)) as run,
@@ -97,10 +99,10 @@ def execute(config: RunConfig) -> Path:
             records = []
             for number, member in enumerate(members, start=1):
                 log.info("%s (%d of %d)", member.task.name, number, len(members))
-                records += _execute_member(config, member, device, run.path)
+                records += _execute_member(config, member, models, run.path)
             run.write_json("results.json", [asdict(record) for record in records])
         else:
-            records = _execute_task(config, members[0], device, run)
+            records = _execute_task(config, members[0], models, run)
         if records and launcher.is_main():
             notes = sorted({f"{r.task}: {r.source}" for r in records})
             title = f"{config.method.name} on {config.model.name}"
@@ -123,26 +125,36 @@ def _present(config: RunConfig, source: Source) -> Sequence[SingleTask]:
     return there or task.parts
 
 
-def _open(config: RunConfig, task: SingleTask, source: Source, model: PretrainedConfig) -> Member:
+def _open(config: RunConfig, task: SingleTask, source: Source) -> Member:
+    settings, calibration, recovery = config.eval, config.calibration, config.recovery
+    seed, train_samples = config.seed, config.train.train_samples
     if task.kind == "classification":
-        return Member(task, TaskRows(config, task, source, model))
-    learns = config.method.trains or config.recovery.learns_the_task
-    return Member(task, TaskTexts(config, task, source, learns, model))
+        rows = TaskRows(task, source, settings, calibration, seed=seed, train_samples=train_samples)
+        return Member(task, rows)
+    instructions = None
+    if config.method.trains or recovery.learns_the_task:
+        instructions = TaskInstructions(task, source, settings, seed=seed, train_samples=train_samples)
+    texts = TaskTexts(task, source, settings, calibration, instructions)
+    if not recovery.trains:
+        return Member(task, CausalData(texts))
+    return Member(
+        task, CausalData(texts, RecoveryRows(recovery, texts, source, seed=seed, train_samples=train_samples))
+    )
 
 
-def _execute_member(config: RunConfig, member: Member, device: str, group: Path) -> list[EvalRecord]:
+def _execute_member(config: RunConfig, member: Member, models: Models, group: Path) -> list[EvalRecord]:
     """Run one member of a group in a run directory of its own inside the group's."""
     tracker = config.tracker.model_copy(update={"group": config.tracker.group or group.name})
     settings = config.run.model_copy(update={"dir": str(group / member.task.name.rpartition("/")[2])})
     its_config = config.model_copy(update={"task": member.task, "tracker": tracker, "run": settings})
     facts = member.data.facts()
     with RunDirectory.open(its_config, lambda: _inputs(config, facts)) as run, _logged_to(run.path / "log.txt"):
-        return _execute_task(its_config, member, device, run)
+        return _execute_task(its_config, member, models, run)
 
 
-def _execute_task(config: RunConfig, member: Member, device: str, run: RunDirectory) -> list[EvalRecord]:
+def _execute_task(config: RunConfig, member: Member, models: Models, run: RunDirectory) -> list[EvalRecord]:
     todo = [stage for stage in config.run.stages if not run.done(stage)]
-    manifest = Manifest(config.seed, device, read_json(run.path / "manifest.json", dict))
+    manifest = Manifest(config.seed, models.device, read_json(run.path / "manifest.json", dict))
     manifest.record("data", member.data.facts())
     manifest.record("runtime", {"kind": config.runtime.kind, "processes": distributed.size()})
     with manifest.watching(), ExitStack() as stack:
@@ -154,7 +166,6 @@ def _execute_task(config: RunConfig, member: Member, device: str, run: RunDirect
             _log_data(member.data.facts())
         else:
             log.info("%s is complete already; run.resume=false starts over", run.path)
-        models = Models(config.model, getattr(torch, config.dtype), device, config.seed, config.runtime.placement)
         place = Workplace(run, manifest, tracker, cache_dir() if config.calibration.cache else None)
         stages = STAGES[member.task.kind, config.method.trains](config, member.task, member.data, models, place)
         stages.run(Ledger(member.task.name, run, manifest, todo, member.data.facts))

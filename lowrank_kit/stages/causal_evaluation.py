@@ -57,7 +57,7 @@ class CausalEvaluator:
     @cached_property
     def texts(self) -> list[EvaluationText]:
         """The windows to evaluate on."""
-        return self._data.evaluation(self._models.tokenizer)
+        return self._data.evaluation(self._models.reader)
 
     @cached_property
     def suite(self) -> "Suite | None":
@@ -70,10 +70,9 @@ class CausalEvaluator:
 
         allowed = self._settings.allow_code_execution
         benchmarks = [PreparedBenchmark(questions, allowed) for questions in self._data.benchmarks.values()]
-        tokenizer, limit = self._models.tokenizer, self._models.settings.max_length
-        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        opening = self._data.opening("eval", tokenizer)
-        return Suite(benchmarks, tokenizer, self._settings.batch_size, longest, VERSIONS, self._folder, opening)
+        reader, batch_size = self._models.reader, self._settings.batch_size
+        opening = self._data.opening("eval", reader)
+        return Suite(benchmarks, reader.tokenizer, batch_size, reader.longest, VERSIONS, self._folder, opening)
 
     def evaluate(
         self,

@@ -8,9 +8,9 @@ from peft import PeftModel
 from torch import nn
 
 from lowrank_kit.config import CausalTask
+from lowrank_kit.data.causal import CausalData
 from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.data.task_instructions import TaskInstructions
-from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.evaluation.answers import answer_perplexity
 from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -25,7 +25,7 @@ from lowrank_kit.stages.training_effects import Inputs, windows_or_rows
 from lowrank_kit.training.fit import Examples
 
 
-class CausalFineTuningStages(FineTuningStages[CausalTask, TaskTexts]):
+class CausalFineTuningStages(FineTuningStages[CausalTask, CausalData]):
     """See `FineTuningStages`. What was saved is evaluated beside the model as it came."""
 
     task_type = "CAUSAL_LM"
@@ -63,12 +63,12 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, TaskTexts]):
 
     def calibration_rows(self, original: Opened) -> datasets.Dataset:
         """The first rows that are learnt."""
-        return self._instructions.calibration(self.models.tokenizer, ask)
+        return self._instructions.calibration(self.models.reader, self.config.calibration, ask)
 
     @property
     def calibration_opening(self) -> int:
         """BOS."""
-        return len(self.data.opening("calibration", self.models.tokenizer))
+        return len(self.data.texts.opening("calibration", self.models.reader))
 
     def examples(self, original: Opened) -> Examples:
         """The instructions, and those held out."""
@@ -76,24 +76,23 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, TaskTexts]):
 
     @cached_property
     def _examples(self) -> Examples:
-        tokenizer = self.models.tokenizer
         return Examples(
-            self._instructions.train(tokenizer, ask),
-            RightPadded(padding_id(tokenizer, self.models.configuration)),
-            self._instructions.held_out(tokenizer, ask),
+            self._instructions.train(self.models.reader, ask),
+            RightPadded(padding_id(self.models.tokenizer, self.models.configuration)),
+            self._instructions.held_out(self.models.reader, ask),
             eval_batch_size=self.config.train.batch_size,
         )
 
     @cached_property
     def _evaluator(self) -> CausalEvaluator:
-        self.place.manifest.record("bos", self.data.openings(self.models.tokenizer))
+        self.place.manifest.record("bos", self.data.texts.openings(self.models.reader))
         place = self.place
-        return CausalEvaluator(self.task, self.data, self.config.eval, self.models, place.path, place.caches)
+        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, place.path, place.caches)
 
     @property
     def _instructions(self) -> TaskInstructions:
-        assert self.data.instructions is not None
-        return self.data.instructions
+        assert self.data.texts.instructions is not None
+        return self.data.texts.instructions
 
     @property
     def _compared(self) -> Inputs:
@@ -109,7 +108,7 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, TaskTexts]):
         if rows is None:
             return []
         found = answer_perplexity(model, rows, examples.collate, examples.eval_batch_size, self.models.device)
-        opening = self.data.opening("eval", self.models.tokenizer)
+        opening = self.data.texts.opening("eval", self.models.reader)
         sets = ", ".join(self._instructions.sets)
         source = f"held out of training; {sets}, answers of {len(rows)} rows, {opening}"
         return [

@@ -80,16 +80,16 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
 
     @cached_property
     def _learnt(self) -> datasets.Dataset:
-        return self.data.train(self.models.tokenizer)
+        return self.data.train(self.models.reader)
 
     @cached_property
     def _evaluation(self) -> list[EvaluationRows]:
-        return self.data.evaluation(self.models.tokenizer)
+        return self.data.evaluation(self.models.reader)
 
     def calibration_rows(self, original: Opened) -> datasets.Dataset:
         """The first training rows."""
         order = label_order(original.model.config, self.task)
-        return order.for_model(self.data.calibration(self.models.tokenizer))
+        return order.for_model(self.data.calibration(self.models.reader))
 
     @property
     def calibration_opening(self) -> int:

@@ -18,8 +18,9 @@ from lowrank_kit.adapters.base import Adapter
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.config import CausalTask, RunConfig
+from lowrank_kit.data.causal import CausalData
 from lowrank_kit.data.padding import RightPadded, padding_id
-from lowrank_kit.data.texts import TaskTexts
+from lowrank_kit.data.recovery import RecoveryRows
 from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
@@ -53,7 +54,7 @@ class CompressionStages:
     evaluated.
     """
 
-    def __init__(self, config: RunConfig, task: CausalTask, data: TaskTexts, models: Models, place: Workplace) -> None:
+    def __init__(self, config: RunConfig, task: CausalTask, data: CausalData, models: Models, place: Workplace) -> None:
         self.config, self.task, self.data, self.models, self.place = config, task, data, models, place
         self.effects = Effects(place.run, config.eval.effects)
 
@@ -243,7 +244,7 @@ class CompressionStages:
         chosen = rows.select(range(min(settings.samples, len(rows))))
         samples = CalibrationSamples(
             tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen),
-            len(self.data.opening(self.data.learnt_as, self.models.tokenizer)),
+            len(self._recovery.opening(self.models.reader)),
         )
         callbacks: list[TrainerCallback] = []
         if self.config.eval.effects.enabled:
@@ -280,26 +281,31 @@ class CompressionStages:
 
     @cached_property
     def _evaluator(self) -> CausalEvaluator:
-        self.place.manifest.record("bos", self.data.openings(self.models.tokenizer))
+        self.place.manifest.record("bos", self.data.texts.openings(self.models.reader))
         place = self.place
-        return CausalEvaluator(self.task, self.data, self.config.eval, self.models, place.path, place.caches)
+        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, place.path, place.caches)
 
     @cached_property
     def _samples(self) -> CalibrationSamples:
-        windows = self.data.calibration(self.models.tokenizer)
-        text = {"text": self.data.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
+        windows = self.data.texts.calibration(self.models.reader)
+        text = {"text": self.data.texts.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
         self.place.manifest.record("calibration", text)
-        opening = self.data.opening("calibration", self.models.tokenizer)
+        opening = self.data.texts.opening("calibration", self.models.reader)
         return CalibrationSamples(tuple({"input_ids": window} for window in windows), len(opening))
 
     @property
     def _probe_windows(self) -> torch.Tensor | None:
         probe = self.method.probe
-        return None if probe is None else self.data.held_out(probe[0], self.models.tokenizer, probe[1])
+        return None if probe is None else self.data.texts.held_out(probe[0], self.models.reader, probe[1])
 
     @cached_property
     def _recovery_rows(self) -> datasets.Dataset:
-        return self.data.recovery(self.models.tokenizer, ask)
+        return self._recovery.rows(self.models.reader, ask)
+
+    @property
+    def _recovery(self) -> RecoveryRows:
+        assert self.data.recovery is not None
+        return self.data.recovery
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:

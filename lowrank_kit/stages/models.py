@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lowrank_kit.config import ModelConfig
+from lowrank_kit.data.reader import Reader
 from lowrank_kit.models.load import LoadedModel, ModelSource, load_config, load_model, load_tokenizer
 
 
@@ -75,6 +76,11 @@ class Models:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The original's."""
         return tokenizer_of(self.source)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The original, as its data see it."""
+        return Reader(self.tokenizer, self.configuration, self.settings.name, self.settings.max_length)
 
     def causal(self, *, spread: bool = False) -> LoadedModel:
         """Read the original as a causal language model."""

@@ -47,8 +47,8 @@ def check_settings(config: RunConfig, task: SingleTask, device: str) -> None:
         check_quantisation(config.model.quantization, device)
 
 
-def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedConfig:
-    """Let the method see the shapes of the model; no weight is read for this. Return the model's configuration.
+def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> None:
+    """Let the method see the shapes of the model; no weight is read for this.
 
     Raises `ConfigError` for a model that is none, that has no such head or other classes than a task, or on which the
     method's settings cannot be met.
@@ -66,7 +66,6 @@ def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedCon
     if config.recovery.method is not None:
         config.recovery.method.check(layout)
     method.check_tokens(layout, calibration.samples * calibration.seq_len)
-    return model
 
 
 def _of_machine(config: RunConfig, device: str) -> Iterator[str]:
