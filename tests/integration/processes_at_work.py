@@ -23,7 +23,7 @@ from lowrank_kit.config import RuntimeConfig, TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.astra import Astra
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.fit import fit
 from lowrank_kit.training.initialise import adapt

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowrank_kit.allocation.base import Candidate
+from lowrank_kit.allocations.base import Candidate
 from lowrank_kit.models.layout import LinearRef
 
 SMOLLM2 = {

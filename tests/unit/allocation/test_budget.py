@@ -7,14 +7,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank_kit.allocation import AnyAllocation
-from lowrank_kit.allocation.asvd import Strs
-from lowrank_kit.allocation.base import Budget
-from lowrank_kit.allocation.d_rank import DRank
-from lowrank_kit.allocation.hisvd import HiSvd
-from lowrank_kit.allocation.loss import Loss
-from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.allocation.zs_svd import ZeroSum
+from lowrank_kit.allocations import AnyAllocation
+from lowrank_kit.allocations.asvd import Strs
+from lowrank_kit.allocations.base import Budget
+from lowrank_kit.allocations.d_rank import DRank
+from lowrank_kit.allocations.hisvd import HiSvd
+from lowrank_kit.allocations.loss import Loss
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError
 
 RULES = [

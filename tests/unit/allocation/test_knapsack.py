@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_kit.allocation.knapsack import relax, solve
+from lowrank_kit.allocations.knapsack import relax, solve
 
 
 @st.composite

@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from lowrank_kit.allocation.asvd import Strs
-from lowrank_kit.allocation.base import Budget
-from lowrank_kit.allocation.lagrangian import Lagrangian
-from lowrank_kit.allocation.loss import Loss
-from lowrank_kit.allocation.zs_svd import ZeroSum
+from lowrank_kit.allocations.asvd import Strs
+from lowrank_kit.allocations.base import Budget
+from lowrank_kit.allocations.lagrangian import Lagrangian
+from lowrank_kit.allocations.loss import Loss
+from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError, LowRankKitError
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lowrank_kit.allocation import AnyAllocation
+from lowrank_kit.allocations import AnyAllocation
 
 CONF = Path(__file__).parents[3] / "conf" / "allocation"
 RULES = {rule().kind: rule for rule in get_args(get_args(AnyAllocation)[0])}

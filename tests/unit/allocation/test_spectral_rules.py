@@ -8,13 +8,13 @@ import torch
 from pydantic import ValidationError
 from scipy.optimize import minimize
 
-from lowrank_kit.allocation.base import Budget
-from lowrank_kit.allocation.d_rank import DRank
-from lowrank_kit.allocation.energy_svd import EnergySvd
-from lowrank_kit.allocation.hisvd import HiSvd
-from lowrank_kit.allocation.svd_llm_v2 import SvdLlmV2
-from lowrank_kit.allocation.swift import Swift
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.base import Budget
+from lowrank_kit.allocations.d_rank import DRank
+from lowrank_kit.allocations.energy_svd import EnergySvd
+from lowrank_kit.allocations.hisvd import HiSvd
+from lowrank_kit.allocations.svd_llm_v2 import SvdLlmV2
+from lowrank_kit.allocations.swift import Swift
+from lowrank_kit.allocations.uniform import Uniform
 
 
 def power(count, exponent, scale=1.0):

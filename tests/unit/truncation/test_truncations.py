@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
-from lowrank_kit.truncation.base import Layer
-from lowrank_kit.truncation.two_sided import TwoSided
-from lowrank_kit.truncation.weights import Fisher
+from lowrank_kit.truncations.base import Layer
+from lowrank_kit.truncations.two_sided import TwoSided
+from lowrank_kit.truncations.fisher import Fisher
 
 SHAPES = [(24, 40), (40, 40), (64, 24)]
 RANK = 7
