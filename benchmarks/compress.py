@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
+from lowrank_kit.compression.apply import factorise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,15 +40,14 @@ from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.apply import factorise
-from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
+from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 
 PERPLEXITY_WINDOW = 1024

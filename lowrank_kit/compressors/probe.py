@@ -7,13 +7,12 @@ from typing import Any
 
 from jaxtyping import Int64
 from rich.progress import Progress
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lowrank_kit.cache.entry import open_entry
 from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.prefix import handing_over
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import layout_of

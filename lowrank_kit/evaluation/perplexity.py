@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from rich.progress import Progress
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
+from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.head import Head
+from lowrank_kit.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,12 @@ class Perplexity:
     per_window: tuple[float, ...]
 
 
-@torch.no_grad()
+@no_grad
 def perplexity(
     model: PreTrainedModel,
     windows: Int64[Tensor, "windows tokens"],
     batch_size: int = 1,
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     progress: Progress | None = None,
     description: str = "perplexity",
 ) -> Perplexity:
@@ -57,7 +55,7 @@ def perplexity(
 
     def means_of(numbers: Sequence[int]) -> list[float]:
         means: list[float] = []
-        bar = progress.add_task(description, total=len(numbers)) if progress else None
+        bar = Bar(progress, description, len(numbers))
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             inputs = windows[list(batch)].to(device)
@@ -70,8 +68,7 @@ def perplexity(
                         "use dtype=float32 or bfloat16, or remove less (method.ratio)"
                     )
                 means.append(float(losses.mean()))
-            if progress and bar is not None:
-                progress.advance(bar, len(batch))
+            bar.advance(len(batch))
         return means
 
     means = distributed.in_shares(means_of, range(len(windows)))
@@ -90,6 +87,6 @@ def _losses(
     parts, size = [], head.positions_at_once()
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = head.logits(part)
-        loss = cross_entropy(logits.float(), target.to(logits.device), reduction="none").double()
+        loss = torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none").double()
         parts.append(loss.masked_fill(~logits.isfinite().all(1), torch.nan))
     return torch.cat(parts)

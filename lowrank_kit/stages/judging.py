@@ -13,7 +13,7 @@ from lowrank_kit import distributed
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.figures import content_hash, shared_figures
 from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
-from lowrank_kit.config import PerplexityTask, RunConfig
+from lowrank_kit.config import CausalTask, RunConfig
 from lowrank_kit.data.texts import EvaluationText, TaskTexts
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -34,13 +34,13 @@ class CausalJudge:
     """What a task asks of causal models: texts and benchmarks, the same for every model.
 
     ``folder`` is the run directory, where answers to benchmarks lie. `texts` and `suite` read no weights and raise
-    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `Exam`.
+    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `PreparedBenchmark`.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        task: PerplexityTask,
+        task: CausalTask,
         data: TaskTexts,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
@@ -60,15 +60,15 @@ class CausalJudge:
         if not self._data.benchmarks:
             return None
         # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
-        from lowrank_kit.evaluation.harness import Exam
+        from lowrank_kit.evaluation.harness import PreparedBenchmark
         from lowrank_kit.stages.suite import Suite
 
         allowed = self._config.eval.allow_code_execution
-        exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
+        benchmarks = [PreparedBenchmark(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self._config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
         opening = self._data.opening("eval", tokenizer)
-        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
+        return Suite(benchmarks, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
 
     def judge(
         self,

@@ -12,8 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.adapters.base import InitialisedAdapter
 from lowrank_kit.adapters.corda import Corda
@@ -27,6 +25,8 @@ from lowrank_kit.adapters.mica import Mica
 from lowrank_kit.adapters.milora import Milora
 from lowrank_kit.adapters.olora import Olora
 from lowrank_kit.adapters.pissa import Pissa
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowrank_kit.compression import at_work
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
 from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.truncations.decompose import decompose
-from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.compressors.llm_pruner import LLMPruner
+from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.pipeline import execute
+from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.two_sided import TwoSided
 

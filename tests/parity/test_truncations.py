@@ -10,8 +10,8 @@ import torch
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.compressors.svd import TruncatedSVD
-from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.fisher import Fisher
+from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.plain import Plain
 from lowrank_kit.truncations.scaled import Scaled
 

@@ -14,8 +14,8 @@ from lowrank_kit.allocations.base import Candidate
 from lowrank_kit.allocations.keep import Keep
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.uniform import Uniform
-from lowrank_kit.errors import ConfigError
 from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.truncations.optimal import Optimal
 

@@ -5,9 +5,8 @@ import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.llm_pruner import PrunerCompression
+from lowrank_kit.compressors.llm_pruner import LLMPruner, PrunerCompression
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.models.layout import layout_of
 
 

@@ -3,9 +3,8 @@ import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.slicegpt import SliceCompression, slice_model
+from lowrank_kit.compressors.slicegpt import SliceCompression, SliceGPT, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.compressors.slicegpt import SliceGPT
 from lowrank_kit.models.families import SLICEABLE
 from lowrank_kit.models.layout import layout_of
 
