@@ -14,6 +14,7 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
+        """The sum, and its gradient in ``hidden`` for later."""
         size, wants_gradient = head.positions_at_once(), ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradients = []
@@ -31,5 +32,6 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The gradient computed before."""
         (of_sum,) = ctx.saved_tensors
         return of_sum * gradient.to(of_sum.dtype), None, None
