@@ -42,9 +42,6 @@ from lowrank_kit.truncation.base import Layer
 
 log = logging.getLogger(__name__)
 
-WRITERS = ("o", "down")
-"""Roles whose outputs are added to the residual stream, if the family does so unchanged."""
-
 
 @torch.no_grad()
 def factorise_sequentially(
@@ -75,7 +72,7 @@ def factorise_sequentially(
     writers: dict[int, list[str]] = defaultdict(list)
     if method.correction == "residual":
         for ref in layout.linears:
-            if ref.role in WRITERS:
+            if ref.writes_residual:
                 writers[ref.block].append(ref.name)
     model.eval()
     batches = batches_of(model, samples, batch_size)
@@ -86,7 +83,7 @@ def factorise_sequentially(
     if writers and not states[0].adds(model, modules[0], writers[0]):
         log.warning(
             "%s changes the outputs of %s before they reach the residual stream: corrected without it",
-            layout.model_type, " and ".join(WRITERS),
+            layout.model_type, " and ".join(dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)),
         )  # fmt: skip
         writers.clear()
     bar = progress.add_task("correct and factorise", total=len(modules)) if progress else None

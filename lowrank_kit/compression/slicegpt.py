@@ -51,7 +51,7 @@ def slice_model(
     batch_size: int,
     progress: Progress | None = None,
 ) -> None:
-    """Give a model of one of the `SLICEABLE` families a residual stream of this width, in place.
+    """Give a model with a `plain_residual` stream one of this width, in place.
 
     Args:
         model: the original model.
