@@ -26,7 +26,7 @@ import yaml
 
 from lowrank_kit.assets import require
 from lowrank_kit.compose import Composer
-from lowrank_kit.config import Benchmark, PerplexityTask
+from lowrank_kit.config import Benchmark, CausalTask
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.evaluation.harness import definitions
 from lowrank_kit.runs.provenance import in_words, parse_study
@@ -80,7 +80,7 @@ def lm_evals(root: Path, benchmarks: dict[str, Benchmark], batch_size: int) -> d
 
 def _smoke() -> dict[str, Benchmark]:
     [config] = Composer().jobs(["method=none", "task=smoke"], multirun=False)
-    assert isinstance(config.task, PerplexityTask)
+    assert isinstance(config.task, CausalTask)
     return config.task.benchmarks
 
 

@@ -9,10 +9,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-from accelerate import PartialState
-from torch import Tensor, distributed
-
+from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.launcher import is_main, started
 
 T = TypeVar("T")
@@ -22,18 +19,18 @@ Outcome = TypeVar("Outcome")
 PATIENCE = timedelta(days=30)
 
 # Waiting goes over TCP: NCCL would keep the devices of those who wait busy.
-_waiting_room: ContextVar[distributed.ProcessGroup | None] = ContextVar("waiting_room", default=None)
+_waiting_room: "ContextVar[torch.distributed.ProcessGroup | None]" = ContextVar("waiting_room", default=None)
 _alone = ContextVar("alone", default=False)
 
 
 def size() -> int:
     """How many processes share the work at this point: one inside `on_main`."""
-    return 1 if _alone.get() or _waiting_room.get() is None else distributed.get_world_size()
+    return 1 if _alone.get() or _waiting_room.get() is None else torch.distributed.get_world_size()
 
 
 def number() -> int:
     """Which of the processes that share the work this is, from 0."""
-    return distributed.get_rank() if size() > 1 else 0
+    return torch.distributed.get_rank() if size() > 1 else 0
 
 
 @contextmanager
@@ -42,8 +39,10 @@ def together(device: str) -> Iterator[None]:
     if started() == 1:
         yield
         return
+    from accelerate import PartialState
+
     state = PartialState(cpu=device == "cpu")
-    token = _waiting_room.set(distributed.new_group(backend="gloo", timeout=PATIENCE))
+    token = _waiting_room.set(torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield
         wait()
@@ -56,7 +55,7 @@ def together(device: str) -> Iterator[None]:
 def wait() -> None:
     """Go on when every process has come here."""
     if size() > 1:
-        distributed.barrier(group=_waiting_room.get())
+        torch.distributed.barrier(group=_waiting_room.get())
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -76,9 +75,9 @@ def on_main(work: Callable[[], T]) -> T:
             raise
         finally:
             _alone.reset(token)
-            distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
+            torch.distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
     else:
-        distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
+        torch.distributed.broadcast_object_list(outcome, src=0, group=_waiting_room.get())
     result, error = outcome[0]
     if error is not None:
         raise error
@@ -116,25 +115,27 @@ def in_shares(
     parts = [list(work([items[i] for i in share(order)]))]
     if size() > 1:
         mine, parts = parts[0], [[] for _ in range(size())]
-        distributed.all_gather_object(parts, mine, group=_waiting_room.get())
+        torch.distributed.all_gather_object(parts, mine, group=_waiting_room.get())
     outcomes: dict[int, Outcome] = {}
     for start, part in enumerate(parts):
         outcomes |= zip(order[start :: len(parts)], part, strict=True)
     return [outcomes[i] for i in range(len(items))]
 
 
-@torch.no_grad()
+@no_grad
 def add_up(*sums: Tensor) -> None:
     """Replace every tensor by its sum over the processes, in place."""
     if size() > 1:
         for tensor in sums:
-            distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor)
 
 
 def total(number: float) -> float:
     """The sum of a number over the processes, in float64."""
     if size() == 1:
         return number
+    from accelerate import PartialState
+
     # NCCL knows only tensors on its device.
     summed = torch.tensor(number, dtype=torch.float64, device=PartialState().device)
     add_up(summed)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.cache.entry import limit_bytes
-from lowrank_kit.config import ClassificationTask, PerplexityTask, RunConfig, TaskGroup
+from lowrank_kit.config import CausalTask, ClassificationTask, RunConfig, SingleTask, TaskGroup
 from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
@@ -38,8 +38,6 @@ from lowrank_kit.stages.perplexity import PerplexityStages
 from lowrank_kit.training.processes import rows_per_pass
 
 log = logging.getLogger(__name__)
-
-SingleTask = ClassificationTask | PerplexityTask
 
 
 def execute(config: RunConfig) -> Path:
@@ -129,14 +127,14 @@ def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedC
     Returns the model's configuration.
     """
     method, task = _method(config), tasks[0]
-    if isinstance(method, FineTuning) and isinstance(task, PerplexityTask) and not task.instructions:
+    if isinstance(method, FineTuning) and isinstance(task, CausalTask) and not task.instructions:
         raise ConfigError(
             f"method={method.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
             "choose a task that has, such as commonsense, math, code or glue/sst2, or a method that compresses, or "
             "method=none"
         )
     _check_recovery(config, task)
-    if isinstance(method, Compressor) and not isinstance(task, PerplexityTask):
+    if isinstance(method, Compressor) and not isinstance(task, CausalTask):
         raise ConfigError(
             f"method={method.name} compresses causal language models, and task={task.name} judges classifiers: "
             "choose task=perplexity, or a method that adapts"
@@ -150,7 +148,7 @@ def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedC
             raise ConfigError(str(error)) from error
         raise
     try:
-        if isinstance(task, PerplexityTask):
+        if isinstance(task, CausalTask):
             layout = layout_of(skeleton(model_config, "causal"))
         else:
             layout = layout_of(skeleton(model_config, "classification", task.labels))
@@ -188,7 +186,7 @@ def _check_recovery(config: RunConfig, task: SingleTask) -> None:
             f"recovery.method={getattr(recovery.method, 'name', '')} is no adapter: choose one, for example "
             "recovery.method=astra or recovery.method=lora"
         )
-    if recovery.data == "task" and isinstance(task, PerplexityTask) and not task.instructions:
+    if recovery.data == "task" and isinstance(task, CausalTask) and not task.instructions:
         raise ConfigError(
             f"recovery.data=task: task={task.name} has nothing to learn from (task.instructions): choose a task that "
             f"has, such as commonsense, or recovery.data=text, or one of {', '.join(recovery.sets)}"

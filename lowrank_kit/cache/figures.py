@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int64
-from torch import Tensor
 
 from lowrank_kit import distributed
 from lowrank_kit.cache.entry import make_room, open_entry, touch, write_atomically
 from lowrank_kit.cache.key import StatisticsKey
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.lock import exclusively
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
+from lowrank_kit.deferred import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_kit.models.fingerprint import Reads, fingerprint
 from lowrank_kit.models.layout import ModelLayout
 

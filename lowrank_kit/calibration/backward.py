@@ -4,16 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from lowrank_kit.data.padding import NOT_PREDICTED
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.forward import forward_replaced
-from lowrank_kit.models.head import Head
 
 Batch = Mapping[str, Tensor]
 
@@ -50,6 +46,8 @@ def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> tup
     Position t predicts token t + ``ahead``; which tokens count is for `predicted_tokens` to say. As a `Loss`: the
     mean is that over all predicted tokens. Raises `LowRankKitError` for a model without next-token head.
     """
+    from lowrank_kit.models.head import Head
+
     labels, head = predicted_tokens(batch, ahead), Head(model)
     inputs = {name: values for name, values in batch.items() if name != "labels"}
     predicting = labels != NOT_PREDICTED
@@ -92,6 +90,8 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return torch.utils.checkpoint.checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
     return run

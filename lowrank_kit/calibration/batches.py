@@ -1,9 +1,7 @@
 """From calibration samples to the batches that a model reads."""
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.memory import free_bytes, rows_that_fit

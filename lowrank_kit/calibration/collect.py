@@ -5,10 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from lowrank_kit.cache.key import Maker, StatisticsKey
 from lowrank_kit.calibration.batches import batches_of
@@ -17,6 +14,7 @@ from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerSt
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
@@ -194,7 +192,7 @@ def _collect_gradients(
 
 
 def load_gradients(
-    store: CalibrationStore, block: int, device: torch.device | str = "cpu"
+    store: CalibrationStore, block: int, device: "torch.device | str" = "cpu"
 ) -> dict[str, GradientStatistics]:
     """Read the gradient statistics of one block's linears back, by name."""
     found = store.load(block).items()

@@ -1,20 +1,17 @@
 """Sums over the gradients of some linears, in float32 and float64 whatever the model's dtype."""
 
 from collections.abc import Callable, Collection
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.linalg import vector_norm
-from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import Batch, Loss, predicted_tokens
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.data.padding import NOT_PREDICTED
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import check_linear, weight_of
@@ -78,14 +75,16 @@ class GradientCollector:
         counts = self._predicted, self._positions
         return {ref.name: self._sums.pop(ref).statistics(*counts) for ref in tuple(self._sums)}
 
-    def _observe(self, ref: LinearRef, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _observe(
+        self, ref: LinearRef, module: "nn.Module", inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
             output.requires_grad_()
         # What is not needed would wait for the backward pass all the same.
         read = inputs[0] if self._request.mean or self._request.fisher else None
-        observed: Tensor = _Observed.apply(output, read, partial(self._note, ref))  # type: ignore[no-untyped-call]
+        observed: Tensor = _observed().apply(output, read, partial(self._note, ref))  # type: ignore[no-untyped-call]
         return observed
 
     def _note(self, ref: LinearRef, inputs: Tensor | None, gradient: Tensor) -> None:
@@ -100,23 +99,27 @@ class GradientCollector:
             sums.add_moments(g, self._kept, weight_of(self._modules[ref]))
 
 
-class _Observed(torch.autograd.Function):
+@cache
+def _observed() -> Any:
     """The identity, which tells what a linear read and the gradient at its output.
 
     What was read is saved as every other activation is, so that blocks that are recomputed hold it no longer.
     """
 
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor | None, note: Callable[..., None]) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.note = note
-        return output.view_as(output)
+    class Observed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, output: Tensor, inputs: Tensor | None, note: Callable[..., None]) -> Tensor:
+            ctx.save_for_backward(inputs)
+            ctx.note = note
+            return output.view_as(output)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inputs,) = ctx.saved_tensors
-        ctx.note(inputs, gradient)
-        return gradient, None, None
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+            (inputs,) = ctx.saved_tensors
+            ctx.note(inputs, gradient)
+            return gradient, None, None
+
+    return Observed
 
 
 class _Sums:
@@ -187,7 +190,7 @@ def clipped(
     The mean is over kept tokens whose gradient is not zero, as in the code of LEMS (github.com/lems-svd/lems); what is
     zero but for rounding (`NEARLY_ZERO`) stays as it is.
     """
-    norms = vector_norm(g, dim=-1)
+    norms = torch.linalg.vector_norm(g, dim=-1)
     counted = kept & (norms > NEARLY_ZERO * _mean(norms, kept))
     mean = _mean(norms, counted)
     scale = torch.where(counted, norms.clamp(low * mean, high * mean) / norms, 1)

@@ -4,17 +4,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from rich.progress import Progress
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import Batch, Loss, check_predicted, frozen, next_token_loss, recomputed
 from lowrank_kit.calibration.gradient_collector import GradientCollector
 from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 
 STATISTICS_BYTES = 4 * 2**30
@@ -150,7 +148,7 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest)
         yield group
 
 
-def _blocks_that_fit(layout: ModelLayout, tokens: int, dtype: torch.dtype) -> int:
+def _blocks_that_fit(layout: ModelLayout, tokens: int, dtype: "torch.dtype") -> int:
     """What waits of a block is about as much as goes in and out of its linears."""
     width = sum(ref.in_features + ref.out_features for ref in layout.linears) / len(layout.blocks)
     return int(ACTIVATION_BYTES / (tokens * width * dtype.itemsize))

@@ -7,18 +7,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Float64
 from rich.progress import Progress
-from torch import Tensor, nn
-from torch.linalg import vector_norm
-from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -132,14 +129,14 @@ def hidden_states(
 
 
 @contextmanager
-def _visited(blocks: list[nn.Module], visit: Visit) -> Iterator[None]:
+def _visited(blocks: "list[nn.Module]", visit: Visit) -> Iterator[None]:
     def before(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(_module: "nn.Module", inputs: tuple[Any, ...]) -> None:
             visit(index, inputs[0])
 
         return hook
 
-    def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def after(_module: "nn.Module", _inputs: Any, output: Any) -> None:
         visit(len(blocks), output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
@@ -161,11 +158,11 @@ def hidden_distance(
     a small one (Kahan).
     """
     u, v = (_unit(states[mask].double()) for states in (first, second))
-    apart = vector_norm(u - v, dim=-1)
+    apart = torch.linalg.vector_norm(u - v, dim=-1)
     if distance == "cosine":
         return apart.square() / 2
-    return 2 / math.pi * torch.atan2(apart, vector_norm(u + v, dim=-1))
+    return 2 / math.pi * torch.atan2(apart, torch.linalg.vector_norm(u + v, dim=-1))
 
 
 def _unit(vectors: Float64[Tensor, "real hidden"]) -> Float64[Tensor, "real hidden"]:
-    return vectors / vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

@@ -5,10 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import ModelLayout
 
@@ -45,7 +42,7 @@ class Prefix:
                     model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
 
     @contextmanager
-    def resumed(self, batch: int, block: int, device: torch.device) -> Iterator[None]:
+    def resumed(self, batch: int, block: int, device: "torch.device") -> Iterator[None]:
         """Forward passes of batch number ``batch`` compute no more of the blocks before ``block`` than they have to."""
         start = max((start for start in self._states if start <= block), default=0)
         with ExitStack() as stack:
@@ -56,7 +53,7 @@ class Prefix:
             yield
 
     def _recorder(self, start: int) -> Callable[..., None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_module: "nn.Module", inputs: tuple[Tensor, ...]) -> None:
             self._states[start].append(inputs[0].cpu())
             if start == max(self._states):
                 raise _Reached

@@ -6,13 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from lowrank_kit import distributed, launcher
 from lowrank_kit.cache.entry import make_room, open_entry, touch, write_atomically
 from lowrank_kit.cache.key import StatisticsKey
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.lock import exclusively
 from lowrank_kit.models.files import save_tensors
@@ -99,6 +96,8 @@ class CalibrationStore:
 
     def _read(self, block: int) -> dict[str, Tensor]:
         """Read a file; the checksum is compared once a store."""
+        from safetensors import SafetensorError, safe_open
+
         path = self._path(block)
         try:
             with safe_open(path, framework="pt") as file:

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from lowrank_kit import distributed
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import measured
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import LinearRef, ModelLayout
@@ -126,7 +123,7 @@ class _LastBlockReached(Exception):
 
 
 def record_calls(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Batch
+    model: PreTrainedModel, blocks: "Sequence[nn.Module]", batch: Batch
 ) -> tuple[list[Tensor], list[BlockCall]]:
     """Return the hidden states before the first block, in a list of one, and every block's other arguments.
 
@@ -138,7 +135,7 @@ def record_calls(
     calls: list[BlockCall] = []
     extras: list[Any] = []
 
-    def recorder(index: int, block: nn.Module) -> Callable[..., Any]:
+    def recorder(index: int, block: "nn.Module") -> Callable[..., Any]:
         original = block.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +166,7 @@ class MomentCollector:
     is chosen when its Gram is cheaper than those of its linears' outputs together.
     """
 
-    def __init__(self, model: nn.Module, refs: Sequence[LinearRef], request: StatisticsRequest) -> None:
+    def __init__(self, model: "nn.Module", refs: Sequence[LinearRef], request: StatisticsRequest) -> None:
         self.masks = TokenMasks(None, None)
         self._model, self._request = model, request
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
@@ -233,13 +230,13 @@ class MomentCollector:
         return found
 
     def _input_hook(self, ref: LinearRef, sums: "Moments | Magnitudes") -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(_module: "nn.Module", inputs: tuple[Tensor, ...]) -> None:
             self._update(ref, sums, inputs[0])
 
         return hook
 
     def _output_hook(self, ref: LinearRef, moments: Moments) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_module: "nn.Module", _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._update(ref, moments, output)
 
         return hook
@@ -256,7 +253,7 @@ class MomentCollector:
 class Magnitudes:
     """Mean absolute value of every channel."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: "torch.device") -> None:
         self.total, self.count = torch.zeros(width, dtype=torch.float64, device=device), 0
 
     def update(self, activations: Tensor, mask: Tensor | None = None) -> None:

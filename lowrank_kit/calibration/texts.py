@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Bool
-from torch import Tensor
 
 from lowrank_kit.data.padding import NOT_PREDICTED as NOT_PREDICTED
 from lowrank_kit.data.padding import pad_right
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 
 

@@ -17,9 +17,10 @@ from lowrank_kit.config.section import Bos, Section
 from lowrank_kit.config.tasks import (
     Benchmark,
     BenchmarkMetric,
+    CausalTask,
     ClassificationTask,
     Metric,
-    PerplexityTask,
+    SingleTask,
     Task,
     TaskGroup,
     TextSet,
@@ -35,6 +36,7 @@ __all__ = [
     "BenchmarkMetric",
     "Bos",
     "CalibrationConfig",
+    "CausalTask",
     "ClassificationTask",
     "DataConfig",
     "EffectsConfig",
@@ -42,12 +44,12 @@ __all__ = [
     "InstructionSet",
     "Metric",
     "ModelConfig",
-    "PerplexityTask",
     "RecoveryConfig",
     "RunConfig",
     "RunSettings",
     "RuntimeConfig",
     "Section",
+    "SingleTask",
     "SpeedConfig",
     "Stage",
     "Task",
@@ -101,7 +103,7 @@ class DataConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """The rows whose activations a method looks at before it decides."""
+    """The rows whose activations a method reads before it decides."""
 
     samples: int = Field(default=64, ge=1)
     """Number of training rows; of a text, of windows."""
@@ -109,7 +111,7 @@ class CalibrationConfig(Section):
     """Longest row in tokens; of a text, the length of every window."""
     batch_size: int = Field(default=8, ge=1)
     """Most rows per forward pass, fewer where they would not fit; changes memory and speed, not the statistics. The one
-    exception is `method=eva`, which looks for its directions batch by batch."""
+    exception is `method=eva`, which finds its directions batch by batch."""
     bos: Bos = "auto"
     """Whether every calibration window, or row of instructions, begins with BOS: as `eval.bos`. Nothing is measured at
     that token."""
@@ -138,9 +140,9 @@ class EffectsConfig(Section):
     enabled: bool = True
     """Measure it: effects.json."""
     blocks: int = Field(default=3, ge=1)
-    """Blocks whose adapted linears are looked at, evenly spaced from the first to the last."""
-    looks: int = Field(default=5, ge=1)
-    """Looks at the update while training, the last at its end."""
+    """Blocks whose adapted linears are measured, evenly spaced from the first to the last."""
+    measurements: int = Field(default=5, ge=1)
+    """Measurements of the update while training, the last at its end."""
     samples: int = Field(default=16, ge=1)
     """Of the calibration samples, those whose outputs say what the top and the tail directions are."""
     rows: int = Field(default=4, ge=1)
@@ -223,7 +225,7 @@ class RunConfig(Section):
     data: DataConfig
     """Where the rows come from."""
     calibration: CalibrationConfig = CalibrationConfig()
-    """What the method looks at."""
+    """What the method reads before it decides."""
     train: TrainConfig = TrainConfig()
     """Fine-tuning."""
     recovery: RecoveryConfig = RecoveryConfig()

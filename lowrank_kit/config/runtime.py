@@ -13,7 +13,7 @@ class RuntimeConfig(Section):
     """Processes, as torchrun or `accelerate launch` starts them; none of it changes what is computed, but rounding."""
 
     kind: Literal["single", "spread", "ddp", "fsdp", "deepspeed"] = "single"
-    """`single`: one process, one device. `spread`: one process; models too large for a device are judged over all
+    """`single`: one process, one device. `spread`: one process; models too large for a device are evaluated over all
     devices of the machine, its memory and its disk. `ddp`: each process holds the whole model and reads its share of
     every step's rows. `fsdp`: training shards the model over them (PyTorch FSDP2). `deepspeed`: the same by ZeRO."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -28,7 +28,7 @@ class RuntimeConfig(Section):
 
     @property
     def placement(self) -> dict[str, Any] | None:
-        """How `from_pretrained` spreads a model that is judged; None: it lies on one device."""
+        """How `from_pretrained` spreads a model that is evaluated; None: it lies on one device."""
         return self.options if self.kind == "spread" else None
 
     @property

@@ -1,4 +1,4 @@
-"""What a model is judged by: labelled texts, running texts, benchmarks."""
+"""What a model is evaluated on: labelled texts, running texts, benchmarks."""
 
 from typing import Annotated, Literal
 
@@ -52,6 +52,16 @@ class ClassificationTask(Section):
     eval_splits: tuple[str, ...] = Field(min_length=1)
     """Splits to report on."""
 
+    @property
+    def parts(self) -> tuple["ClassificationTask"]:
+        """The task itself: a group has several."""
+        return (self,)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a method that trains has something to learn."""
+        return True
+
     @model_validator(mode="after")
     def _every_class_has_a_name_or_none(self) -> "ClassificationTask":
         classes = self.labels if self.labels > 1 else 0
@@ -79,6 +89,11 @@ class TaskGroup(Section):
     members: dict[str, ClassificationTask] = Field(min_length=1)
     """The tasks by short name; drop one with `~task.members.NAME`."""
 
+    @property
+    def parts(self) -> tuple[ClassificationTask, ...]:
+        """The members."""
+        return tuple(self.members.values())
+
 
 class TextSet(Section):
     """Running text: rows that are joined, tokenised as one and cut into windows. Its key is its name."""
@@ -103,7 +118,7 @@ class TextSet(Section):
     """Join only the first so many rows of a split; null: all."""
 
     @model_validator(mode="after")
-    def _judged_on_other_text_than_calibrated_on(self) -> "TextSet":
+    def _evaluated_on_other_text_than_calibrated_on(self) -> "TextSet":
         if self.calibration_split == self.eval_split:
             raise ValueError(f"calibration_split and eval_split are both '{self.eval_split}': they must not share text")
         return self
@@ -121,7 +136,7 @@ class Benchmark(Section):
     hub_name: str | None = None
     """Configuration of that data set, for example `ARC-Easy`."""
     split: str
-    """Split to judge on."""
+    """Split to evaluate on."""
     shots: int = Field(default=0, ge=0)
     """Solved examples before every question."""
     shots_split: str | None = None
@@ -140,7 +155,7 @@ class Benchmark(Section):
     cut_middle: bool = Field(default=False, exclude_if=lambda cut: not cut)
     """Let a prompt that leaves no room for its answer lose its middle; false: it is an error."""
     max_rows: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
-    """Judge on the first so many rows; null: as many as `eval.limit`."""
+    """Evaluate on the first so many rows; null: as many as `eval.limit`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Another name that the rows may have for a column which lm-eval reads."""
     part_column: str | None = None
@@ -169,18 +184,22 @@ class Benchmark(Section):
         return self
 
 
-class PerplexityTask(Section):
-    """What a causal model is judged by: perplexity on texts, answers to benchmarks, or both; and what it may learn."""
+class CausalTask(Section):
+    """What a causal language model is evaluated on, and what an adapter learns.
 
-    kind: Literal["perplexity"]
-    """Marks texts and benchmarks."""
+    Perplexity on `texts`, answers to `benchmarks`, or both. A method that trains learns `instructions`; a compressor
+    calibrates on one of the `texts`.
+    """
+
+    kind: Literal["causal"]
+    """Marks a task for causal language models."""
     name: str
     """Name in tables and in `task=`, for example `perplexity/wikitext2`."""
     texts: dict[str, TextSet] = Field(default_factory=dict)
     """The texts by name; add your own with `task.texts.NAME={}`, drop one with `~task.texts.NAME`."""
     # Left out of a run's configuration where they say nothing, so that older run directories are found again.
-    perplexity: bool = Field(default=True, exclude_if=lambda judged: judged)
-    """Judge on the texts; false: they only serve to calibrate on."""
+    perplexity: bool = Field(default=True, exclude_if=lambda measured: measured)
+    """Measure perplexity on the texts; false: they only serve to calibrate on."""
     benchmarks: dict[str, Benchmark] = Field(default_factory=dict, exclude_if=lambda benchmarks: not benchmarks)
     """The benchmarks by name; drop one with `~task.benchmarks.NAME`."""
     instructions: dict[str, InstructionSet] = Field(default_factory=dict, exclude_if=lambda sets: not sets)
@@ -193,22 +212,35 @@ class PerplexityTask(Section):
     window: int | None = Field(default=None, ge=2)
     """Tokens per window, the first of which is never predicted; null: 2048, or what the model allows if less."""
     max_windows: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
-    """Judge on the first so many windows of a text; null: as many as `eval.limit`."""
+    """Evaluate on the first so many windows of a text; null: as many as `eval.limit`."""
     batch_size: int = Field(default=1, ge=1)
     """Windows per forward pass; changes memory and speed, not the figure."""
 
+    @property
+    def parts(self) -> tuple["CausalTask"]:
+        """The task itself: a group has several."""
+        return (self,)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a method that trains has something to learn."""
+        return bool(self.instructions)
+
     @model_validator(mode="after")
-    def _judges_by_something(self) -> "PerplexityTask":
+    def _is_evaluated_on_something(self) -> "CausalTask":
         if not self.benchmarks and not (self.texts and self.perplexity):
-            raise ValueError("there is nothing to judge by: neither benchmarks nor texts with perplexity=true")
+            raise ValueError("there is nothing to evaluate on: neither benchmarks nor texts with perplexity=true")
         return self
 
     @model_validator(mode="after")
-    def _calibrates_on_one_of_its_texts(self) -> "PerplexityTask":
+    def _calibrates_on_one_of_its_texts(self) -> "CausalTask":
         if self.calibrate_on is not None and self.calibrate_on not in self.texts:
             hint = did_you_mean(self.calibrate_on, self.texts)
             raise ValueError(f"calibrate_on='{self.calibrate_on}' is none of the texts{hint}")
         return self
 
 
-Task = Annotated[ClassificationTask | TaskGroup | PerplexityTask, Field(discriminator="kind")]
+SingleTask = ClassificationTask | CausalTask
+"""What one run directory is about."""
+
+Task = Annotated[ClassificationTask | CausalTask | TaskGroup, Field(discriminator="kind")]

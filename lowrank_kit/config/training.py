@@ -63,7 +63,7 @@ class InstructionSet(Section):
     # Left out where they say nothing, so that older run directories are found again.
     lm_eval: str | None = Field(default=None, exclude_if=lambda task: task is None)
     """Multiple-choice task of lm-eval that asks the rows, for example `piqa`: its prompt and right choice are learnt
-    just as they are judged. The columns above mean nothing then. null: the Alpaca prompt."""
+    just as they are evaluated. The columns above mean nothing then. null: the Alpaca prompt."""
     columns: dict[str, str] = Field(default_factory=dict, exclude_if=lambda columns: not columns)
     """Another name that the rows may have for a column which `lm_eval` reads."""
     only: dict[str, str] = Field(default_factory=dict, exclude_if=lambda only: not only)

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import Bos, PerplexityTask, RunConfig
+from lowrank_kit.config import Bos, CausalTask, RunConfig
 from lowrank_kit.data.benchmarks import Questions
 from lowrank_kit.data.instructions import Ask, Instructions, Lesson, encode, instructions_ref
 from lowrank_kit.data.sources import Source, has
@@ -27,7 +27,7 @@ class TaskLessons:
     """
 
     def __init__(
-        self, config: RunConfig, task: PerplexityTask, source: Source, model: PretrainedConfig | None = None
+        self, config: RunConfig, task: CausalTask, source: Source, model: PretrainedConfig | None = None
     ) -> None:
         self._config, self._task, self._model = config, task, model
         names = _present(task, source, config.data.source)
@@ -95,7 +95,7 @@ class TaskLessons:
         return rows
 
 
-def _present(task: PerplexityTask, source: Source, kind: str) -> list[str]:
+def _present(task: CausalTask, source: Source, kind: str) -> list[str]:
     sets = task.instructions
     if not sets:
         raise ConfigError(f"task={task.name} has nothing to learn from: choose one with task.instructions")

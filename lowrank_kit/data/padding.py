@@ -6,14 +6,15 @@ padding token. Which side the tokenizer pads on by itself is for what is generat
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
-
+from lowrank_kit.deferred import PretrainedConfig, PreTrainedTokenizerBase, Tensor, nn, torch
 from lowrank_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+else:
+    BatchEncoding = Any
 
 NOT_PREDICTED = -100
 """Label of a token that is not learnt: what torch's cross-entropy leaves out."""
@@ -31,10 +32,10 @@ def pad_right(rows: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[s
             batch[name] = torch.stack(values)
             continue
         padding = pad_token_id if name.endswith("input_ids") else NOT_PREDICTED if name == "labels" else 0
-        batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)
+        batch[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
         if name.endswith("input_ids"):
             mask = name.replace("input_ids", "attention_mask")
-            batch[mask] = pad_sequence([torch.ones_like(ids) for ids in values], batch_first=True)
+            batch[mask] = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in values], batch_first=True)
     return batch
 
 
@@ -46,7 +47,9 @@ class RightPadded:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """The batch of these rows."""
-        return BatchEncoding(
+        import transformers
+
+        return transformers.BatchEncoding(
             pad_right([{n: torch.as_tensor(v) for n, v in row.items()} for row in rows], self.pad_token_id)
         )
 

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import PerplexityTask, RecoveryConfig, RunConfig, TextSet
+from lowrank_kit.config import CausalTask, RecoveryConfig, RunConfig, TextSet
 from lowrank_kit.data.benchmarks import check_allowed, load_benchmarks
 from lowrank_kit.data.encode import check_texts
 from lowrank_kit.data.instructions import Ask, Instructions, encode
@@ -60,7 +60,7 @@ class TaskTexts:
     def __init__(
         self,
         config: RunConfig,
-        task: PerplexityTask,
+        task: CausalTask,
         source: Source,
         learns: bool = False,
         model: PretrainedConfig | None = None,

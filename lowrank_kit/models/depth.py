@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-
+from lowrank_kit.deferred import PretrainedConfig, PreTrainedModel, nn, no_grad
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -42,8 +39,8 @@ def _cut_config(config: PretrainedConfig, count: int, kept: Sequence[int]) -> No
     config.num_hidden_layers = len(kept)
 
 
-@torch.no_grad()
-def collapse(base: nn.Module, followers: Sequence[nn.Module]) -> None:
+@no_grad
+def collapse(base: "nn.Module", followers: "Sequence[nn.Module]") -> None:
     """Add every follower's difference to the base's parameters, in place: ``θ + Σ_k (θ_k − θ)``, summed in float64.
 
     Layer-difference merge of LaCo (arXiv 2402.11187, equation 1). All parameters take part, norms and biases too.
@@ -55,8 +52,8 @@ def collapse(base: nn.Module, followers: Sequence[nn.Module]) -> None:
         parameter.copy_(original + sum(theirs[name].double() - original for theirs in parameters))
 
 
-@torch.no_grad()
-def take_matrices(base: nn.Module, follower: nn.Module) -> None:
+@no_grad
+def take_matrices(base: "nn.Module", follower: "nn.Module") -> None:
     """Give the base every matrix of the follower, in place; norms and biases stay its own.
 
     What the released code of LaCo does, for it adds every difference to the sum so far: ``θ + (θ_k − θ) = θ_k``.

@@ -1,53 +1,62 @@
 """How factors take a dense layer's place in a model, and which linears of a model are factored."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
 
+from lowrank_kit.deferred import Tensor, nn
 from lowrank_kit.models.linear import check_linear, weight_of
-from lowrank_kit.models.portable import LowRankLinear
 
-__all__ = ["LowRankLinear", "factored_linears", "ranks_of", "replace_linear", "share_down", "shared_downs"]
+if TYPE_CHECKING:
+    from lowrank_kit.models.portable import LowRankLinear
+else:
+    LowRankLinear = Any
 
 
 def replace_linear(
-    model: nn.Module, name: str, up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]
+    model: "nn.Module", name: str, up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]
 ) -> LowRankLinear:
     """Put the factors in the place of the linear ``name``; its dtype, device, bias and mode are kept.
 
     Raises `LowRankKitError` where ``name`` is no plain linear layer, `ValueError` for factors that do not fit it.
     """
+    from lowrank_kit.models import portable
+
     dense = check_linear(model.get_submodule(name), name)
     weight = weight_of(dense)
     if (up.shape[0], down.shape[1]) != tuple(weight.shape):
         raise ValueError(f"factors {tuple(up.shape)} {tuple(down.shape)} do not fit '{name}' {tuple(weight.shape)}")
-    layer = LowRankLinear.from_factors(up, down, dense.bias, device=weight.device, dtype=weight.dtype)
+    layer = portable.LowRankLinear.from_factors(up, down, dense.bias, device=weight.device, dtype=weight.dtype)
     model.set_submodule(name, layer.train(dense.training))
     return layer
 
 
-def share_down(model: nn.Module, name: str, owner: str) -> None:
+def share_down(model: "nn.Module", name: str, owner: str) -> None:
     """Let the factored linear ``name`` use the ``down`` weight of ``owner``, as one parameter (basis sharing)."""
+    from lowrank_kit.models import portable
+
     layer, source = model.get_submodule(name), model.get_submodule(owner)
-    if not isinstance(layer, LowRankLinear) or not isinstance(source, LowRankLinear):
+    if not isinstance(layer, portable.LowRankLinear) or not isinstance(source, portable.LowRankLinear):
         raise ValueError(f"'{name}' and '{owner}' must both be factored before they share a factor")
     if layer.down.weight.shape != source.down.weight.shape:
         raise ValueError(f"'{name}' (rank {layer.rank}) cannot share the factor of '{owner}' (rank {source.rank})")
     layer.down.weight = source.down.weight
 
 
-def factored_linears(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+def factored_linears(model: "nn.Module") -> Iterator[tuple[str, LowRankLinear]]:
     """Every factored linear of the model by module path, in order of definition."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+    from lowrank_kit.models import portable
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, portable.LowRankLinear))
 
 
-def ranks_of(model: nn.Module) -> dict[str, int]:
+def ranks_of(model: "nn.Module") -> dict[str, int]:
     """The rank of every factored linear, by module path; dense linears are not listed."""
     return {name: layer.rank for name, layer in factored_linears(model)}
 
 
-def shared_downs(model: nn.Module) -> dict[str, str]:
+def shared_downs(model: "nn.Module") -> dict[str, str]:
     """For every linear whose ``down`` weight is another one's: that other, the first to hold it."""
     owners: dict[int, str] = {}
     found = {name: owners.setdefault(id(layer.down.weight), name) for name, layer in factored_linears(model)}

@@ -4,11 +4,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.files import read_json
 
@@ -29,6 +25,8 @@ def check_weight_files(folder: Path) -> None:
 
 def check_tensors(file: Path) -> None:
     """Raise `LowRankKitError` for a file that is not whole, or holds anything but tensors. Reads names and shapes."""
+    from safetensors import safe_open
+
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
@@ -45,6 +43,8 @@ def check_tensors(file: Path) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a file of safetensors, with the permissions that any new file gets."""
+    from safetensors.torch import save_file
+
     save_file(dict(tensors), file, dict(metadata) if metadata else None)
     share(file)
 

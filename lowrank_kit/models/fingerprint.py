@@ -5,11 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Literal
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
-
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.layout import ModelLayout
 
 Reads = Literal["blocks", "loss"]
@@ -39,6 +35,8 @@ def fingerprint(model: PreTrainedModel, layout: ModelLayout, reads: Reads = "blo
 
 
 def _digest(model: PreTrainedModel, name: str, tensor: Tensor) -> str:
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
     # Of a model that is spread: what waits in memory or on disk until a forward pass needs it.
     held = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
     values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)

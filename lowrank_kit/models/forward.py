@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from lowrank_kit.deferred import nn
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: "nn.Module", forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of ``module`` run ``forward``; its hooks stay at work."""
     own = module.__dict__.get("forward")
     module.forward = forward

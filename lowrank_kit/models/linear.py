@@ -1,23 +1,27 @@
 """The two classes of linear layer that transformers models are made of, behind one orientation."""
 
-from typing import TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
-import torch
 from jaxtyping import Float
-from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from lowrank_kit.deferred import Tensor, nn, no_grad
 from lowrank_kit.errors import LowRankKitError
 
-Linear: TypeAlias = nn.Linear | Conv1D
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
+    Linear: TypeAlias = nn.Linear | Conv1D
+else:
+    Linear = Any
 
 
-def check_linear(module: nn.Module, name: str) -> Linear:
+def check_linear(module: "nn.Module", name: str) -> Linear:
     """Return ``module`` if it is a plain linear layer, else raise `LowRankKitError` naming its class.
 
     Subclasses do not count: a quantised or PEFT-wrapped layer keeps its weight in a form of its own.
     """
+    from transformers.pytorch_utils import Conv1D
+
     if type(module) in (nn.Linear, Conv1D):
         return module  # type: ignore[return-value]
     raise LowRankKitError(
@@ -28,6 +32,8 @@ def check_linear(module: nn.Module, name: str) -> Linear:
 
 def is_transposed(module: Linear) -> bool:
     """Say whether the module stores its weight as ``[in, out]`` (GPT-2's Conv1D)."""
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(module, Conv1D)
 
 
@@ -36,13 +42,13 @@ def weight_of(module: Linear) -> Float[Tensor, "out in"]:
     return module.weight.T if is_transposed(module) else module.weight
 
 
-def is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_quantised(module: "nn.Module") -> "TypeGuard[nn.Linear]":
     """Say whether the module is a linear layer with packed integers for weights, as bitsandbytes makes them."""
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
-@torch.no_grad()
-def dense_weight(module: nn.Module) -> Float[Tensor, "out in"]:
+@no_grad
+def dense_weight(module: "nn.Module") -> Float[Tensor, "out in"]:
     """Return the weight as ``[out, in]``: dequantised if need be, else a view.
 
     Raises `LowRankKitError` for quantised weights on a CPU, where bitsandbytes does not give them back reliably.
@@ -54,10 +60,12 @@ def dense_weight(module: nn.Module) -> Float[Tensor, "out in"]:
             "bitsandbytes does not give quantised weights on a CPU back reliably: use a GPU, the unquantised model, or "
             "a method that reads no weights (lora, eva)"
         )
+    from peft.utils.integrations import dequantize_module_weight
+
     return dequantize_module_weight(module)
 
 
-@torch.no_grad()
+@no_grad
 def set_weight(module: Linear, weight: Float[Tensor, "out in"]) -> None:
     """Copy ``weight`` into the module in place, in the module's own orientation, dtype and device."""
     weight_of(module).copy_(weight)

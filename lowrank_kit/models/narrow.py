@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.units import Units
@@ -33,7 +30,7 @@ def narrower_than(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, l
     return {ref.name: shape for ref, shape, before in shapes if shape != before}
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> "nn.Linear":
     options = {"device": weight.device, "dtype": weight.dtype}
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **options)
     layer.weight = nn.Parameter(weight.detach().clone())

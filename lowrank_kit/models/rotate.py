@@ -8,16 +8,13 @@ by that of d, so with this factor the norm's output is right as it stands, its e
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, no_grad, torch
 from lowrank_kit.models.layout import ModelLayout
-from lowrank_kit.models.portable import SlicedLayer, add_shortcuts
 
 
-@torch.no_grad()
+@no_grad
 def slice_layer(
     layer: Any,
     before: Float64[Tensor, "d width"],
@@ -25,6 +22,8 @@ def slice_layer(
     after: Float64[Tensor, "d width"],
 ) -> None:
     """Rewrite a decoder layer, in place, for the bases of the residual stream before, inside and after it."""
+    from lowrank_kit.models.portable import add_shortcuts
+
     scale = math.sqrt(before.shape[1] / before.shape[0])
     attention, mlp = layer.self_attn, layer.mlp
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -40,7 +39,7 @@ def slice_layer(
     _set(layer.mlp_shortcut, "weight", after.T @ middle)
 
 
-@torch.no_grad()
+@no_grad
 def slice_ends(
     model: PreTrainedModel,
     layout: ModelLayout,
@@ -65,17 +64,19 @@ def slice_ends(
     model.all_tied_weights_keys = {}
 
 
-def sliced_layers(model: nn.Module) -> list[str]:
+def sliced_layers(model: "nn.Module") -> list[str]:
     """Module paths of the decoder layers that have shortcuts, in order of definition."""
+    from lowrank_kit.models.portable import SlicedLayer
+
     return [name for name, module in model.named_modules() if isinstance(module, SlicedLayer)]
 
 
-def _rotate_inputs(linear: nn.Linear, norm: Tensor, basis: Tensor) -> None:
+def _rotate_inputs(linear: "nn.Linear", norm: Tensor, basis: Tensor) -> None:
     _set(linear, "weight", (linear.weight.double() * norm.double()) @ basis)
     linear.in_features = basis.shape[1]
 
 
-def _rotate_outputs(linear: nn.Linear, basis: Tensor) -> None:
+def _rotate_outputs(linear: "nn.Linear", basis: Tensor) -> None:
     _set(linear, "weight", basis.T @ linear.weight.double())
     linear.out_features = basis.shape[1]
     if linear.bias is not None:

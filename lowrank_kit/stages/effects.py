@@ -99,7 +99,7 @@ class Effects:
 
     @property
     def _log(self) -> EnergyLog:
-        return EnergyLog(self.run.path / ENERGY_FILE, self.settings.looks)
+        return EnergyLog(self.run.path / ENERGY_FILE, self.settings.measurements)
 
 
 def windows_or_rows(texts: Sequence[EvaluationText], rows: datasets.Dataset, count: int) -> Inputs:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.config import PerplexityTask
+from lowrank_kit.config import CausalTask
 from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.data.texts import TaskTexts
@@ -25,7 +25,7 @@ from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
 from lowrank_kit.stages.judging import CausalJudge
 
 
-class InstructionStages(FineTuningStages[PerplexityTask, TaskTexts]):
+class InstructionStages(FineTuningStages[CausalTask, TaskTexts]):
     """See `FineTuningStages`. What is judged is what was saved, beside the model as it came."""
 
     task_type = "CAUSAL_LM"

@@ -13,7 +13,7 @@ from lowrank_kit import distributed
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.figures import content_hash, shared_figures
 from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
-from lowrank_kit.config import PerplexityTask, RunConfig
+from lowrank_kit.config import CausalTask, RunConfig
 from lowrank_kit.data.texts import EvaluationText, TaskTexts
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -40,7 +40,7 @@ class CausalJudge:
     def __init__(
         self,
         config: RunConfig,
-        task: PerplexityTask,
+        task: CausalTask,
         data: TaskTexts,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,

@@ -16,7 +16,7 @@ from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
-from lowrank_kit.config import PerplexityTask
+from lowrank_kit.config import CausalTask
 from lowrank_kit.data.padding import padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
@@ -39,7 +39,7 @@ from lowrank_kit.training.recover import Recovered, recover
 log = logging.getLogger(__name__)
 
 
-class PerplexityStages(Stages[PerplexityTask, TaskTexts]):
+class PerplexityStages(Stages[CausalTask, TaskTexts]):
     """See `Stages`; ``checkpoint/`` is the compressed model, ``recovered/`` that one after its recovery.
 
     What is judged is what was saved there.

@@ -10,8 +10,9 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.export import main
 from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.checkpoint import save_compressed
-from lowrank_kit.models.factored import LowRankLinear, replace_linear
+from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.portable import LowRankLinear
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
 from lowrank_kit.training.initialise import adapt

@@ -14,9 +14,9 @@ from lowrank_kit.compression.decompose import decompose
 from lowrank_kit.compression.probe import LossProbe
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.models.factored import LowRankLinear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.portable import LowRankLinear
 from lowrank_kit.truncation.joint import Joint
 from lowrank_kit.truncation.two_sided import TwoSided
 from lowrank_kit.truncation.weights import Fisher, Plain, Scaled

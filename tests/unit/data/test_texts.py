@@ -56,7 +56,7 @@ def make(folder):
             {
                 "method": {"_target_": "lowrank_kit.methods.none.Baseline", "name": "none"},
                 "model": {"name": "m", "path": "m"},
-                "task": {"kind": "perplexity", "name": "p", "texts": texts, "window": 8, **(task or {})},
+                "task": {"kind": "causal", "name": "p", "texts": texts, "window": 8, **(task or {})},
                 "data": {"source": "local", "root": str(folder)},
                 "calibration": {"samples": 3, "seq_len": 5},
                 **sections,
@@ -204,7 +204,7 @@ def test_one_file_of_a_set_on_the_hub_is_enough(make, monkeypatch):
             "method": {"_target_": "lowrank_kit.methods.none.Baseline", "name": "none"},
             "model": {"name": "m", "path": "m"},
             "task": {
-                "kind": "perplexity",
+                "kind": "causal",
                 "name": "p",
                 "texts": {
                     "big": {

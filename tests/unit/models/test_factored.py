@@ -7,7 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.factored import LowRankLinear, ranks_of, replace_linear, share_down, shared_downs
+from lowrank_kit.models.factored import ranks_of, replace_linear, share_down, shared_downs
+from lowrank_kit.models.portable import LowRankLinear
 
 
 def _factors(out_features: int, in_features: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

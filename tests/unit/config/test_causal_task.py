@@ -1,7 +1,7 @@
 import pytest
 
 from lowrank_kit.compose import Composer, force_dotted
-from lowrank_kit.config import PerplexityTask, RunConfig, load
+from lowrank_kit.config import CausalTask, RunConfig, load
 from lowrank_kit.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def test_texts_bring_a_causal_model_unless_one_is_named(overrides, model):
 
 def test_the_task_holds_every_text_and_one_may_be_named_alone():
     task = check("task=perplexity").task
-    assert isinstance(task, PerplexityTask)
+    assert isinstance(task, CausalTask)
     assert (task.name, list(task.texts)) == ("perplexity", ["wikitext2", "ptb", "c4", "wikipedia", "openwebtext"])
     for name, text in task.texts.items():
         alone = check(f"task=perplexity/{name}").task
