@@ -66,6 +66,26 @@ class StageProgress(Progress):
         log.info("%s: %g%s%s", task.description, task.completed, total, left)
 
 
+class Bar:
+    """One bar of a `Progress`: the way in which everything long shows how far it is. Without a `Progress`, nothing."""
+
+    def __init__(
+        self, progress: Progress | None, description: str, total: int | None = None, completed: int = 0
+    ) -> None:
+        self._progress = progress
+        self._task = progress.add_task(description, total=total, completed=completed) if progress else TaskID(-1)
+
+    def advance(self, steps: float | int = 1) -> None:
+        """So many steps are done; may be a fraction."""
+        if self._progress:
+            self._progress.advance(self._task, steps)
+
+    def update(self, **changes: Any) -> None:
+        """As `Progress.update`: ``description``, ``total``, ``completed``."""
+        if self._progress:
+            self._progress.update(self._task, **changes)
+
+
 def _clock(seconds: int) -> str:
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks that a causal model is judged by, in the columns that lm-eval's own tasks read."""
+"""Rows of the benchmarks that a causal model is evaluated on, in the columns that lm-eval's own tasks read."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Questions:
-    """One benchmark's rows to judge on, and those that solved examples are drawn from (None without examples)."""
+    """One benchmark's rows to evaluate on, and those that solved examples are drawn from (None without examples)."""
 
     name: str
     benchmark: Benchmark
@@ -67,10 +67,10 @@ def _splits(benchmark: Benchmark) -> list[str]:
 
 def _load(name: str, benchmark: Benchmark, source: Source, limit: int | None) -> Questions:
     parts = benchmark.part_column
-    judged, *shots = _splits(benchmark)
-    rows = source.load(_ref(benchmark, None if parts else limit), judged)
+    evaluated, *shots = _splits(benchmark)
+    rows = source.load(_ref(benchmark, None if parts else limit), evaluated)
     if not len(rows.dataset):
-        raise ConfigError(f"'{judged}' of '{benchmark.dataset}' has no rows")
+        raise ConfigError(f"'{evaluated}' of '{benchmark.dataset}' has no rows")
     if parts and parts not in rows.dataset.column_names:
         raise ConfigError(f"the rows of '{benchmark.dataset}' have no column '{parts}' (part_column of {name})")
     if parts and limit is not None:

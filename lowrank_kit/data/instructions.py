@@ -34,7 +34,7 @@ _WITHOUT_INPUT = (
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """One instruction as the model reads it, and the answer to learn.
 
     ``continues``: the answer is more of the same text, as a benchmark of likelihoods scores it, with no end behind it;
@@ -46,7 +46,7 @@ class Lesson:
     continues: bool = False
 
 
-Ask = Callable[[Questions], Sequence[Lesson]]
+Ask = Callable[[Questions], Sequence[Example]]
 """Puts rows into the words of their benchmark (`InstructionSet.lm_eval`)."""
 
 
@@ -88,11 +88,11 @@ class Instructions:
         found = replace(self.rows, dataset=rows, sha256=content_hash(rows))
         return Questions(self.name, benchmark, in_lm_evals_columns(found, benchmark), None)
 
-    def lessons(self, rows: datasets.Dataset, ask: Ask | None = None) -> Sequence[Lesson]:
+    def examples(self, rows: datasets.Dataset, ask: Ask | None = None) -> Sequence[Example]:
         """Some rows in words, in their order. Raises what ``ask`` raises, which sets of a benchmark need."""
         questions = self.questions(rows)
         if questions is None:
-            return [Lesson(self._prompt(row), self._answer(row)) for row in rows]
+            return [Example(self._prompt(row), self._answer(row)) for row in rows]
         if ask is None:
             raise ConfigError(f"{self._key}.lm_eval is for what a task learns: task.instructions, not recovery.sets")
         return ask(questions)
@@ -146,7 +146,7 @@ def instructions_ref(name: str, columns: InstructionSet) -> DatasetRef:
 
 
 def encode(
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
@@ -157,22 +157,22 @@ def encode(
 ) -> datasets.Dataset:
     """BOS, prompt, answer and end of text as ``input_ids``, cut at ``max_length``; prompt tokens have no label.
 
-    A lesson that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. ``opening`` says
+    An example that `continues` its prompt is tokenised in one piece, as lm-eval does, and has no end. ``opening`` says
     whether BOS comes first; None: as the tokenizer does it. Of what a tokenizer would put behind a text there is
-    nothing but the one end behind the answer. A lesson whose prompt alone fills ``max_length``, which is ``key`` of the
-    configuration, and one that has no answer and no end, has nothing to learn and is left out. Raises `ConfigError`,
-    with ``of`` for the set's name, where that is every one.
+    nothing but the one end behind the answer. An example whose prompt alone fills ``max_length``, which is ``key`` of
+    the configuration, and one that has no answer and no end, has nothing to learn and is left out. Raises
+    `ConfigError`, with ``of`` for the set's name, where that is every one.
     """
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for prompt, answer in _tokens(lessons, tokenizer, opening or opening_of("auto", tokenizer)):
+    for prompt, answer in _tokens(examples, tokenizer, opening or opening_of("auto", tokenizer)):
         if len(prompt) < max_length and answer:
             unlearnt = prompt if train_on_prompt else [NOT_PREDICTED] * len(prompt)
             encoded["input_ids"].append([*prompt, *answer][:max_length])
             encoded["labels"].append([*unlearnt, *answer][:max_length])
     found = datasets.Dataset.from_dict(encoded)
     if not len(found):
-        raise ConfigError(f"the prompts of all {len(lessons)} rows of {of} fill {key}={max_length} tokens: raise it")
-    if left_out := len(lessons) - len(found):
+        raise ConfigError(f"the prompts of all {len(examples)} rows of {of} fill {key}={max_length} tokens: raise it")
+    if left_out := len(examples) - len(found):
         log.warning(
             "%d rows of %s have prompts of %s=%d tokens or more, or no answer: left out", left_out, of, key, max_length
         )
@@ -180,15 +180,17 @@ def encode(
 
 
 def _tokens(
-    lessons: Sequence[Lesson], tokenizer: PreTrainedTokenizerBase, opening: Opening
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, opening: Opening
 ) -> Iterator[tuple[list[int], list[int]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # As in lm-eval, spaces at the prompt's end belong to the answer.
-    prompts = [lesson.prompt.rstrip() if lesson.continues else lesson.prompt for lesson in lessons]
-    wholes = iter(opening.encode([lesson.prompt + lesson.answer for lesson in lessons if lesson.continues], tokenizer))
-    answers = iter(plain_ids([lesson.answer for lesson in lessons if not lesson.continues], tokenizer))
-    for lesson, prompt in zip(lessons, opening.encode(prompts, tokenizer), strict=True):
-        if lesson.continues:
+    prompts = [example.prompt.rstrip() if example.continues else example.prompt for example in examples]
+    wholes = iter(
+        opening.encode([example.prompt + example.answer for example in examples if example.continues], tokenizer)
+    )
+    answers = iter(plain_ids([example.answer for example in examples if not example.continues], tokenizer))
+    for example, prompt in zip(examples, opening.encode(prompts, tokenizer), strict=True):
+        if example.continues:
             whole = next(wholes)
             yield whole[: len(prompt)], whole[len(prompt) :]
         else:

@@ -1,4 +1,4 @@
-"""The rows of one task, encoded: what is trained on, judged on, and calibrated with, and where it came from."""
+"""The rows of one task, encoded: what is trained on, evaluated on, and calibrated with, and where it came from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from lowrank_kit.data.sources import DatasetRef, Rows, Source
 from lowrank_kit.data.special_tokens import beyond
 from lowrank_kit.errors import ConfigError
 
-# Fixed, so that every seed and every method is judged on the same held-out rows.
+# Fixed, so that every seed and every method is evaluated on the same held-out rows.
 HELD_OUT_SEED = 0
 
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """Encoded rows to judge on; ``name`` is the task's, with the split's where the task has several."""
+    """Encoded rows to evaluate on; ``name`` is the task's, with the split's where the task has several."""
 
     name: str
     rows: datasets.Dataset

@@ -1,4 +1,4 @@
-"""Running text of a perplexity task, cut into windows of tokens: to calibrate on, to learn from, to judge on."""
+"""Running text, cut into windows of tokens: to calibrate on, to learn from, to evaluate on."""
 
 import logging
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from lowrank_kit.config import CausalTask, RecoveryConfig, RunConfig, TextSet
 from lowrank_kit.data.benchmarks import check_allowed, load_benchmarks
 from lowrank_kit.data.encode import check_texts
 from lowrank_kit.data.instructions import Ask, Instructions, encode
-from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
 from lowrank_kit.data.special_tokens import Opening, check_embedded, opening_of, plain_ids
+from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ Windows = Int64[Tensor, "windows window"]
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Windows ``[n, window]`` of one text to judge on; ``name`` is the text's, ``opening`` what begins each."""
+    """Windows ``[n, window]`` of one text to evaluate on; ``name`` is the text's, ``opening`` what begins each."""
 
     name: str
     windows: Windows
@@ -49,10 +49,10 @@ def text_ref(name: str, text: TextSet) -> DatasetRef:
 class TaskTexts:
     """The texts of a task that the data source has, loaded once each.
 
-    A text takes part if the source has the split it is judged on; those left out are named in a warning. Raises
+    A text takes part if the source has the split it is evaluated on; those left out are named in a warning. Raises
     `ConfigError` where none is left, where the text to calibrate on is not there, for rows without text, and for
     benchmarks that run programs without `eval.allow_code_execution`.
-    With ``learns`` the task's instructions are loaded too, and raise what `TaskLessons` does. ``model`` is the
+    With ``learns`` the task's instructions are loaded too, and raise what `TaskInstructions` does. ``model`` is the
     configuration of the model that reads the texts, whose family may have a rule for BOS: where it is given, tokens
     without embedding are a `ConfigError` too.
     """
@@ -66,29 +66,29 @@ class TaskTexts:
         model: PretrainedConfig | None = None,
     ) -> None:
         self._config, self._task, self._model = config, task, model
-        self.lessons = TaskLessons(config, task, source, model) if learns else None
+        self.instructions = TaskInstructions(config, task, source, model) if learns else None
         """What is learnt of the task."""
-        if self.lessons and config.eval.held_out:
-            self.benchmarks = self.lessons.held_out_questions()
+        if self.instructions and config.eval.held_out:
+            self.benchmarks = self.instructions.held_out_questions()
         else:
             self.benchmarks = load_benchmarks(task.benchmarks, source, config.eval.limit)
             if task.benchmarks and config.eval.held_out:
                 raise ConfigError(
-                    "eval.held_out: benchmarks are judged on splits of their own; choose hyper-parameters with "
+                    "eval.held_out: benchmarks are evaluated on splits of their own; choose hyper-parameters with "
                     "task=perplexity, or drop eval.held_out"
                 )
         """Rows of the benchmarks that the data source has, by their names."""
         for name, questions in self.benchmarks.items():
             check_allowed(name, questions.benchmark, config.eval.allow_code_execution)
-        is_judged_on_texts = bool(task.texts) and task.perplexity
-        names = self._present(source) if is_judged_on_texts else ()
-        splits = {(name, self._judged_on(name)) for name in names}
-        self.calibrated_on = self._choose(names if is_judged_on_texts else task.texts, source)
+        is_evaluated_on_texts = bool(task.texts) and task.perplexity
+        names = self._present(source) if is_evaluated_on_texts else ()
+        splits = {(name, self._evaluated_on(name)) for name in names}
+        self.calibrated_on = self._choose(names if is_evaluated_on_texts else task.texts, source)
         """Name of the text to calibrate on; None where the source has no calibration split of any."""
         if self.calibrated_on is not None:
             splits.add((self.calibrated_on, task.texts[self.calibrated_on].calibration_split))
         self.names = names
-        """Names of the texts to judge on."""
+        """Names of the texts to evaluate on."""
         self._rows: dict[tuple[str, str], Rows] = {}
         self._tokens: dict[tuple[str, str], Int64[Tensor, " tokens"]] = {}
         for name, split in sorted(splits):
@@ -96,7 +96,7 @@ class TaskTexts:
             rows = source.load(text_ref(name, text), split)
             _check(rows, text, f"'{split}' of {name}")
             self._rows[name, split] = rows
-        self._instructions = _instructions(config.recovery, source)
+        self._recovery_set = _recovery_set(config.recovery, source)
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split by ``text:split``, for the manifest.
@@ -112,11 +112,11 @@ class TaskTexts:
         }
         for questions in self.benchmarks.values():
             texts |= questions.facts()
-        texts |= self._instructions.facts() if self._instructions else {}
-        return texts | (self.lessons.facts() if self.lessons else {})
+        texts |= self._recovery_set.facts() if self._recovery_set else {}
+        return texts | (self.instructions.facts() if self.instructions else {})
 
     def opening(self, of: _Of, tokenizer: PreTrainedTokenizerBase) -> Opening:
-        """What begins the windows, prompts and instructions that are judged by or learnt, or calibrated on."""
+        """What begins the windows, prompts and instructions that are evaluated on or learnt, or calibrated on."""
         choice = self._config.eval.bos if of == "eval" else self._config.calibration.bos
         return opening_of(choice, tokenizer, self._model, f"{of}.bos")
 
@@ -126,8 +126,8 @@ class TaskTexts:
 
     @property
     def learnt_as(self) -> _Of:
-        """Whose opening `recovery` has: windows are those calibrated on, instructions are asked as in judging."""
-        return "calibration" if self.lessons is None and self._instructions is None else "eval"
+        """Whose opening `recovery` has: windows are those calibrated on, instructions are asked as in evaluation."""
+        return "calibration" if self.instructions is None and self._recovery_set is None else "eval"
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
@@ -152,16 +152,16 @@ class TaskTexts:
         `ConfigError` where the text is too short, a row is longer than the model reads, or no row is left.
         """
         recovery = self._config.recovery
-        if self.lessons is not None:
-            return self.lessons.train(tokenizer, ask)
-        if self._instructions is None:
+        if self.instructions is not None:
+            return self.instructions.train(tokenizer, ask)
+        if self._recovery_set is None:
             windows = self.calibration(tokenizer).tolist()
             rows = datasets.Dataset.from_dict({"input_ids": windows, "labels": windows})
         else:
             self._check_length("recovery.max_length", recovery.max_length, tokenizer)
-            lessons = self._instructions.lessons(self._instructions.rows.dataset)
+            examples = self._recovery_set.examples(self._recovery_set.rows.dataset)
             rows = encode(
-                lessons,
+                examples,
                 tokenizer,
                 recovery.max_length,
                 of=recovery.data,
@@ -192,7 +192,7 @@ class TaskTexts:
         settings, split = self._config.calibration, self._task.texts[name].calibration_split
         # What learns instructions is calibrated on those.
         read = settings.seq_len - len(self.opening("calibration", tokenizer))
-        start = 0 if self.lessons else settings.samples * read
+        start = 0 if self.instructions else settings.samples * read
         windows = self._windows(self._encode(name, split, tokenizer)[start:], of, window, tokenizer)
         if len(windows) < count:
             raise ConfigError(
@@ -209,7 +209,7 @@ class TaskTexts:
         """
         found = []
         for name in self.names:
-            split, held_out = self._judged_on(name), self._config.eval.held_out
+            split, held_out = self._evaluated_on(name), self._config.eval.held_out
             if held_out:
                 count = min(held_out, self._task.max_windows or held_out)
                 windows = self._behind_calibration(name, count, self.window(tokenizer), "eval", tokenizer)
@@ -266,17 +266,17 @@ class TaskTexts:
             )
         return self.calibrated_on
 
-    def _judged_on(self, name: str) -> str:
+    def _evaluated_on(self, name: str) -> str:
         text = self._task.texts[name]
         return text.calibration_split if self._config.eval.held_out else text.eval_split
 
     def _present(self, source: Source) -> tuple[str, ...]:
         texts = self._task.texts
-        there = [name for name, text in texts.items() if has(source, text_ref(name, text), [self._judged_on(name)])]
+        there = [name for name, text in texts.items() if has(source, text_ref(name, text), [self._evaluated_on(name)])]
         absent = [name for name in texts if name not in there]
         if not there and not self.benchmarks and len(texts) == 1:
             # The source's own message says where it looked.
-            source.load(text_ref(absent[0], texts[absent[0]]), self._judged_on(absent[0]))
+            source.load(text_ref(absent[0], texts[absent[0]]), self._evaluated_on(absent[0]))
         if not there and not self.benchmarks:
             raise ConfigError(
                 f"data={self._config.data.source} has none of the texts {', '.join(absent)}; add your own: "
@@ -306,7 +306,7 @@ class TaskTexts:
         return self._tokens[name, split]
 
 
-def _instructions(recovery: RecoveryConfig, source: Source) -> Instructions | None:
+def _recovery_set(recovery: RecoveryConfig, source: Source) -> Instructions | None:
     if recovery.instructions is None:
         return None
     try:

@@ -1,10 +1,11 @@
-"""A program that a model wrote and the judge that tests it, each in a jail of its own: plain values pass between them.
+"""A program that a model wrote and the evaluator that tests it, each in a jail; plain values pass between them.
 
-Started by `jail` as a script, standard library only: ``dialogue.py answer`` or ``dialogue.py judge``. The answer loads
-``program.py`` and then does what the judge asks of it over socket 3: call a function, give an attribute. Only values of
-Python's own types cross; any other object stays with the answer, and the judge gets a `Remote` that stands for it and
-is equal to nothing else. So no method of the answer's, ``__eq__`` least of all, runs where its result is judged, and
-what the judge prints at the end of its tests, the token in ``request.json``, is in no process of the answer's.
+Started by `jail` as a script, standard library only: ``dialogue.py answer`` or ``dialogue.py evaluator``. The answer
+loads ``program.py`` and then does what the evaluator asks of it over socket 3: call a function, give an attribute. Only
+values of Python's own types cross; any other object stays with the answer, and the evaluator gets a `Remote` that
+stands for it and is equal to nothing else. So no method of the answer's, ``__eq__`` least of all, runs where its result
+is tested, and what the evaluator prints at the end of its tests, the token in ``request.json``, is in no process of the
+answer's.
 """
 
 import ast
@@ -23,7 +24,7 @@ from typing import Any
 
 CONNECTION = 3
 GONE = 3
-"""Exit status of a judge whose answer is gone."""
+"""Exit status of an evaluator whose answer is gone."""
 _MOST_ITEMS = 10**6
 
 
@@ -191,7 +192,7 @@ def remote_error(told: Mapping[str, str]) -> Exception:
 
 
 def answer() -> None:
-    """Load the program and do what the judge asks."""
+    """Load the program and do what the evaluator asks."""
     channel, me = Channel(), os.getpid()
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -248,7 +249,7 @@ def _told(error: BaseException) -> dict[str, str]:
     }
 
 
-def judge() -> None:
+def evaluator() -> None:
     """Run the tests on the answer; print the token behind them, or what went wrong as the last line."""
     request = json.loads(Path("request.json").read_text("utf-8"))
     try:
@@ -281,4 +282,4 @@ def _test(channel: Channel, request: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"answer": answer, "judge": judge}[sys.argv[1]]()
+    {"answer": answer, "evaluator": evaluator}[sys.argv[1]]()

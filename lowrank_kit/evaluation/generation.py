@@ -1,4 +1,4 @@
-"""Benchmarks whose answers are texts: lm-eval's prompts and filters; mathematics and programs are judged by ours."""
+"""Benchmarks whose answers are texts: lm-eval's prompts and filters; mathematics and programs are scored by ours."""
 
 import importlib.metadata
 import sys
@@ -55,7 +55,7 @@ def prompts_alone() -> Iterator[None]:
 
 
 def overrides(benchmark: Benchmark) -> dict[str, Any]:
-    """What to change in lm-eval's task so that it leaves the judging to `samples_of`."""
+    """What to change in lm-eval's task so that it leaves the scoring to `samples_of`."""
     if not (benchmark.runs_code or "math_verify" in benchmark.metrics):
         return {}
     everything = {"function": "custom", "filter_fn": lambda responses, docs: responses}

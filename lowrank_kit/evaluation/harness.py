@@ -18,19 +18,19 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from rich.progress import Progress, TaskID
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rich.progress import Progress
 
-from lowrank_kit.config import Benchmark, Bos
+from lowrank_kit.config import Benchmark
 from lowrank_kit.data.benchmarks import Questions, load_benchmarks
 from lowrank_kit.data.sources import Source
-from lowrank_kit.data.special_tokens import Opening, opening_of
+from lowrank_kit.data.special_tokens import Opening
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.evaluation import generation
 from lowrank_kit.evaluation.generation import Sample
 from lowrank_kit.evaluation.glue import score, standard_error
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.progress import Bar
 
 VERSION = version("lm-eval")
 
@@ -53,8 +53,8 @@ class Answers:
     seconds: float | None
 
 
-class Exam:
-    """One benchmark, ready to be answered by any number of models.
+class PreparedBenchmark:
+    """One benchmark as tasks of lm-eval, which any number of models can answer.
 
     Raises `ConfigError` where lm-eval has no such task, or not that metric, or where programs would be run without
     ``allow_code_execution``, and `LowRankKitError` where its task cannot read the rows.
@@ -74,7 +74,7 @@ class Exam:
 
     @property
     def key(self) -> dict[str, Any]:
-        """All that the answers depend on besides the model: two exams of one key have the same prompts."""
+        """All that the answers depend on besides the model: two benchmarks of one key have the same prompts."""
         rows = [rows.sha256 for rows in (self.questions.rows, self.questions.examples) if rows]
         settings = self.questions.benchmark.model_dump(
             mode="json", exclude={"reason", "hub_path", "hub_name", "max_rows"}
@@ -117,60 +117,55 @@ class Exam:
 
 
 def evaluate_suite(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Mapping[str, Benchmark],
-    source: Source,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    bos: Bos = "auto",
-    allow_code_execution: bool = False,
+    lm: BoundedLM,
+    benchmarks: Sequence[PreparedBenchmark],
     versions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[EvalRecord]:
-    """Judge a causal model, wherever it is, by every benchmark whose rows the source has.
+    """Evaluate a causal model on benchmarks.
 
     Args:
-        model: put into evaluation mode.
-        tokenizer: left as it is; it needs no padding token.
-        benchmarks: by name.
-        source: of the rows.
-        limit: judge on the first so many rows of each.
-        batch_size: most rows per forward pass.
-        max_length: tokens that the model reads; None: what its configuration says.
-        bos: whether prompts begin with BOS, as `opening_of` has it.
-        allow_code_execution: run the programs that it writes, in a sandbox.
+        lm: the model with its tokenizer, as lm-eval asks it.
+        benchmarks: of `prepare`.
         versions: put into every record.
         progress: shows one bar over all rows.
 
     Returns:
         Every benchmark's metrics in the order of `Benchmark.metrics`, then their average.
     """
-    found = load_benchmarks(benchmarks, source, limit).values()
-    exams = [Exam(questions, allow_code_execution) for questions in found]
-    opening = opening_of(bos, tokenizer, model.config)
-    lm = BoundedLM(model, tokenizer, batch_size, max_length, opening=opening)
-    pairs = zip(exams, answer_all(lm, exams, progress), strict=True)
-    records = [r for exam, answers in pairs for r in exam.records(answers, versions or {}, "final", opening)]
+    pairs = zip(benchmarks, answer_all(lm, benchmarks, progress), strict=True)
+    records = [r for b, answers in pairs for r in b.records(answers, versions or {}, "final", lm.opening)]
     return [*records, *averages(records)]
 
 
+def prepare(
+    benchmarks: Mapping[str, Benchmark], source: Source, limit: int | None = None, allow_code_execution: bool = False
+) -> list[PreparedBenchmark]:
+    """Every benchmark, by name, whose rows the source has, with the first ``limit`` rows of each.
+
+    ``allow_code_execution``: programs that a model writes are run, in a sandbox. Raises what `load_benchmarks` and
+    `PreparedBenchmark` raise.
+    """
+    found = load_benchmarks(benchmarks, source, limit).values()
+    return [PreparedBenchmark(questions, allow_code_execution) for questions in found]
+
+
 def answer_all(
-    lm: BoundedLM, exams: Sequence[Exam], progress: Progress | None = None, description: str = "benchmarks"
+    lm: BoundedLM,
+    benchmarks: Sequence[PreparedBenchmark],
+    progress: Progress | None = None,
+    description: str = "benchmarks",
 ) -> Iterator[Answers]:
     """Let a model answer one benchmark after another: the caller keeps what it is given before the next begins."""
-    bar = progress.add_task(description, total=sum(map(len, exams))) if progress else None
-    for exam in exams:
-        if progress and bar is not None:
-            progress.update(bar, description=f"{description}: {exam.name}")
-            lm.advance = partial(_advance, progress, bar, len(exam))
-        yield exam.answer(lm)
+    bar = Bar(progress, description, sum(map(len, benchmarks)))
+    for benchmark in benchmarks:
+        bar.update(description=f"{description}: {benchmark.name}")
+        lm.advance = partial(_advance, bar, len(benchmark))
+        yield benchmark.answer(lm)
 
 
-def _advance(progress: Progress, bar: TaskID, rows: int, share: float) -> None:
-    progress.advance(bar, rows * share)
+def _advance(bar: Bar, rows: int, share: float) -> None:
+    bar.advance(rows * share)
 
 
 def averages(records: Sequence[EvalRecord]) -> list[EvalRecord]:

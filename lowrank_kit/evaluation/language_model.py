@@ -64,7 +64,7 @@ class BoundedLM(HFLM):
         """Whether a prompt that leaves no room for what is to be generated loses its middle, or is an error."""
         self.cache_hook = self
         self._tokens: Tokens = {} if tokens is None else tokens
-        self._opening = opening_of("auto", tokenizer, model.config) if opening is None else opening
+        self.opening = opening_of("auto", tokenizer, model.config) if opening is None else opening
         self._most_rows, self._first, self._share, self._asking = batch_size, 0, 1.0, ""
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -90,13 +90,13 @@ class BoundedLM(HFLM):
         """The tokens of a text, behind BOS as the rule has it; with ``add_special_tokens=False``, of the text alone."""
         if add_special_tokens is False:
             return plain_ids([string], self.tokenizer)[0]
-        return self._opening.encode([string], self.tokenizer)[0]
+        return self.opening.encode([string], self.tokenizer)[0]
 
     def tok_batch_encode(
         self, strings: Sequence[str], padding_side: str = "left", **_: Any
     ) -> tuple[Int64[Tensor, "rows tokens"], Int64[Tensor, "rows tokens"]]:
         """Token ids and attention mask of several texts, each as in `tok_encode`; none is cut."""
-        ids = {"input_ids": self._opening.encode(strings, self.tokenizer)}
+        ids = {"input_ids": self.opening.encode(strings, self.tokenizer)}
         padded = self.tokenizer.pad(ids, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
 

@@ -119,14 +119,14 @@ def _paired(
     if first.keys() != second.keys():
         common = len(first.keys() & second.keys())
         raise ConfigError(
-            f"{name}: the runs were judged on different rows ({len(first)} and {len(second)}, {common} in common): "
-            f"judge both with the same data and eval.limit"
+            f"{name}: the runs were evaluated on different rows ({len(first)} and {len(second)}, {common} in common): "
+            f"evaluate both with the same data and eval.limit"
         )
     pairs = [(sample, second[row]) for row, sample in first.items()]
     if other := sum(one.get("prompt_hash") != two.get("prompt_hash") for one, two in pairs):
         raise ConfigError(
             f"{name}: {other} of {len(pairs)} rows were asked with different prompts: "
-            f"judge both with the same task, shots and version of lm-eval"
+            f"evaluate both with the same task, shots and version of lm-eval"
         )
     return pairs
 

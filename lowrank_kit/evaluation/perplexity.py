@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowrank_kit import distributed
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.head import Head
+from lowrank_kit.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def perplexity(
 
     def means_of(numbers: Sequence[int]) -> list[float]:
         means: list[float] = []
-        bar = progress.add_task(description, total=len(numbers)) if progress else None
+        bar = Bar(progress, description, len(numbers))
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             inputs = windows[list(batch)].to(device)
@@ -70,8 +71,7 @@ def perplexity(
                         "use dtype=float32 or bfloat16, or remove less (method.ratio)"
                     )
                 means.append(float(losses.mean()))
-            if progress and bar is not None:
-                progress.advance(bar, len(batch))
+            bar.advance(len(batch))
         return means
 
     means = distributed.in_shares(means_of, range(len(windows)))

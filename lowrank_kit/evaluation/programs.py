@@ -21,7 +21,7 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
 
 
 def program_of(row: Mapping[str, Any], completion: str) -> Program:
-    """What is run to judge a completion: a row of HumanEval (which starts the program itself) or of MBPP."""
+    """What is run to test a completion: a row of HumanEval (which starts the program itself) or of MBPP."""
     if "entry_point" in row:
         answer, entry = f"{row['prompt']}{completion}", row["entry_point"]
         # The tests use some of what the prompt defines. It ends in a docstring, or needs a body to be a program.

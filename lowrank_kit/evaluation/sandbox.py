@@ -69,7 +69,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Program:
-    """What a model wrote, ``answer``, and what judges it.
+    """What a model wrote, ``answer``, and what tests it.
 
     ``given`` is run before the ``tests``, apart from the answer. ``tests`` may use every name of ``given``, and of the
     answer ``entry`` and those that are neither in ``given`` nor Python's own.
@@ -95,8 +95,8 @@ def run_program(program: Program | str, limits: Limits = LIMITS) -> Outcome:
         files = {DIALOGUE.name: script, "program.py": asked.answer}
         answer = stack.enter_context(_jailed("answer", files, theirs, limits))
         files = {DIALOGUE.name: script, "request.json": json.dumps(request)}
-        judge = stack.enter_context(_jailed("judge", files, ours, limits))
-        found = _outcome_of(judge)
+        evaluator = stack.enter_context(_jailed("evaluator", files, ours, limits))
+        found = _outcome_of(evaluator)
         if found["status"] == 0 and token in found["output"]:
             return Outcome("passed")
         if found["status"] == 1:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lowrank_kit.config import SpeedConfig
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
+from lowrank_kit.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,11 @@ def measure_speed(
     passes = {name: _Pass(model.eval(), tokens, settings.prompt_tokens, device) for name, model in models.items()}
     costs = {name: a_pass.cost() for name, a_pass in passes.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    bar = progress.add_task("speed", total=settings.repeats * len(models)) if progress else None
+    bar = Bar(progress, "speed", settings.repeats * len(models))
     for _ in range(settings.repeats):
         for name, a_pass in passes.items():
             seconds[name].append(a_pass.timed())
-            if progress and bar is not None:
-                progress.advance(bar)
+            bar.advance()
     return {
         name: Speed(
             prefill_seconds=tuple(prefill for prefill, _ in seconds[name]),

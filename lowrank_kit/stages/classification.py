@@ -22,7 +22,8 @@ from lowrank_kit.methods.base import FineTuning
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
 from lowrank_kit.stages.base import VERSIONS
-from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
+from lowrank_kit.stages.fine_tuning import FineTuningStages
+from lowrank_kit.training.fit import Examples
 
 
 class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
@@ -98,8 +99,8 @@ class ClassificationStages(FineTuningStages[ClassificationTask, TaskRows]):
         begun = put_before(self._tokenizer)
         return int(begun is not None and begun != self._tokenizer.cls_token_id)
 
-    def _lessons(self) -> Lessons:
-        return Lessons(
+    def _examples(self) -> Examples:
+        return Examples(
             self._order.for_model(self._learnt),
             RightPadded(self._pad_token_id),
             self._order.for_model(self._evaluation[0].rows),

@@ -3,15 +3,14 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar, Generic
+from typing import ClassVar, Generic
 
 import datasets
 import torch
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.calibration.statistics import Kept
@@ -25,21 +24,10 @@ from lowrank_kit.stages.base import Data, Stages, Task
 from lowrank_kit.stages.effects import EFFECTS_FILE, Effects
 from lowrank_kit.training.adapters import Adapted, load_adapted
 from lowrank_kit.training.effects import UpdateEnergy
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapted, calibrate_for
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """Encoded rows to learn from, what pads a batch of them, and rows to look at while training."""
-
-    rows: datasets.Dataset
-    collate: Callable[[list[Any]], Any]
-    evaluation: datasets.Dataset | None = None
-    score: Callable[[EvalPrediction], dict[str, float]] | None = None
-    eval_batch_size: int = 8
 
 
 class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
@@ -69,7 +57,7 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
         """Tokens at the beginning of those rows that are not calibrated on."""
 
     @abstractmethod
-    def _lessons(self) -> Lessons:
+    def _examples(self) -> Examples:
         """What is learnt."""
 
     def calibrate(self) -> None:
@@ -95,26 +83,18 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
             return
         # Of an untrained model, should one have been judged before.
         self._run.forget("evaluate", "results.json", EFFECTS_FILE)
-        lessons, folder, energy = self._lessons(), self._run.path / "checkpoints", self._energy
+        examples, folder, energy = self._examples(), self._run.path / "checkpoints", self._energy
         ready = self._adapted
         assert ready is not None
-        log.info("training %s parameters on %d rows", f"{ready.trained_parameters:,}", len(lessons.rows))
+        log.info("training %s parameters on %d rows", f"{ready.trained_parameters:,}", len(examples.rows))
         self._manifest.record("trained_parameters", ready.trained_parameters)
         history = fit(
             ready.model,
-            lessons.rows,
+            examples,
             self.config.train,
-            collate=lessons.collate,
-            folder=folder,
-            device=self.device,
-            seed=self.config.seed,
-            log=self._tracker.log,
+            Session(folder, self.device, self.config.seed, self._tracker.log, self.config.runtime),
             optimizer=ready.optimizer,
-            evaluation=lessons.evaluation,
-            eval_batch_size=lessons.eval_batch_size,
-            score=lessons.score,
             callbacks=[energy] if energy and launcher.is_main() else [],
-            runtime=self.config.runtime,
         )
         self._run.write_json("history.json", history)
         distributed.on_main(lambda: self._export(ready))

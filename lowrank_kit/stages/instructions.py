@@ -10,19 +10,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank_kit.config import CausalTask
-from lowrank_kit.data.lessons import TaskLessons
 from lowrank_kit.data.padding import RightPadded, padding_id
+from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.evaluation.answers import answer_perplexity
+from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS
 from lowrank_kit.stages.effects import Inputs, windows_or_rows
-from lowrank_kit.stages.fine_tuning import FineTuningStages, Lessons
+from lowrank_kit.stages.fine_tuning import FineTuningStages
 from lowrank_kit.stages.judging import CausalJudge
+from lowrank_kit.training.fit import Examples
 
 
 class InstructionStages(FineTuningStages[CausalTask, TaskTexts]):
@@ -61,7 +62,7 @@ class InstructionStages(FineTuningStages[CausalTask, TaskTexts]):
         )
 
     def _read_data(self) -> None:
-        _ = self._judge.texts, self._judge.suite, self._lessons()
+        _ = self._judge.texts, self._judge.suite, self._examples()
 
     @cached_property
     def _judge(self) -> CausalJudge:
@@ -76,12 +77,12 @@ class InstructionStages(FineTuningStages[CausalTask, TaskTexts]):
         return len(self._data.opening("calibration", self._tokenizer))
 
     @property
-    def _set(self) -> TaskLessons:
-        assert self._data.lessons is not None
-        return self._data.lessons
+    def _set(self) -> TaskInstructions:
+        assert self._data.instructions is not None
+        return self._data.instructions
 
-    def _lessons(self) -> Lessons:
-        return Lessons(self._train_rows, self._collate, self._held_out, eval_batch_size=self.config.train.batch_size)
+    def _examples(self) -> Examples:
+        return Examples(self._train_rows, self._collate, self._held_out, eval_batch_size=self.config.train.batch_size)
 
     @cached_property
     def _train_rows(self) -> datasets.Dataset:

@@ -34,7 +34,7 @@ class CausalJudge:
     """What a task asks of causal models: texts and benchmarks, the same for every model.
 
     ``folder`` is the run directory, where answers to benchmarks lie. `texts` and `suite` read no weights and raise
-    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `Exam`.
+    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `PreparedBenchmark`.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class CausalJudge:
         if not self._data.benchmarks:
             return None
         # Imported only now: lm-eval takes seconds, and most tasks have no benchmarks.
-        from lowrank_kit.evaluation.harness import Exam
+        from lowrank_kit.evaluation.harness import PreparedBenchmark
         from lowrank_kit.stages.suite import Suite
 
         allowed = self._config.eval.allow_code_execution
-        exams = [Exam(questions, allowed) for questions in self._data.benchmarks.values()]
+        benchmarks = [PreparedBenchmark(questions, allowed) for questions in self._data.benchmarks.values()]
         tokenizer, limit = self._tokenizer, self._config.model.max_length
         longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
         opening = self._data.opening("eval", tokenizer)
-        return Suite(exams, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
+        return Suite(benchmarks, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
 
     def judge(
         self,

@@ -17,8 +17,9 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import at_work
 from lowrank_kit.compression.base import Compression, Workbench
 from lowrank_kit.config import CausalTask
-from lowrank_kit.data.padding import padding_id
+from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
+from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.files import read_as
@@ -28,11 +29,11 @@ from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model
 from lowrank_kit.progress import StageProgress
-from lowrank_kit.stages.asking import ask
 from lowrank_kit.stages.base import VERSIONS, Stages
 from lowrank_kit.stages.effects import EFFECTS_FILE, Effects, Inputs, windows_or_rows
 from lowrank_kit.stages.judging import CausalJudge
 from lowrank_kit.training.adapters import AdaptedModel
+from lowrank_kit.training.fit import Examples, Session
 from lowrank_kit.training.initialise import adapt
 from lowrank_kit.training.recover import Recovered, recover
 
@@ -99,16 +100,12 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
         ready, looks = self._adapted(model, rows) if recovery.method else (None, [])
         recovered = recover(
             model,
-            rows,
+            Examples(rows, RightPadded(padding_id(self._tokenizer, model.config))),
             recovery,
             self.config.train,
+            Session(folder, self.device, self.config.seed, self._tracker.log),
             adapted=ready,
             teacher=self._loaded if recovery.loss == "distill" else None,
-            tokenizer=self._tokenizer,
-            folder=folder,
-            device=self.device,
-            seed=self.config.seed,
-            track=self._tracker.log,
             callbacks=looks if launcher.is_main() else [],
         )
         self._manifest.record("trained_parameters", recovered.trained_parameters)

@@ -13,7 +13,7 @@ from lowrank_kit.cache.entry import make_room, open_entry, touch
 from lowrank_kit.cache.figures import checksum
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.data.special_tokens import Opening
-from lowrank_kit.evaluation.harness import Answers, Exam, answer_all, averages
+from lowrank_kit.evaluation.harness import Answers, PreparedBenchmark, answer_all, averages
 from lowrank_kit.evaluation.language_model import BoundedLM, Tokens
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.progress import StageProgress
@@ -33,7 +33,7 @@ class Suite:
     ``opening`` begins every prompt; ``tokens`` are those of the questions, which all models share.
     """
 
-    exams: Sequence[Exam]
+    benchmarks: Sequence[PreparedBenchmark]
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     max_length: int
@@ -55,7 +55,7 @@ class Suite:
         ``key`` says what the answers depend on besides the benchmark. ``shared`` is a folder where other runs, too,
         leave and find answers of the dense model.
         """
-        keys = {exam.name: _key_of(exam, key) for exam in self.exams}
+        keys = {b.name: _key_of(b, key) for b in self.benchmarks}
         shelves: dict[str, list[tuple[Path, Checkpoint]]] = {
             name: [(self.folder, checkpoint), *([(shared / whole.digest, DENSE)] if shared else [])]
             for name, whole in keys.items()
@@ -71,7 +71,7 @@ class Suite:
             return found
 
         found = distributed.on_main(known)
-        if todo := [exam for exam in self.exams if exam.name not in found]:
+        if todo := [b for b in self.benchmarks if b.name not in found]:
             lm = BoundedLM(model, self.tokenizer, self.batch_size, self.max_length, self.tokens, self.opening)
             for answers in answer_all(lm, todo, progress, f"{checkpoint} model"):
                 found[answers.name] = answers
@@ -84,13 +84,13 @@ class Suite:
             if shared and launcher.is_main():
                 make_room(shared)
         records = [
-            r for exam in self.exams for r in exam.records(found[exam.name], self.versions, checkpoint, self.opening)
+            r for b in self.benchmarks for r in b.records(found[b.name], self.versions, checkpoint, self.opening)
         ]
         return [*records, *averages(records)]
 
 
-def _key_of(exam: Exam, key: StatisticsKey) -> StatisticsKey:
-    return replace(key, text=" ".join(exam.key["rows"]), request={**key.request, **exam.key})
+def _key_of(benchmark: PreparedBenchmark, key: StatisticsKey) -> StatisticsKey:
+    return replace(key, text=" ".join(benchmark.key["rows"]), request={**key.request, **benchmark.key})
 
 
 def _files(folder: Path, checkpoint: Checkpoint, name: str) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
 from lowrank_kit.models.files import check_tensors, share
+from lowrank_kit.progress import StageProgress
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
-from lowrank_kit.training.progress import ProgressReport
+from lowrank_kit.training.reporting import TrainingProgress
 
 LOGGING_STEPS = 10
 # Transformers' "constant" has no warm-up.
@@ -44,23 +46,50 @@ Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Encoded rows to learn, and rows to evaluate on while training.
+
+    ``collate`` makes a padded batch of rows. ``evaluation`` is scored every ``train.eval_every`` steps by ``score``, in
+    batches of ``eval_batch_size`` rows; None: there is no evaluation while training.
+    """
+
+    rows: datasets.Dataset
+    collate: Callable[[list[Any]], Any]
+    evaluation: datasets.Dataset | None = None
+    score: Callable[[EvalPrediction], dict[str, float]] | None = None
+    eval_batch_size: int = 8
+
+
+def _silent(metrics: Mapping[str, float], step: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where one training takes place.
+
+    ``folder`` holds its checkpoints; a whole one found there is continued from, and the caller removes the folder when
+    the outcome is safe. ``seed`` draws the data order and the dropout. ``log`` is called with every log entry, its
+    names as ``train/loss`` and ``eval/accuracy``, and its step. ``runtime`` says whether the processes shard the model.
+    """
+
+    folder: Path
+    device: str
+    seed: int
+    log: Callable[[Mapping[str, float], int], None] = _silent
+    runtime: RuntimeConfig = RuntimeConfig()  # noqa: RUF009, it is immutable
+
+
 def fit(
     model: nn.Module,
-    train: datasets.Dataset,
+    examples: Examples,
     settings: TrainConfig,
+    session: Session,
     *,
-    collate: Callable[[list[Any]], Any],
-    folder: Path,
-    device: str,
-    seed: int,
-    log: Callable[[Mapping[str, float], int], None],
     loss: Loss | None = None,
     optimizer: Callable[[TrainConfig], torch.optim.Optimizer] | None = None,
-    evaluation: datasets.Dataset | None = None,
-    eval_batch_size: int = 8,
-    score: Callable[[EvalPrediction], dict[str, float]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008, it is immutable
 ) -> History:
     """Train whatever of ``model`` requires gradients, in place; return the Trainer's log, a dict an entry.
 
@@ -69,33 +98,26 @@ def fit(
 
     Args:
         model: on its device already.
-        train: encoded rows.
+        examples: what is learnt.
         settings: the schedule.
-        collate: makes a padded batch of rows.
-        folder: checkpoints; a whole one found there is continued from. The caller removes it when the outcome is safe.
-        device: where to train.
-        seed: data order, dropout.
-        log: called with every log entry, its names as ``train/loss`` and ``eval/accuracy``, and its step.
+        session: where, and with which seed.
         loss: what falls; None: the model's own loss. Its items are tokens as `items_of` counts them.
         optimizer: makes the optimiser; None: AdamW at one learning rate.
-        evaluation: encoded rows, scored every ``settings.eval_every`` steps; None: no look while training.
-        eval_batch_size: rows a forward pass in evaluation.
-        score: metrics of predictions.
         callbacks: called by the Trainer, after our own.
-        runtime: whether the processes shard the model.
 
     Raises:
         LowRankKitError: the loss, the gradient or a metric is not finite.
     """
-    set_seed(seed)
+    set_seed(session.seed)
+    device, evaluation = session.device, examples.evaluation
     mixed = _mixed_precision(settings, device)
     rows, passes = rows_per_pass(settings, started())
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(session.folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=eval_batch_size,
+        per_device_eval_batch_size=examples.eval_batch_size,
         gradient_accumulation_steps=passes,
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -117,11 +139,11 @@ def fit(
         fp16=mixed == "fp16",
         use_cpu=device == "cpu",
         dataloader_pin_memory=device.startswith("cuda"),
-        seed=seed,
+        seed=session.seed,
         report_to=[],
         # Of an adapter, all that learns is used in every pass.
         ddp_find_unused_parameters=False if isinstance(model, PeftModel) else None,
-        **sharding(runtime),
+        **sharding(session.runtime),
     )
     # Else the configuration file of `accelerate launch` would decide.
     arguments.mixed_precision = "no" if mixed == "none" else mixed
@@ -134,18 +156,18 @@ def fit(
         settings.warmup_ratio,
         model=model,
         args=arguments,
-        train_dataset=train,
+        train_dataset=examples.rows,
         eval_dataset=evaluation,
-        data_collator=collate,
-        compute_metrics=score,
+        data_collator=examples.collate,
+        compute_metrics=examples.score,
         # Encoder-decoders return hidden states beside them.
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
-        callbacks=[_Watcher(settings, log), *callbacks],
+        callbacks=[_Watcher(settings, session.log), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    with ProgressReport() as report:
-        trainer.add_callback(report)
-        trainer.train(resume_from_checkpoint=on_main(lambda: _whole_checkpoint(folder)))
+    with StageProgress() as progress:
+        trainer.add_callback(TrainingProgress(progress))
+        trainer.train(resume_from_checkpoint=on_main(lambda: _whole_checkpoint(session.folder)))
     make_whole(model, trainer)
     return trainer.state.log_history
 

@@ -1,26 +1,24 @@
 """Recovery: what a compression has replaced in a model is trained briefly, and nothing else, to win quality back."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import datasets
 import torch
 from jaxtyping import Float, Int64
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from lowrank_kit.config import RecoveryConfig, TrainConfig
-from lowrank_kit.data.padding import NOT_PREDICTED, RightPadded, padding_id
+from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.factored import shared_downs
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.training.adapters import Adapted
-from lowrank_kit.training.fit import Batch, History, fit
+from lowrank_kit.training.fit import Batch, Examples, History, Session, fit
 
 log = logging.getLogger(__name__)
 
@@ -73,52 +71,39 @@ def replaced_linears(layout: ModelLayout) -> list[LinearRef]:
 
 def recover(
     model: PreTrainedModel,
-    rows: datasets.Dataset,
+    examples: Examples,
     settings: RecoveryConfig,
     schedule: TrainConfig,
+    session: Session,
     *,
-    adapted: Adapted | None,
-    teacher: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    device: str,
-    seed: int,
-    track: Callable[[Mapping[str, float], int], None],
+    adapted: Adapted | None = None,
+    teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Recovered:
     """Train a compressed model.
 
     Args:
         model: compressed, on its device, in float32; changed in place.
-        rows: ``input_ids`` and ``labels``, where -100 is not learnt.
+        examples: rows with ``input_ids`` and ``labels``, where -100 is not learnt.
         settings: what learns, and from which loss.
         schedule: steps, learning rate.
+        session: where, and the seed, which draws the start of LoRA too.
         adapted: ``model`` with the adapter to train, for ``what=adapter``; else None, and `learner` decides.
         teacher: the original model on the same device, for ``loss=distill``: its weights stay in memory throughout.
-        tokenizer: pads the batches.
-        folder: checkpoints, as in `fit`.
-        device: where to train.
-        seed: data order, dropout, the start of LoRA.
-        track: gets every log entry, as ``log`` of `fit` does.
         callbacks: of the Trainer.
 
     Raises:
         LowRankKitError: of `learner` and of `fit`.
-        ConfigError: a padding token beyond the embedding.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(session.seed)
     learning = adapted.model if adapted else learner(model, settings)
     trained = sum(p.numel() for p in learning.parameters() if p.requires_grad)
-    log.info("recovery trains %s parameters on %d rows", f"{trained:,}", len(rows))
+    log.info("recovery trains %s parameters on %d rows", f"{trained:,}", len(examples.rows))
     history = fit(
         learning,
-        rows,
+        examples,
         schedule,
-        collate=RightPadded(padding_id(tokenizer, model.config)),
-        folder=folder,
-        device=device,
-        seed=seed,
-        log=track,
+        session,
         optimizer=adapted.optimizer if adapted else None,
         loss=None if teacher is None else partial(_distil, teacher.eval()),
         callbacks=callbacks,

@@ -25,7 +25,7 @@ from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -77,15 +77,10 @@ def training(folder, kind="single", **settings):
     data = datasets.Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
     fit(
         adapted.model,
-        data,
+        Examples(data, _stack),
         TrainConfig(**SCHEDULE | settings),
-        collate=_stack,
-        folder=folder / f"{kind}-checkpoints",
-        device="cpu",
-        seed=1,
-        log=lambda metrics, step: None,
+        Session(folder / f"{kind}-checkpoints", "cpu", 1, runtime=runtime),
         optimizer=adapted.optimizer,
-        runtime=runtime,
     )
     distributed.on_main(lambda: adapted.export(folder / kind, "base"))
     return adapted

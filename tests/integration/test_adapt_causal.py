@@ -19,8 +19,8 @@ PIQA = {"goal": "w1 w2", "sol1": "w3", "sol2": "w4 w5"}
 
 
 @pytest.fixture(scope="session")
-def lessons_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("lessons")
+def instructions_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("instructions")
 
     def write(name, rows):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ def lessons_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def words(sharp_checkpoint, lessons_folder, tmp_path, monkeypatch):
+def words(sharp_checkpoint, instructions_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
 
     def build(*more, method="astra", task="commonsense", rank=True):
         return [
             *(f"method={method}", f"task={task}", "model.name=tiny", f"model.path={sharp_checkpoint}", "data=local"),
-            *(f"data.root={lessons_folder}", "device=cpu", "task.window=32", "task.texts.mine={}"),
+            *(f"data.root={instructions_folder}", "device=cpu", "task.window=32", "task.texts.mine={}"),
             *("task.max_windows=4", "task.max_length=64", "calibration.samples=40", "calibration.seq_len=64"),
             *("train.max_steps=20", "train.batch_size=4", "train.learning_rate=2e-2", "train.eval_every=null"),
             *(["method.rank=4"] if rank else []),

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from lowrank_kit.data.instructions import Lesson, encode
+from lowrank_kit.data.instructions import Example, encode
 from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation import glue
@@ -143,7 +143,7 @@ def test_a_classifier_gives_every_row_what_it_gives_it_alone(written, run, famil
 def test_instructions_are_the_same_examples_and_losses_in_every_batch(tiny_model, family, around, side, pad):
     model, its = tiny_model(family, initializer_range=0.3), tokenizer(around, side, pad)
     texts = [(text, " ".join(text.split()[:3])) for text in sentences("[EOS]")]
-    rows = encode([Lesson(prompt, answer) for prompt, answer in texts], its, 40, of="mine", key="k")
+    rows = encode([Example(prompt, answer) for prompt, answer in texts], its, 40, of="mine", key="k")
     sums, count = [], 0
     for (prompt, answer), row in zip(texts, rows, strict=True):
         before, after = ([WORDS.index(word) for word in text.split()] for text in (prompt, answer))

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.evaluation.harness import Exam
+from lowrank_kit.evaluation.harness import PreparedBenchmark
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import write_atomically
@@ -71,13 +71,13 @@ def test_a_compressed_model_stands_beside_the_dense_one_and_beside_perplexity(jo
 @pytest.fixture
 def answered(monkeypatch):
     """Names of the benchmarks that a model is asked, as often as it is."""
-    names, answer = [], Exam.answer
+    names, answer = [], PreparedBenchmark.answer
 
     def watched(self, lm):
         names.append(self.name)
         return answer(self, lm)
 
-    monkeypatch.setattr(Exam, "answer", watched)
+    monkeypatch.setattr(PreparedBenchmark, "answer", watched)
     return names
 
 
@@ -197,9 +197,9 @@ def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_
         (["task.benchmarks.piqa.task=piqua"], ConfigError, "has no task 'piqua'; did you mean 'piqa'"),
         (["task.benchmarks.piqa.metrics=[accc]"], ConfigError, "did you mean 'acc'"),
         (["task.benchmarks.piqa.dataset=winogrande"], LowRankKitError, "columns sentence, option1"),
-        (["eval.held_out=4"], ConfigError, "benchmarks are judged on splits of their own"),
+        (["eval.held_out=4"], ConfigError, "benchmarks are evaluated on splits of their own"),
         (["task=benchmark/pika"], ConfigError, "did you mean 'benchmark/piqa'"),
-        (["~task.benchmarks"], ConfigError, "there is nothing to judge by"),
+        (["~task.benchmarks"], ConfigError, "there is nothing to evaluate on"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(words, error, message, job, monkeypatch):

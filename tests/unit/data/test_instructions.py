@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_kit.config import InstructionSet
-from lowrank_kit.data.instructions import Instructions, Lesson, encode
+from lowrank_kit.data.instructions import Example, Instructions, encode
 from lowrank_kit.data.sources import open_source
 from lowrank_kit.errors import ConfigError
 
@@ -41,8 +41,8 @@ def instructions(tmp_path):
 
 
 def encoded(rows, tokenizer, length, train_on_prompt=False):
-    lessons = rows.lessons(rows.rows.dataset)
-    return encode(lessons, tokenizer, length, of="alpaca", key="recovery.max_length", train_on_prompt=train_on_prompt)
+    examples = rows.examples(rows.rows.dataset)
+    return encode(examples, tokenizer, length, of="alpaca", key="recovery.max_length", train_on_prompt=train_on_prompt)
 
 
 def codes(text):
@@ -132,8 +132,8 @@ def test_the_packaged_how_to_questions_are_encoded_by_a_real_tokenizer(asset, sm
 
 
 def test_an_answer_that_continues_its_prompt_is_tokenised_with_it_and_has_no_end(letters):
-    lessons = [Lesson("a b ", "c", continues=True), Lesson("a ", "b")]
-    first, second = encode(lessons, letters, 100, of="piqa", key="task.max_length")
+    examples = [Example("a b ", "c", continues=True), Example("a ", "b")]
+    first, second = encode(examples, letters, 100, of="piqa", key="task.max_length")
     # As in lm-eval, the space before the answer is the answer's.
     assert first["input_ids"] == [BEGIN, *codes("a b c")]
     assert first["labels"] == [-100, *[-100] * 3, *codes(" c")]

@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from lowrank_kit.data.instructions import Lesson, encode
+from lowrank_kit.data.instructions import Example, encode
 from lowrank_kit.data.special_tokens import check_embedded, opening_of, put_before
 from lowrank_kit.errors import ConfigError
 
@@ -89,14 +89,14 @@ def test_windows_hold_the_text_once_each_behind_bos(length):
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_prompt_goes_on_into_its_answer_and_one_end_stands_behind_it(bos, eos):
-    lessons = [
-        Lesson("a b ", "c"),
-        Lesson("a </s>", "c"),
-        Lesson("a", "c </s>"),
-        Lesson("a b", " c d", continues=True),
-        Lesson("a b </s>", " c", continues=True),
+    examples = [
+        Example("a b ", "c"),
+        Example("a </s>", "c"),
+        Example("a", "c </s>"),
+        Example("a b", " c d", continues=True),
+        Example("a b </s>", " c", continues=True),
     ]
-    rows = encode(lessons, tokenizer(bos, eos), 32, of="x", key="k")
+    rows = encode(examples, tokenizer(bos, eos), 32, of="x", key="k")
     first = [1] if bos else []
     assert rows["input_ids"][:] == [
         [*first, 4, 5, 6, 2], [*first, 4, 2, 6, 2], [*first, 4, 6, 2], [*first, 4, 5, 6, 7], [*first, 4, 5, 2, 6],
@@ -105,9 +105,9 @@ def test_the_prompt_goes_on_into_its_answer_and_one_end_stands_behind_it(bos, eo
     assert learnt == [[6, 2], [6, 2], [6, 2], [6, 7], [6]]
 
 
-def test_a_lesson_with_nothing_to_learn_is_left_out(caplog):
+def test_an_example_with_nothing_to_learn_is_left_out(caplog):
     endless = tokenizer(eos_token=None)
-    rows = encode([Lesson("a", ""), Lesson("a", "b")], endless, 8, of="x", key="k")
+    rows = encode([Example("a", ""), Example("a", "b")], endless, 8, of="x", key="k")
     assert rows["input_ids"][:] == [[4, 5]]
     assert "1 rows of x" in caplog.text
 

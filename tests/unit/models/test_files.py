@@ -13,7 +13,7 @@ from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.files import save_tensors
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 
 
@@ -50,12 +50,8 @@ def test_the_checkpoints_of_a_training_have_it_too(mode, tiny_model, tmp_path):
     rows = datasets.Dataset.from_list([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 2)
     fit(
         tiny_model("llama"),
-        rows,
+        Examples(rows, lambda batch: {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}),
         TrainConfig(max_steps=1, batch_size=2, save_every=1),
-        collate=lambda batch: {name: torch.tensor([row[name] for row in batch]) for name in batch[0]},
-        folder=tmp_path,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(tmp_path, "cpu", 0),
     )
     assert modes(tmp_path)["model.safetensors"] == mode

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.optimizer import adamw
 
 
@@ -40,24 +40,19 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
 
 
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+
 @pytest.fixture
 def train(tokenizer, tmp_path):
     def run(model: nn.Module, log=lambda metrics, step: None, optimizer=None, **settings):
         plain = {"max_steps": 1, "batch_size": 8, "warmup_ratio": 0.0, "scheduler": "constant", **settings}
         return fit(
             model,
-            ROWS,
+            Examples(ROWS, DataCollatorWithPadding(tokenizer), ROWS, accuracy),
             TrainConfig(**plain),
-            collate=DataCollatorWithPadding(tokenizer),
-            folder=tmp_path / "checkpoints",
-            device="cpu",
-            seed=0,
-            evaluation=ROWS,
-            eval_batch_size=8,
-            score=lambda prediction: {
-                "accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())
-            },
-            log=log,
+            Session(tmp_path / "checkpoints", "cpu", 0, log),
             optimizer=optimizer,
         )
 

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from lowrank_kit.config import RecoveryConfig, TrainConfig
+from lowrank_kit.data.padding import RightPadded
 from lowrank_kit.training import recover as recovery
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 
 NO_DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -84,18 +85,15 @@ def one_step(kind, model, teacher, examples, tokenizer, folder, batch_size, accu
     """The first logged loss, and the gradient that an optimiser step of plain descent took."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     causal = kind in ("causal", "distillation")
+    collate = DataCollatorForSeq2Seq(tokenizer) if causal else DataCollatorWithPadding(tokenizer)
     history = fit(
         model,
-        datasets.Dataset.from_list(examples),
+        Examples(datasets.Dataset.from_list(examples), collate),
         TrainConfig(
             max_steps=1, batch_size=batch_size, gradient_accumulation=accumulation, warmup_ratio=0.0, max_grad_norm=1e9,
             scheduler="constant",
         ),
-        collate=DataCollatorForSeq2Seq(tokenizer) if causal else DataCollatorWithPadding(tokenizer),
-        folder=folder,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(folder, "cpu", 0),
         loss=partial(recovery._distil, teacher) if kind == "distillation" else None,
         optimizer=lambda _: torch.optim.SGD(model.parameters(), lr=1.0),
     )  # fmt: skip
@@ -139,17 +137,17 @@ def test_the_loss_on_evaluation_rows_is_their_mean(kind, family, eval_batch_size
     model = made(kind, tiny_model, family)
     expected = float(loss_by_hand(kind, model, model, examples))
     causal = kind == "causal"
+    collate = DataCollatorForSeq2Seq(tokenizer) if causal else DataCollatorWithPadding(tokenizer)
     history = fit(
         model,
-        datasets.Dataset.from_list(examples),
+        Examples(
+            datasets.Dataset.from_list(examples),
+            collate,
+            datasets.Dataset.from_list(examples),
+            eval_batch_size=eval_batch_size,
+        ),
         TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, eval_every=1),
-        collate=DataCollatorForSeq2Seq(tokenizer) if causal else DataCollatorWithPadding(tokenizer),
-        folder=tmp_path,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
-        evaluation=datasets.Dataset.from_list(examples),
-        eval_batch_size=eval_batch_size,
+        Session(tmp_path, "cpu", 0),
     )
     [found] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert found == pytest.approx(expected, rel=1e-4)
@@ -163,16 +161,11 @@ def test_a_recovery_learns_the_mean_over_a_step_with_a_short_last_pass(tiny_mode
         model = made("causal", tiny_model, "llama")
         recovered = recovery.recover(
             model,
-            examples,
+            Examples(examples, RightPadded(0)),
             RecoveryConfig(what="lora", rank=2),
             TrainConfig(max_steps=1, batch_size=batch_size, gradient_accumulation=accumulation, warmup_ratio=0.0),
-            adapted=None,
+            Session(tmp_path / str(batch_size), "cpu", 0),
             teacher=made("causal", tiny_model, "llama", seed=1).eval(),
-            tokenizer=tokenizer,
-            folder=tmp_path / str(batch_size),
-            device="cpu",
-            seed=0,
-            track=lambda metrics, step: None,
         )
         ended.append(recovered.history[0])
     assert ended[1]["grad_norm"] == pytest.approx(ended[0]["grad_norm"], rel=1e-4)
@@ -190,13 +183,9 @@ def test_the_warm_up_is_a_share_of_the_steps(scheduler, share, rising, tiny_mode
 
     fit(
         model,
-        datasets.Dataset.from_list(rows("classification", [3, 4], [0])),
+        Examples(datasets.Dataset.from_list(rows("classification", [3, 4], [0])), DataCollatorWithPadding(tokenizer)),
         TrainConfig(max_steps=8, batch_size=2, warmup_ratio=share, scheduler=scheduler),
-        collate=DataCollatorWithPadding(tokenizer),
-        folder=tmp_path,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(tmp_path, "cpu", 0),
         optimizer=lambda _: Recorded(model.parameters(), lr=1.0),
     )
     assert rates[:rising] == pytest.approx([step / rising for step in range(rising)])

@@ -28,7 +28,7 @@ from lowrank_kit.methods.milora import Milora
 from lowrank_kit.methods.olora import Olora
 from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -151,13 +151,9 @@ def step_of_ours(ready, folder):
     )
     fit(
         ready.model,
-        rows,
+        Examples(rows, lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}),
         settings,
-        collate=lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]},
-        folder=folder,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(folder, "cpu", 0),
         optimizer=ready.optimizer,
     )
 

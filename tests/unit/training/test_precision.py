@@ -10,7 +10,7 @@ from lowrank_kit.methods.full_ft import FullFineTuning
 from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.adapters import load_adapted
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -25,13 +25,12 @@ def train(ready, folder, labels, steps=4):
     before = {n: p.detach().clone() for n, p in ready.model.named_parameters() if p.requires_grad}
     history = fit(
         ready.model,
-        datasets.Dataset.from_list(rows),
+        Examples(
+            datasets.Dataset.from_list(rows),
+            lambda batch: {name: torch.tensor([row[name] for row in batch]) for name in batch[0]},
+        ),
         TrainConfig(max_steps=steps, batch_size=4, learning_rate=1e-5, warmup_ratio=0.0, scheduler="constant"),
-        collate=lambda batch: {name: torch.tensor([row[name] for row in batch]) for name in batch[0]},
-        folder=folder,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(folder, "cpu", 0),
         optimizer=ready.optimizer,
     )
     after = {n: p.detach().clone() for n, p in ready.model.named_parameters() if p.requires_grad}

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_kit.config import RecoveryConfig, TrainConfig
+from lowrank_kit.data.padding import RightPadded
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.training.fit import Examples, Session
 from lowrank_kit.training.recover import distillation_loss, learner, recover, replaced_linears
 
 BLOCK, OTHER = "model.layers.1.", "model.layers.2."
@@ -46,16 +48,11 @@ def train(tokenizer, tmp_path):
         recovery = {name: settings.pop(name) for name in ("what", "rank") if name in settings}
         return recover(
             model,
-            rows(),
+            Examples(rows(), RightPadded(tokenizer.pad_token_id)),
             RecoveryConfig(**recovery),
             TrainConfig(**{**schedule, **settings}),
-            adapted=None,
+            Session(tmp_path / "checkpoints", "cpu", 0),
             teacher=teacher,
-            tokenizer=tokenizer,
-            folder=tmp_path / "checkpoints",
-            device="cpu",
-            seed=0,
-            track=lambda metrics, step: None,
         )
 
     return run

@@ -20,7 +20,7 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.quantised import as_quantised, loading_options
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
-from lowrank_kit.training.fit import fit
+from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 from lowrank_kit.training.processes import rows_per_pass, sharding
 
@@ -46,13 +46,9 @@ def learn(model, rows, folder, optimizer=None, **settings):
     schedule = {"max_steps": 4, "batch_size": 4, "warmup_ratio": 0.0, "learning_rate": 2e-2, **settings}
     history = fit(
         model,
-        datasets.Dataset.from_list(rows),
+        Examples(datasets.Dataset.from_list(rows), stack),
         TrainConfig(**schedule),
-        collate=stack,
-        folder=folder,
-        device="cpu",
-        seed=0,
-        log=lambda metrics, step: None,
+        Session(folder, "cpu", 0),
         optimizer=optimizer,
     )
     return next(entry for entry in history if "loss" in entry)

