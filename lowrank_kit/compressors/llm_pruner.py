@@ -17,7 +17,7 @@ from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Plan
-from lowrank_kit.models.families import LOWRANK_PREFIX
+from lowrank_kit.models.architectures import LOWRANK_PREFIX
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.narrow import keep_units

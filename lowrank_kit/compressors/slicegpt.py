@@ -19,7 +19,7 @@ from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.method import Plan
-from lowrank_kit.models.families import SLICEABLE
+from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.rotate import slice_ends, slice_layer
 from lowrank_kit.spectral.moments import Moments
@@ -43,10 +43,10 @@ class SliceGPT(Compressor):
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for another family, or a ratio that leaves no direction at all."""
-        if layout.model_type not in SLICEABLE:
+        if layout.model_type.startswith(LOWRANK_PREFIX) or not architecture_of(layout.model_type).plain_residual:
+            sliceable = ", ".join(all_with(lambda architecture: architecture.plain_residual))
             raise ConfigError(
-                f"method={self.name} slices {', '.join(SLICEABLE)} models as they come; this one is a "
-                f"{layout.model_type}"
+                f"method={self.name} slices {sliceable} models as they come; this one is a {layout.model_type}"
             )
         layout.select()
         self.width(layout)
@@ -108,7 +108,7 @@ class SliceGPT(Compressor):
 
 def _other_side(ref: LinearRef) -> int:
     """The side that is not the residual stream."""
-    return ref.in_features if ref.role in ("o", "down") else ref.out_features
+    return ref.in_features if ref.writes_residual else ref.out_features
 
 
 @no_grad
@@ -119,7 +119,7 @@ def slice_model(
     batch_size: int,
     progress: "Progress | None" = None,
 ) -> None:
-    """Give a model of one of the `SLICEABLE` families a residual stream of this width, in place.
+    """Give a model with a `plain_residual` stream one of this width, in place.
 
     Args:
         model: the original model.

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WRITERS = ("o", "down")
-"""Roles whose outputs are added to the residual stream, if the family does so unchanged."""
-
 
 class Refit(Correction):
     """In order of execution, every matrix is refitted to its original outputs on the compressed model's inputs."""
@@ -73,7 +70,7 @@ class Refit(Correction):
         writers: dict[int, list[str]] = defaultdict(list)
         if self.to_stream:
             for ref in layout.linears:
-                if ref.role in WRITERS:
+                if ref.writes_residual:
                     writers[ref.block].append(ref.name)
         model.eval()
         batches = batches_of(model, samples, work.batch_size)
@@ -82,9 +79,10 @@ class Refit(Correction):
         states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]
         del recorded
         if writers and not states[0].adds(model, modules[0], writers[0]):
+            roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
             log.warning(
                 "%s changes the outputs of %s before they reach the residual stream: corrected without it",
-                layout.model_type, " and ".join(WRITERS),
+                layout.model_type, " and ".join(roles),
             )  # fmt: skip
             writers.clear()
         bar = work.progress.add_task("correct and factorise", total=len(modules)) if work.progress else None
