@@ -52,8 +52,8 @@ class Head:
     def logits(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocabulary"]:
         """The logits that the model gives for these hidden states, each by itself."""
 
-        def known(*_args: Any, **_options: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        def known(*_args: Any, **_options: Any) -> _KnownStates:
+            return _KnownStates(last_hidden_state=hidden[None])  # type: ignore[arg-type]
 
         # What is read does not matter: the decoder hands over what is known.
         unread = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -73,6 +73,14 @@ class Head:
         """
         total: Tensor = _SummedLoss.apply(hidden, tokens, self)  # type: ignore[no-untyped-call]
         return total
+
+
+class _KnownStates(BaseModelOutputWithPastAndCrossAttentions):
+    """What a decoder returns, the last hidden states alone; what its family returns beside them is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Reached(Exception):

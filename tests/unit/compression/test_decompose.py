@@ -21,7 +21,10 @@ from lowrank_kit.truncation.joint import Joint
 from lowrank_kit.truncation.two_sided import TwoSided
 from lowrank_kit.truncation.weights import Fisher, Plain, Scaled
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2"]
+FAMILIES = [
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+    *("gemma4_text", "olmo2", "cohere2", "phi3", "opt", "gpt2"),
+]
 
 
 def compress(model, method, samples, cache=None):
