@@ -47,10 +47,10 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocabulary"]:
         """The logits that the model gives for these hidden states, each by itself."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        from lowrank_kit.models.known_states import KnownStates
 
-        def known(*_args: Any, **_options: Any) -> Any:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        def known(*_args: Any, **_options: Any) -> KnownStates:
+            return KnownStates(last_hidden_state=hidden[None])  # type: ignore[arg-type]
 
         # What is read does not matter: the decoder hands over what is known.
         unread = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)

@@ -23,7 +23,10 @@ from lowrank_kit.truncations.plain import Plain
 from lowrank_kit.truncations.scaled import Scaled
 from lowrank_kit.truncations.two_sided import TwoSided
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2"]
+FAMILIES = [
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+    *("gemma4_text", "olmo2", "cohere2", "phi3", "opt", "gpt2"),
+]
 
 
 def compress(model, method, samples, cache=None):
