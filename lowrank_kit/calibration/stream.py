@@ -22,9 +22,6 @@ from lowrank_kit.spectral.moments import Moments
 
 Batch = Mapping[str, Tensor]
 
-# They read the encoder's hidden states, so the encoder's mask tells which of their tokens are real.
-CROSS_ATTENTION_INPUTS = frozenset({"cross_k", "cross_v"})
-
 
 @dataclass(frozen=True)
 class TokenMasks:
@@ -245,7 +242,8 @@ class MomentCollector:
         return hook
 
     def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", activations: Tensor) -> None:
-        mask = self.masks.source if ref.role in CROSS_ATTENTION_INPUTS else self.masks.own
+        # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
+        mask = self.masks.source if ref.of_source else self.masks.own
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import set_seed
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.adapters.base import FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RunConfig
 from lowrank_kit.evaluation.records import EvalRecord
-from lowrank_kit.methods.base import FineTuning, Plan
+from lowrank_kit.method import Plan
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, local_path

@@ -1,0 +1,29 @@
+"""What every method decides, the plan; and the method that decides nothing."""
+
+from dataclasses import dataclass, field
+
+from lowrank_kit.config import Method as Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's global decision, plain JSON: the rank of every matrix and what that costs in parameters.
+
+    ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's, or what
+    compression leaves of them. A compressor's matrix at rank min(out, in) is left dense, one at rank 0 is gone.
+    ``kept`` says what is left where it is not the leading part: singular components, heads or channels, by name.
+    ``trained_parameters`` counts what training changes of the block linears or adds to them, without a new head.
+    """
+
+    method: str
+    ranks: dict[str, int]
+    kept_blocks: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    scores: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    trained_parameters: int = 0
+
+
+class Baseline(Method):
+    """No method: the model as it is, evaluated."""
