@@ -64,7 +64,7 @@ def read(file):
 
 
 def windows_of(tokenizer):
-    """What a run is judged on, made apart from it."""
+    """What a run is evaluated on, made apart from it."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer)(TEXT)["input_ids"])
     return ids[: len(ids) // 32 * 32].view(-1, 32)[:4]
 
