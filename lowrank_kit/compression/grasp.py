@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.calibration.backward import frozen
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
-from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.walk import BlockWalk, frozen
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.compression.decompose import Decomposition, decompose
 from lowrank_kit.methods.base import Plan
@@ -124,7 +123,8 @@ class GraspCompression(Compression[Grasp]):
         store = CalibrationStore(self._root, key)
         with store.missing(blocks) as missing:
             refs = [ref for ref in bench.layout.linears if ref.block in missing]
-            gradients = self._gradients(refs, None, self._bar("gradients", len(self._batches))) if refs else {}
+            walk = BlockWalk(bench.model, bench.layout, self._batches)
+            gradients = self._gradients(refs, walk, self._bar("gradients", len(self._batches))) if refs else {}
             advance = self._bar("scores", len(refs))
             for block in sorted(missing, reverse=True):
                 found = {}
@@ -156,7 +156,9 @@ class GraspCompression(Compression[Grasp]):
         kept: dict[str, list[int]] = {}
         with frozen(model), ExitStack() as original:
             # From the last block on, those before the one at work are still the original's.
-            prefix = None if method.iterative else Prefix(model, layout, self._batches, order)
+            walk = BlockWalk(model, layout, self._batches)
+            if not method.iterative:
+                walk.keep(order)
             advance = self._bar("gradients", 2 * len(order) * len(self._batches))
             for turn in range(len(order)):
                 if method.iterative:
@@ -164,7 +166,7 @@ class GraspCompression(Compression[Grasp]):
                     order = method.redundant(influence, len(order), already=order[:turn])
                     ranks = method.ranks(layout, order)
                 for refs in _sublayers(_linears(layout, order[turn])):
-                    gradients = self._gradients(refs, prefix, advance)
+                    gradients = self._gradients(refs, walk, advance)
                     for ref in refs:
                         change = self._change(ref.name, gradients.pop(ref.name)) if gradients else None
                         chosen = method.keep(ref, method.score(self._sigma(ref.name), change), ranks[ref.name])
@@ -208,15 +210,12 @@ class GraspCompression(Compression[Grasp]):
         replace_linear(model, name, up, down)
 
     def _gradients(
-        self, refs: Sequence[LinearRef], prefix: Prefix | None, on_batch: Callable[[], object]
+        self, refs: Sequence[LinearRef], walk: BlockWalk, on_batch: Callable[[], object]
     ) -> dict[str, Tensor]:
         """``dL/dW`` by name, in one backward pass; nothing where the metric does not read it."""
         if self.method.metric == "magnitude":
             return {}
-        bench, ahead = self.bench, self.method.ahead
-        return weight_gradients(
-            bench.model, bench.layout, self._batches, refs, ahead=ahead, prefix=prefix, on_batch=on_batch
-        )
+        return weight_gradients(walk, refs, ahead=self.method.ahead, on_batch=on_batch)
 
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:

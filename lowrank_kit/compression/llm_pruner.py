@@ -14,6 +14,7 @@ from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compression.base import Compression
 from lowrank_kit.methods.base import Plan
 from lowrank_kit.methods.llm_pruner import LLMPruner
@@ -86,10 +87,10 @@ class PrunerCompression(Compression[LLMPruner]):
         if not blocks:
             return
         bench = self.bench
-        batches = batches_of(bench.model, bench.samples, bench.batch_size)
+        walk = BlockWalk(bench.model, bench.layout, batches_of(bench.model, bench.samples, bench.batch_size))
         at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
         passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]
-        bar = self._progress.add_task("gradients", total=len(passes) * len(batches)) if self._progress else None
+        bar = self._progress.add_task("gradients", total=len(passes) * len(walk.batches)) if self._progress else None
 
         def advance() -> None:
             if self._progress and bar is not None:
@@ -97,7 +98,7 @@ class PrunerCompression(Compression[LLMPruner]):
 
         for part in passes:
             refs = [ref for units in part for u in units for ref in u.linears]
-            gradients = weight_gradients(bench.model, bench.layout, batches, refs, on_batch=advance)
+            gradients = weight_gradients(walk, refs, on_batch=advance)
             for units in part:
                 changes = {
                     ref.name: (gradients.pop(ref.name) * self._weight(ref.name)).abs()
