@@ -10,6 +10,7 @@ from pydantic import Field
 from lowrank_kit.allocation.keep import Keep
 from lowrank_kit.config import Section
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.models.architectures import Kind, Product
 from lowrank_kit.models.layout import LinearRef
 
 Quantity = Literal["weight", "whitened", "two_sided", "change"]
@@ -41,6 +42,16 @@ class Candidate:
     def role(self) -> str:
         """Role of the members."""
         return self.members[0].role
+
+    @property
+    def kind(self) -> Kind:
+        """The part of a block that the members belong to."""
+        return self.members[0].kind
+
+    @property
+    def product(self) -> Product:
+        """What the members' outputs are."""
+        return self.members[0].product
 
     @property
     def block(self) -> int:

@@ -1,5 +1,6 @@
 """D-Rank: ranks by the effective rank of the whitened spectrum, then from q and k to v (arXiv 2509.25622)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -7,7 +8,10 @@ from pydantic import Field
 
 from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Quantity
 from lowrank_kit.allocation.budget import break_even_of, keep_of, options_of, proportional, share_out
+from lowrank_kit.models.architectures import Product
 from lowrank_kit.spectral.metrics import effective_rank
+
+ATTENDING: frozenset[Product] = frozenset({"query", "key", "value"})
 
 
 class DRank(Allocation):
@@ -44,18 +48,17 @@ class DRank(Allocation):
         if self.guard:
             weights = self._guarded(candidates, weights, keep_of(candidates, budget))
         found = proportional(candidates, budget, weights)
-        if not self.moved or not {"q", "k", "v"} <= {c.role for c in candidates}:
+        if not self.moved or not {c.product for c in candidates} >= ATTENDING:
             return found
         return proportional(candidates, budget, self._rebalanced(candidates, budget, found))
 
     def _guarded(self, candidates: Sequence[Candidate], weights: Sequence[float], keep: float) -> list[float]:
         """The weights, uniform for every role that the authors' code keeps so."""
-        uniform, even = break_even_of(candidates), {"gate"}
-        roles = {c.role: c for c in candidates}
-        grouped = {"q", "v"} <= roles.keys() and roles["v"].shape[0] < roles["q"].shape[0]
-        if grouped:
-            even |= {"q", "k"}
-        for role in roles.keys() - even - (set() if grouped else {"q", "k", "v"}):
+        uniform, even = break_even_of(candidates), set()
+        rows = {c.product: c.shape[0] for c in candidates}
+        grouped = {"query", "value"} <= rows.keys() and rows["value"] < rows["query"]
+        fixed: frozenset[Product] = frozenset({"gate", "query", "key"} if grouped else {"gate"})
+        for role in {c.role for c in candidates if c.product not in fixed | (frozenset() if grouped else ATTENDING)}:
             members = [i for i, c in enumerate(candidates) if c.role == role]
             dynamic, static = (
                 sum(float(candidates[i].spectra["whitened"][round(keep * ranks[i]) :].sum()) for i in members)
@@ -63,22 +66,28 @@ class DRank(Allocation):
             )
             if dynamic >= static:
                 even.add(role)
-        return [k if c.role in even else w for c, w, k in zip(candidates, weights, uniform, strict=True)]
+        return [
+            k if c.product in fixed or c.role in even else w
+            for c, w, k in zip(candidates, weights, uniform, strict=True)
+        ]
 
     def _rebalanced(self, candidates: Sequence[Candidate], budget: Budget, found: dict[str, int]) -> list[float]:
         """Weights after q and k gave to v, as far as v could take it."""
         cost = [float(c.cost(found[c.name])) for c in candidates]
         caps = [options.costs[-1] for options in options_of(candidates, budget)]
-        of = {role: [i for i, c in enumerate(candidates) if c.role == role] for role in ("q", "k", "v")}
-        given = {role: self.moved * sum(cost[i] for i in of[role]) for role in ("q", "k")}
-        offered = sum(given.values()) / len(of["v"])
+        of: dict[Product, list[int]] = defaultdict(list)
+        for i, candidate in enumerate(candidates):
+            of[candidate.product].append(i)
+        givers: tuple[Product, ...] = ("query", "key")
+        given = {giver: self.moved * sum(cost[i] for i in of[giver]) for giver in givers}
+        offered = sum(given.values()) / len(of["value"])
         taken = 0.0
-        for i in of["v"]:
+        for i in of["value"]:
             gain = min(offered, max(caps[i] - cost[i], 0.0))
             cost[i] += gain
             taken += gain
         returned = 1 - taken / sum(given.values())
-        for role, gift in given.items():
-            for i in of[role]:
-                cost[i] += returned * gift / len(of[role]) - self.moved * cost[i]
+        for giver, gift in given.items():
+            for i in of[giver]:
+                cost[i] += returned * gift / len(of[giver]) - self.moved * cost[i]
         return [price / candidate.cost_per_rank for price, candidate in zip(cost, candidates, strict=True)]

@@ -9,8 +9,6 @@ from lowrank_kit.allocation.base import Allocation, Budget, Candidate, Probe, Qu
 from lowrank_kit.allocation.budget import modulated, proportional, share_out
 from lowrank_kit.spectral.metrics import effective_rank, head_concentration
 
-ATTENTION = frozenset({"q", "k", "v", "o", "qkv"})
-
 
 class EnergySvd(Allocation):
     """``k0 ~ sqrt(R / (out + in)) E^energy``, then ``k = k0 exp(-strength z(tau))``; our own rule, from no paper.
@@ -59,6 +57,6 @@ class EnergySvd(Allocation):
         ]
         if self.attention is None:
             return anchors
-        families = [c.role in ATTENTION for c in candidates]
-        shares = [c.dense_cost * (self.attention if f else 1.0) for c, f in zip(candidates, families, strict=True)]
-        return share_out(candidates, anchors, families, shares)
+        attention = [c.kind == "attention" for c in candidates]
+        shares = [c.dense_cost * (self.attention if a else 1.0) for c, a in zip(candidates, attention, strict=True)]
+        return share_out(candidates, anchors, attention, shares)

@@ -35,7 +35,7 @@ class Hidden:
         self._coming: dict[Hashable, Tensor] = {}
         self._side = torch.cuda.Stream(device) if self._is_cuda else None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self.files = 0
 
     def __setitem__(self, key: Hashable, tensor: Tensor) -> None:
         """Keep a copy. Raises `OSError` where it goes to disk and the disk is full."""
@@ -50,7 +50,7 @@ class Hidden:
     def __getitem__(self, key: Hashable) -> Tensor:
         """The tensor on the device. On a CPU it is what is kept, not a copy: do not change it."""
         coming = self._coming.pop(key, None)
-        if coming is None:
+        if coming is None or self._side is None:
             return self._held[key][1].to(self._device, non_blocking=self._is_cuda)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._side)
@@ -87,8 +87,8 @@ class Hidden:
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="lowrank_kit-")
-        file = Path(self._folder.name, f"{self._files}")
-        self._files += 1
+        file = Path(self._folder.name, f"{self.files}")
+        self.files += 1
         with file.open("wb") as opened:
             # Now, where it can be reported: a disk that is full when a page is written kills the process.
             os.posix_fallocate(opened.fileno(), 0, tensor.nbytes)

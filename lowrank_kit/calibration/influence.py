@@ -13,7 +13,7 @@ from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -92,9 +92,9 @@ def _measured(
     measure(len(layout.blocks))
     influence = sums / samples.tokens
     if not influence.isfinite().all():
-        block = int((~influence.isfinite()).nonzero()[0])
+        worst = int((~influence.isfinite()).nonzero()[0])
         raise LowRankKitError(
-            f"the hidden states around {layout.blocks[block]} are not finite: use dtype=bfloat16 or float32"
+            f"the hidden states around {layout.blocks[worst]} are not finite: use dtype=bfloat16 or float32"
         )
     return influence
 

@@ -16,9 +16,6 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
 
-# They read the encoder's hidden states, so the encoder's mask tells which of their tokens are real.
-CROSS_ATTENTION_INPUTS = frozenset({"cross_k", "cross_v"})
-
 
 @dataclass(frozen=True)
 class TokenMasks:
@@ -163,7 +160,8 @@ class MomentCollector:
         return lambda number, _, outputs: self._update(ref, self._outputs[ref.name], number, outputs)
 
     def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", number: int, activations: Tensor) -> None:
-        mask = (self._masks.source if ref.role in CROSS_ATTENTION_INPUTS else self._masks.own)[number]
+        # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
+        mask = (self._masks.source if ref.of_source else self._masks.own)[number]
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:

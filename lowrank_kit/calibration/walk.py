@@ -186,7 +186,9 @@ class BlockWalk:
             for index in range(blocks[-1], max(lowest, blocks[0]) - 1, -1):
                 for number, way in ways.items():
                     if way.gradient is not None:
-                        before, output = way.graphs.pop(index, None) or self._graph(index, number, way, lowest)
+                        if index not in way.graphs:
+                            way.graphs[index] = self._graph(index, number, way, lowest)
+                        before, output = way.graphs.pop(index)
                         torch.autograd.backward(output, way.gradient)
                         way.gradient = before.grad
                         # Else this graph would live as long as the next one is built.
@@ -380,7 +382,8 @@ class _Way:
         """Go on with the gradient behind the stack below, from which this one's arguments are made."""
         found = [(argument, leaf.grad) for argument, leaf in self._leaves.values() if leaf.grad is not None]
         if found:
-            torch.autograd.backward(*zip(*found, strict=True))
+            arguments, gradients = zip(*found, strict=True)
+            torch.autograd.backward(arguments, gradients)
         self._leaves.clear()
         self.gradient = self.ends[stack - 1].grad
 

@@ -241,6 +241,6 @@ def _linears(layout: ModelLayout, block: int) -> list[LinearRef]:
 
 
 def _sublayers(refs: Sequence[LinearRef]) -> tuple[list[LinearRef], list[LinearRef]]:
-    """A decoder block's linears: those of the MLP, then those of the attention, which its output projection ends."""
-    attention = 1 + max(index for index, ref in enumerate(refs) if ref.role == "o")
-    return list(refs[attention:]), list(refs[:attention])
+    """A decoder block's linears: those of the MLP, then those of the attention."""
+    attention = [ref for ref in refs if ref.kind == "attention"]
+    return [ref for ref in refs if ref.kind != "attention"], attention

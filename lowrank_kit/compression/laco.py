@@ -73,8 +73,8 @@ class LaCoCompression(Compression[LaCo]):
 class MergeTrials:
     """Measures merges without touching the model: hidden states before every block are kept from one forward pass.
 
-    Only what stands from the lowest base on is run again. Memory: a copy of every merged block; the hidden states wait as
-    `Hidden` says. The model must be in evaluation mode.
+    Only what stands from the lowest base on is run again. Memory: a copy of every merged block; the hidden states wait
+    as `Hidden` says. The model must be in evaluation mode.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def slice_model(
     batch_size: int,
     progress: Progress | None = None,
 ) -> None:
-    """Give a model of one of the `SLICEABLE` families a residual stream of this width, in place.
+    """Give a model with a `plain_residual` stream one of this width, in place.
 
     Args:
         model: the original model.
@@ -65,7 +65,8 @@ def slice_model(
     """
     layout = layout_of(model)
     walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
-    first = before = None
+    before: Any = None
+    first: Any = None
     bar = progress.add_task("rotate and slice", total=len(layout.blocks)) if progress else None
     for block in walk.forward():
         layer: Any = block.module
@@ -86,7 +87,6 @@ def slice_model(
         before = after
         if progress and bar is not None:
             progress.advance(bar)
-    assert first is not None and before is not None
     slice_ends(model, layout, first, before)
 
 

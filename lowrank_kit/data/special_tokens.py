@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowrank_kit.config import Bos
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.architectures import find
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def opening_of(
     """What begins every text.
 
     Args:
-        choice: ``auto``: BOS where the tokenizer puts it there itself, and for Gemma, as lm-eval does, whatever its
-            tokenizer does. ``always`` and ``never`` ask for it.
+        choice: ``auto``: BOS where the tokenizer puts it there itself, and for a family that was trained with it, as
+            lm-eval does for Gemma, whatever its tokenizer does. ``always`` and ``never`` ask for it.
         tokenizer: the model's.
         model: the model's configuration, which names its family; None: one that has no rule of its own.
         key: of the configuration, for the message.
@@ -76,13 +77,14 @@ def opening_of(
     """
     put = put_before(tokenizer)
     token_id = tokenizer.bos_token_id if put is None else put
-    is_gemma = model is not None and "gemma" in model.model_type
+    architecture = None if model is None else find(model.model_type)
+    wants_it = architecture is not None and architecture.starts_with_bos
     if choice == "always" and token_id is None:
         raise ConfigError(
             f"{key}=always: the tokenizer names no BOS token (bos_token in its tokenizer_config.json); use "
             f"{key}=auto or {key}=never"
         )
-    if token_id is None or choice == "never" or not (choice == "always" or is_gemma or put is not None):
+    if token_id is None or choice == "never" or not (choice == "always" or wants_it or put is not None):
         return Opening(choice)
     return Opening(choice, tokenizer.convert_ids_to_tokens(token_id), token_id)
 

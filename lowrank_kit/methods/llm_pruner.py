@@ -9,7 +9,7 @@ from pydantic import Field
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
-from lowrank_kit.models.families import LOWRANK_PREFIX
+from lowrank_kit.models.architectures import LOWRANK_PREFIX
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.units import Units, units_of
 

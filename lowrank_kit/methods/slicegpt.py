@@ -4,7 +4,7 @@ from pydantic import Field
 
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.methods.base import Compressor, Plan
-from lowrank_kit.models.families import SLICEABLE
+from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 
 
@@ -22,10 +22,10 @@ class SliceGPT(Compressor):
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for another family, or a ratio that leaves no direction at all."""
-        if layout.model_type not in SLICEABLE:
+        if layout.model_type.startswith(LOWRANK_PREFIX) or not architecture_of(layout.model_type).plain_residual:
+            sliceable = ", ".join(all_with(lambda architecture: architecture.plain_residual))
             raise ConfigError(
-                f"method={self.name} slices {', '.join(SLICEABLE)} models as they come; this one is a "
-                f"{layout.model_type}"
+                f"method={self.name} slices {sliceable} models as they come; this one is a {layout.model_type}"
             )
         layout.select()
         self.width(layout)
@@ -73,4 +73,4 @@ class SliceGPT(Compressor):
 
 def _other_side(ref: LinearRef) -> int:
     """The side that is not the residual stream."""
-    return ref.in_features if ref.role in ("o", "down") else ref.out_features
+    return ref.in_features if ref.writes_residual else ref.out_features

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.architectures import base_type
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
-from lowrank_kit.models.families import base_type
 from lowrank_kit.models.files import share
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than

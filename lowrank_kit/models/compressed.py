@@ -16,7 +16,7 @@ from transformers import (
 
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models import portable
-from lowrank_kit.models.families import base_type
+from lowrank_kit.models.architectures import base_type
 
 Classes = tuple[type[PretrainedConfig], type[PreTrainedModel]]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
-from lowrank_kit.models.families import FAMILIES, Family, base_type
+from lowrank_kit.models.architectures import Architecture, Group, Kind, OneOf, Product, architecture_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,8 @@ class LinearRef:
     ``name`` is its module path; ``block`` counts over all blocks of the model in execution order. Linears of
     one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
     ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one. The weight of a
-    ``quantised`` one is packed integers.
+    ``quantised`` one is packed integers. ``kind``, ``product`` and ``of_source`` are those of its `Role`; ``norm`` is
+    the module path of the norm whose output it reads, if it is one's.
     """
 
     name: str
@@ -31,6 +32,15 @@ class LinearRef:
     input_group: str
     rank: int | None = None
     quantised: bool = False
+    kind: Kind = "mlp"
+    product: Product = "hidden"
+    of_source: bool = False
+    norm: str | None = None
+
+    @property
+    def writes_residual(self) -> bool:
+        """Whether its outputs are added to the residual stream, as they are or as the family changes them."""
+        return self.product == "residual"
 
     @property
     def full_rank(self) -> int:
@@ -112,23 +122,24 @@ class ModelLayout:
 def layout_of(model: "PreTrainedModel") -> ModelLayout:
     """Describe a transformers model; its parameters may be on the meta device.
 
-    Raises `LowRankKitError` for a model type without an entry in the table of families, for a module that the
-    table promises and the model lacks, and for a linear that is neither Linear, Conv1D nor LowRankLinear nor quantised.
+    Raises `LowRankKitError` for a model type that is not registered, for a module that its architecture promises and
+    the model lacks, and for a linear that is neither Linear, Conv1D nor LowRankLinear nor quantised.
     """
     model_type: str = model.config.model_type
+    architecture = architecture_of(model_type)
     modules = dict(model.named_modules())
     base = f"{model.base_model_prefix}." if model.base_model_prefix in modules else ""
-    family = _family(model_type, modules, base)
-    stacks = tuple(tuple(_blocks(base + stack.blocks, modules)) for stack in family.stacks)
-    head = next((name for name in family.heads if name in modules), None)
-    pooler = None if family.pooler is None else base + family.pooler
-    final_norm = None if family.final_norm is None else base + family.final_norm
+    _check_paths([base + architecture.embedding, *(base + stack.blocks for stack in architecture.stacks)], modules)
+    stacks = tuple(tuple(_blocks(base + stack.blocks, modules)) for stack in architecture.stacks)
+    head = next((name for name in architecture.heads if name in modules), None)
+    pooler = None if architecture.pooler is None else base + architecture.pooler
+    final_norm = None if architecture.final_norm is None else base + architecture.final_norm
     return ModelLayout(
         model_type=model_type,
         stacks=stacks,
         blocks=tuple(path for stack in stacks for path in stack),
-        linears=tuple(_linears(family, stacks, modules)),
-        embedding=base + family.embedding,
+        linears=tuple(_linears(architecture, stacks, modules)),
+        embedding=base + architecture.embedding,
         # OPT models with post-normalised blocks have none.
         final_norm=final_norm if final_norm in modules else None,
         head=head,
@@ -142,56 +153,61 @@ def _head_dim(config: "PretrainedConfig") -> int:
     return explicit or config.hidden_size // config.num_attention_heads
 
 
-def _family(model_type: str, modules: "dict[str, nn.Module]", base: str) -> Family:
-    original = base_type(model_type)
-    if original not in FAMILIES:
-        raise LowRankKitError(
-            f"model type '{model_type}' is not known{did_you_mean(model_type, FAMILIES)}\n"
-            f"To add it, give FAMILIES in lowrank_kit/models/families.py an entry '{model_type}': the paths "
-            "of its block list, of the linears in a block by role, of its embedding and of its final norm."
-        )
-    variants = FAMILIES[original]
-    missing = [list(_missing(family, modules, base)) for family in variants]
-    if all(missing):
-        raise LowRankKitError(
-            f"this '{model_type}' model is not built as lowrank_kit/models/families.py says: "
-            f"it has no module '{min(missing, key=len)[0]}'"
-        )
-    return next(family for family, lacks in zip(variants, missing, strict=True) if not lacks)
-
-
-def _missing(family: Family, modules: "dict[str, nn.Module]", base: str) -> Iterator[str]:
-    expected = [family.embedding]
-    for stack in family.stacks:
-        expected.append(stack.blocks)
-        expected += [f"{stack.blocks}.0.{path}" for group in stack.groups for path in group.values()]
-    return (base + path for path in expected if base + path not in modules)
-
-
 def _blocks(path: str, modules: "dict[str, nn.Module]") -> Iterator[str]:
     return (f"{path}.{name}" for name, _ in modules[path].named_children())
 
 
-def _linears(family: Family, stacks: Sequence[Sequence[str]], modules: "dict[str, nn.Module]") -> Iterator[LinearRef]:
+def _linears(
+    architecture: Architecture, stacks: Sequence[Sequence[str]], modules: "dict[str, nn.Module]"
+) -> Iterator[LinearRef]:
     block = 0
-    for spec, paths in zip(family.stacks, stacks, strict=True):
+    for stack, paths in zip(architecture.stacks, stacks, strict=True):
         for block_path in paths:
-            for group in spec.groups:
-                for role, path in group.items():
-                    name = f"{block_path}.{path}"
-                    in_features, out_features, has_bias, rank, quantised = _facts(modules[name], name)
-                    yield LinearRef(
-                        name=name,
-                        block=block,
-                        role=role,
-                        in_features=in_features,
-                        out_features=out_features,
-                        has_bias=has_bias,
-                        input_group=f"{block_path}:{'+'.join(group)}",
-                        rank=rank,
-                        quantised=quantised,
-                    )
+            for group in _groups_of(stack.groups, block_path, modules):
+                yield from _group(group, block_path, block, modules)
             block += 1
+
+
+def _groups_of(groups: Sequence[Group | OneOf], block_path: str, modules: "dict[str, nn.Module]") -> Iterator[Group]:
+    """The groups that this block has. Raises `LowRankKitError` for a module that it lacks."""
+    for entry in groups:
+        alternatives = entry.alternatives if isinstance(entry, OneOf) else ((entry,),)
+        wanted = [[f"{block_path}.{p}" for g in found for p in g.linears.values()] for found in alternatives]
+        present = [all(path in modules for path in paths) for paths in wanted]
+        if not any(present):
+            _check_paths(min(wanted, key=lambda paths: sum(path not in modules for path in paths)), modules)
+        yield from alternatives[present.index(True)]
+
+
+def _group(group: Group, block_path: str, block: int, modules: "dict[str, nn.Module]") -> Iterator[LinearRef]:
+    input_group = f"{block_path}:{'+'.join(role.name for role in group.linears)}"
+    for role, path in group.linears.items():
+        name = f"{block_path}.{path}"
+        in_features, out_features, has_bias, rank, quantised = _facts(modules[name], name)
+        yield LinearRef(
+            name=name,
+            block=block,
+            role=role.name,
+            in_features=in_features,
+            out_features=out_features,
+            has_bias=has_bias,
+            input_group=input_group,
+            rank=rank,
+            quantised=quantised,
+            kind=role.kind,
+            product=role.product,
+            of_source=role.of_source,
+            norm=None if group.norm is None else f"{block_path}.{group.norm}",
+        )
+
+
+def _check_paths(paths: Sequence[str], modules: "dict[str, nn.Module]") -> None:
+    for path in paths:
+        if path not in modules:
+            raise LowRankKitError(
+                f"this model is not built as its architecture in lowrank_kit.models.architectures says: it has no "
+                f"module '{path}'"
+            )
 
 
 def _facts(module: "nn.Module", name: str) -> tuple[int, int, bool, int | None, bool]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from lowrank_kit.models.families import FAMILIES, LOWRANK_PREFIX, base_type
+from lowrank_kit.models.architectures import LOWRANK_PREFIX, base_type, for_each
 
 _WATCHED = "transformers.models.auto.configuration_auto"
 
@@ -49,10 +49,12 @@ class _AfterImport(MetaPathFinder):
 
 
 def _register(auto: Any) -> None:
-    for original in FAMILIES:
+    def announce(original: str) -> None:
         model_type = f"{LOWRANK_PREFIX}{original}"
         stand_in = type(f"{model_type}_stand_in", (_StandIn, auto.PreTrainedConfig), {"model_type": model_type})
         auto.AutoConfig.register(model_type, stand_in, exist_ok=True)
+
+    for_each(announce)
 
 
 class _StandIn:

@@ -8,13 +8,11 @@ from jaxtyping import Float
 
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.architectures import all_with, architecture_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 
-Kind = Literal["heads", "channels"]
-
-# Which side of a linear holds a unit: rows of the weight are its outputs, columns its inputs.
-_ROWS_OF: dict[Kind, tuple[str, ...]] = {"heads": ("q", "k", "v"), "channels": ("gate", "up")}
-_COLUMNS_OF: dict[Kind, tuple[str, ...]] = {"heads": ("o",), "channels": ("down",)}
+UnitKind = Literal["heads", "channels"]
+_KINDS: dict[str, UnitKind] = {"attention": "heads", "mlp": "channels"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Units:
     every one in ``columns``.
     """
 
-    kind: Kind
+    kind: UnitKind
     block: int
     count: int
     rows: tuple[LinearRef, ...]
@@ -61,18 +59,22 @@ class Units:
 
 
 def units_of(layout: ModelLayout, blocks: Sequence[int]) -> list[Units]:
-    """The heads and the channels of these blocks. Raises `ConfigError` for a family that fuses or lacks q k v gate."""
-    needed = {role for kind in _ROWS_OF for role in _ROWS_OF[kind] + _COLUMNS_OF[kind]}
-    if needed != set(layout.roles):
+    """The heads and the channels of these blocks. Raises `ConfigError` for a family that cannot be narrowed."""
+    if not architecture_of(layout.model_type).heads_follow_width:
         raise ConfigError(
-            "heads and channels are taken out of blocks with separate q, k, v, o, gate, up and down matrices (llama, "
-            f"mistral, qwen2, qwen3, gemma2, gemma3); this {layout.model_type} has {', '.join(layout.roles)}"
+            "heads and channels are taken out of blocks with separate q, k, v, o, gate, up and down matrices "
+            f"({', '.join(all_with(lambda a: a.heads_follow_width))}); this {layout.model_type} has "
+            f"{', '.join(layout.roles)}"
         )
     found = []
     for block in blocks:
-        by_role = {ref.role: ref for ref in layout.linears if ref.block == block}
-        counts = {"heads": by_role["k"].out_features // layout.head_dim, "channels": by_role["down"].in_features}
-        for kind in _ROWS_OF:
-            rows, columns = (tuple(by_role[role] for role in roles[kind]) for roles in (_ROWS_OF, _COLUMNS_OF))
-            found.append(Units(kind, block, counts[kind], rows, columns))
+        of_kind = {kind: [r for r in layout.linears if (r.block, r.kind) == (block, kind)] for kind in _KINDS}
+        [key] = (ref for ref in of_kind["attention"] if ref.product == "key")
+        [down] = (ref for ref in of_kind["mlp"] if ref.writes_residual)
+        counts = {"attention": key.out_features // layout.head_dim, "mlp": down.in_features}
+        for kind, name in _KINDS.items():
+            # Rows of a weight are its outputs, columns its inputs.
+            rows = tuple(ref for ref in of_kind[kind] if not ref.writes_residual)
+            columns = tuple(ref for ref in of_kind[kind] if ref.writes_residual)
+            found.append(Units(name, block, counts[kind], rows, columns))
     return found

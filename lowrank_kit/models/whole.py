@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.families import FAMILIES
+from lowrank_kit.models.architectures import registered
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ def check_whole(model: PreTrainedModel, head: Head, info: Mapping[str, Any], pat
 
 def _known_on_top() -> tuple[set[str], set[str]]:
     """The heads and the poolers of all families, by the first part of a name; span extraction has a head too."""
-    families = [family for variants in FAMILIES.values() for family in variants]
-    heads = {head for family in families for head in family.heads}
-    return heads | {"qa_outputs"}, {family.pooler for family in families if family.pooler}
+    known = registered().values()
+    heads = {head for architecture in known for head in architecture.heads}
+    return heads | {"qa_outputs"}, {architecture.pooler for architecture in known if architecture.pooler}
 
 
 def _top(name: str, model: PreTrainedModel) -> str:

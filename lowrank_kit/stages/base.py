@@ -13,6 +13,7 @@ from lowrank_kit import __version__
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.config import RunConfig, Stage
 from lowrank_kit.methods.base import Method
+from lowrank_kit.models.architectures import find
 from lowrank_kit.models.load import ModelSource, load_config, load_tokenizer
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest, peak_rss_bytes
@@ -104,7 +105,8 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, whose ``model_max_length`` is no more than what the model has positions for."""
     tokenizer, config = load_tokenizer(source), load_config(source)
     if positions := getattr(config.get_text_config(), "max_position_embeddings", None):
-        # RoBERTa counts positions from behind its padding token.
-        first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+        architecture = find(config.model_type)
+        behind_padding = architecture is not None and architecture.positions_start == "behind_padding"
+        first = config.pad_token_id + 1 if behind_padding else 0
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
     return tokenizer

@@ -25,8 +25,8 @@ class Joint(Truncation):
     """Marks the truncation."""
     blocks: int = Field(default=2, ge=2)
     """Neighbouring blocks that share a basis; the paper's default."""
-    shared: tuple[str, ...] = ("q", "k", "v", "gate", "up", "qkv", "gate_up")
-    """Roles that share; the paper leaves out the projections back into the residual stream."""
+    shared: tuple[str, ...] | None = None
+    """Roles that share; null: all but those that write to the residual stream, which the paper leaves out."""
 
     @property
     def span(self) -> int:
@@ -38,8 +38,11 @@ class Joint(Truncation):
         groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             shape = f"{ref.role} {ref.out_features} {ref.in_features}"
-            groups[shape if ref.role in self.shared else ref.name].append(ref)
+            groups[shape if self._shares(ref) else ref.name].append(ref)
         return [tuple(group) for group in groups.values()]
+
+    def _shares(self, ref: LinearRef) -> bool:
+        return not ref.writes_residual if self.shared is None else ref.role in self.shared
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression.slicegpt import slice_model
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.models.factored import replace_linear
-from lowrank_kit.models.families import SLICEABLE
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, skeleton
 from lowrank_kit.models.narrow import keep_units
@@ -23,6 +23,7 @@ from lowrank_kit.models.units import units_of
 from lowrank_kit.pipeline import execute
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
+SLICEABLE = tuple(all_with(lambda architecture: architecture.plain_residual))
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 WITH_US_FIRST = """

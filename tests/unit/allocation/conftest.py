@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lowrank_kit.allocation.base import Candidate
+from lowrank_kit.models.architectures import Role, roles
 from lowrank_kit.models.layout import LinearRef
 
 SMOLLM2 = {
@@ -13,16 +14,21 @@ SMOLLM2 = {
     "up": (1536, 576),
     "down": (576, 1536),
 }
+ROLES = {role.name: role for role in vars(roles).values() if isinstance(role, Role)}
 
 
 @pytest.fixture(scope="session")
 def make():
     def make(role, block, shape, tail, members=1, **spectra):
         out, width = shape
+        known = ROLES[role]
         refs = tuple(
-            LinearRef(f"layers.{block + i}.{role}", block + i, role, width, out, False, f"{block + i}:{role}")
+            LinearRef(
+                f"layers.{block + i}.{role}", block + i, role, width, out, False, f"{block + i}:{role}",
+                kind=known.kind, product=known.product,
+            )
             for i in range(members)
-        )
+        )  # fmt: skip
         spectra = {name: torch.as_tensor(values, dtype=torch.float64) for name, values in spectra.items()}
         return Candidate(refs[0].name, refs, torch.as_tensor(tail, dtype=torch.float64), spectra)
 

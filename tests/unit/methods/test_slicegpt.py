@@ -6,8 +6,10 @@ from lowrank_kit.compression.base import Workbench
 from lowrank_kit.compression.slicegpt import SliceCompression, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.methods.slicegpt import SliceGPT
-from lowrank_kit.models.families import SLICEABLE
+from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.layout import layout_of
+
+SLICEABLE = tuple(all_with(lambda architecture: architecture.plain_residual))
 
 IDS = torch.randint(3, 64, (6, 40), generator=torch.Generator().manual_seed(0))
 SAMPLES = CalibrationSamples(tuple({"input_ids": row} for row in IDS))

@@ -7,11 +7,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.models.families import FAMILIES
+from lowrank_kit.models.architectures import registered
 from lowrank_kit.models.layout import ModelLayout, layout_of
 
 ENCODERS = ("bert", "roberta")
-DECODERS = sorted(set(FAMILIES) - {*ENCODERS, "t5"})
+DECODERS = sorted(set(registered()) - {*ENCODERS, "t5"})
 CASES = [
     *[(family, head) for family in DECODERS for head in ("causal", "classification", "base")],
     *[(family, head) for family in ENCODERS for head in ("classification", "base")],
@@ -121,7 +121,7 @@ def test_opt_with_post_normalised_blocks_has_no_final_norm(tiny_model):
 def test_unknown_type_names_the_supported_ones_and_the_entry_to_add(tiny_model):
     model = tiny_model("llama")
     model.config.model_type = "lama"
-    with pytest.raises(LowRankKitError, match=r"did you mean 'llama'\?\nTo add it.* entry 'lama'"):
+    with pytest.raises(LowRankKitError, match=r"did you mean 'llama'\?\nTo add it.* 'lama'\)"):
         layout_of(model)
 
 

@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_kit.models.families import SLICEABLE
+from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model
 from lowrank_kit.models.rotate import slice_ends, slice_layer, sliced_layers
+
+SLICEABLE = tuple(all_with(lambda architecture: architecture.plain_residual))
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
