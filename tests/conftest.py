@@ -12,13 +12,21 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -26,6 +34,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    SmolLM3Config,
     T5Config,
 )
 
@@ -39,6 +48,15 @@ DECODER = {**TOKENS, **SIZES, "num_key_value_heads": 2, "head_dim": 12}
 ENCODER = {**TOKENS, **SIZES, "max_position_embeddings": 40}
 NARROW_HEADS = {key: value for key, value in DECODER.items() if key != "head_dim"}
 T5_SIZES = {**TOKENS, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+# Two layers with keys and values of their own, and two that take theirs.
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 12,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 2,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -57,6 +75,15 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**DECODER),
     "gemma3": lambda: Gemma3Config(text_config=dict(DECODER), vision_config=dict(VISION)),
     "gemma3_text": lambda: Gemma3TextConfig(**DECODER),
+    "gemma4_text": lambda: Gemma4TextConfig(**DECODER | GEMMA4),
+    "cohere": lambda: CohereConfig(**DECODER),
+    "cohere2": lambda: Cohere2Config(**DECODER),
+    "glm": lambda: GlmConfig(**DECODER),
+    "glm4": lambda: Glm4Config(**DECODER),
+    "granite": lambda: GraniteConfig(**NARROW_HEADS, residual_multiplier=0.5, attention_multiplier=0.4),
+    "olmo2": lambda: Olmo2Config(**DECODER),
+    "olmo3": lambda: Olmo3Config(**DECODER),
+    "smollm3": lambda: SmolLM3Config(**NARROW_HEADS),
     "phi3": lambda: Phi3Config(**NARROW_HEADS),
     "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=40),
     "opt": lambda: OPTConfig(

@@ -70,6 +70,7 @@ class Architecture:
         pooler: a module of the base model above its blocks, which some checkpoints lack.
         plain_residual: blocks add to the residual stream what they compute of its RMS norm and do nothing else to it,
             in modules that are called as Llama's.
+        blocks_stand_alone: a block takes nothing but the hidden states from those before it: some may be left out.
         heads_follow_width: the attention has as many heads as its separate query, key and value matrices have rows
             for, and the MLP is gated: both can be narrowed.
         starts_with_bos: was trained on texts that begin with BOS, whether or not its tokenizer puts it there.
@@ -82,6 +83,7 @@ class Architecture:
     heads: tuple[str, ...] = ("lm_head", "score")
     pooler: str | None = None
     plain_residual: bool = False
+    blocks_stand_alone: bool = True
     heads_follow_width: bool = False
     starts_with_bos: bool = False
     positions_start: Literal["zero", "behind_padding"] = "zero"

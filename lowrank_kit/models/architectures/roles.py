@@ -12,11 +12,15 @@ UP = Role("up", "mlp", "hidden")
 GATE_UP = Role("gate_up", "mlp", "fused")
 DOWN = Role("down", "mlp", "residual")
 
-ATTENTION = (
-    Group({Q: "self_attn.q_proj", K: "self_attn.k_proj", V: "self_attn.v_proj"}, norm="input_layernorm"),
-    Group({O: "self_attn.o_proj"}),
-)
-"""Self-attention as Llama's modules call it, and the norm before it."""
+
+def attention(norm: str | None) -> tuple[Group, ...]:
+    """Self-attention as Llama's modules call it, behind this norm."""
+    readers = Group({Q: "self_attn.q_proj", K: "self_attn.k_proj", V: "self_attn.v_proj"}, norm=norm)
+    return readers, Group({O: "self_attn.o_proj"})
+
+
+ATTENTION = attention("input_layernorm")
+"""Self-attention of Llama's blocks."""
 
 
 def gated_mlp(norm: str | None) -> tuple[Group, ...]:

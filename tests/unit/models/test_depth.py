@@ -13,7 +13,10 @@ from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3", "opt", "gpt2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
+    *("gemma3_text", "phi3", "opt", "gpt2", "olmo3", "cohere2"),
+)
 IDS = torch.arange(3, 19).reshape(2, 8)
 LAYERS = 5
 KEPT = (0, 2, 3)

@@ -9,7 +9,10 @@ from lowrank_kit.evaluation.speed import LiveTensors
 from lowrank_kit.models import head
 from lowrank_kit.models.head import Head
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3", "opt", "gpt2"]
+FAMILIES = [
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
+    *("gemma3_text", "phi3", "opt", "gpt2", "granite", "cohere2", "gemma4_text"),
+]
 
 
 def padded_batch(vocabulary=64):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -12,8 +13,11 @@ from lowrank_kit.models.layout import ModelLayout, layout_of
 
 ENCODERS = ("bert", "roberta")
 DECODERS = sorted(set(registered()) - {*ENCODERS, "t5"})
+
+
+HEADS = {family: ("causal", *["classification"] * (family in CLASSIFIERS), "base") for family in DECODERS}
 CASES = [
-    *[(family, head) for family in DECODERS for head in ("causal", "classification", "base")],
+    *[(family, head) for family in DECODERS for head in HEADS[family]],
     *[(family, head) for family in ENCODERS for head in ("classification", "base")],
     *[(family, head) for family in ("t5", "t5_gated") for head in ("seq2seq", "classification", "base")],
 ]

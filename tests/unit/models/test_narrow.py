@@ -7,7 +7,10 @@ from lowrank_kit.models.narrow import keep_units, narrower_than
 from lowrank_kit.models.units import units_of
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2"),
+    *("gemma3_text", "gemma3", "gemma", "smollm3", "granite", "cohere2"),
+)
 KEPT = {"heads": [1], "channels": [3, 4, 11, 30, 47]}
 
 

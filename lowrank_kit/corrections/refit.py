@@ -1,0 +1,236 @@
+"""Sequential correction: fit every matrix to its ORIGINAL outputs on the inputs that the compressed model gives it.
+
+With X the inputs of a layer in the original model and X' those in the model compressed so far, the best dense weight
+is `W* = W C_XX' C_X'X'^-1`, and the best low-rank one is the truncation of W* in the metric of C_X'X'. Both are
+anchored by the error on the original inputs, or a few calibration windows would be fitted too closely.
+
+What writes to the residual stream (o, down) may fit more than its own outputs: with h and h' the streams that these are
+added to, `W x + (h - h')` instead of `W x`, so that it also makes up for the error that earlier layers left there.
+
+Two walks go through the blocks together, of the original and of the compressed model, and inside a block the groups of
+linears that share an input are visited in order. What the original block's linears read waits on the CPU.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float, Float64
+from pydantic import Field
+
+from lowrank_kit.calibration.batches import batches_of
+from lowrank_kit.calibration.collect import load_gradients
+from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
+from lowrank_kit.calibration.stream import Magnitudes
+from lowrank_kit.calibration.walk import Block, BlockWalk
+from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.deferred import Tensor, no_grad, torch
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.factored import replace_linear
+from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
+from lowrank_kit.truncations.base import Layer, Truncation
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+
+class Refit(Correction):
+    """In order of execution, every matrix is refitted to its original outputs on the compressed model's inputs."""
+
+    to_stream: ClassVar[bool] = False
+    """Whether what writes to the residual stream makes up for what the stream lacks."""
+
+    anchor: float = Field(default=1.0, ge=0)
+    """Weight of the error on the original inputs against that on the compressed ones."""
+    ridge: float = Field(default=0.001, gt=0)
+    """Pull towards the original weight, as a share of the inputs' mean energy."""
+
+    def check(self, truncation: Truncation) -> None:
+        """Raise `ConfigError` for a truncation that joins blocks."""
+        if truncation.span > 1:
+            raise ConfigError(
+                f"method.correction={self.kind} goes block by block: it needs a truncation of single blocks"
+            )
+
+    @no_grad
+    def factorise(self, work: Factorisation) -> None:
+        """Replace every planned matrix by the factors of its corrected weight, and dense ones by that weight."""
+        model, samples, decomposition = work.model, work.samples, work.decomposition
+        layout = layout_of(model)
+        blocks: dict[int, dict[str, list[LinearRef]]] = defaultdict(lambda: defaultdict(list))
+        for ref in decomposition.request.refs:
+            blocks[ref.block][ref.input_group].append(ref)
+        writers: dict[int, list[str]] = defaultdict(list)
+        if self.to_stream:
+            for ref in layout.linears:
+                if ref.writes_residual:
+                    writers[ref.block].append(ref.name)
+        batches = batches_of(model, samples, work.batch_size)
+        original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
+        bar = work.progress.add_task("correct and factorise", total=len(layout.blocks)) if work.progress else None
+        for before, block in zip(original.forward(), compressed.forward(), strict=True):
+            index = block.index
+            if index == 0 and writers and not _adds(before, writers[0]):
+                roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
+                log.warning(
+                    "%s changes the outputs of %s before they reach the residual stream: corrected without it",
+                    layout.model_type, " and ".join(roles),
+                )  # fmt: skip
+                writers.clear()
+            groups = list(blocks[index].values())
+            with _noted(original, [group[0].name for group in groups], writers[index]) as reads:
+                before.pass_on()
+            gradients = decomposition.gradients if groups else None
+            known = load_gradients(gradients, index, model.device) if gradients else {}
+            for group in groups:
+                first = group[0]
+                sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
+                for number in compressed.numbers:
+                    with _noted(compressed, [first.name], writers[index], stop=True) as found:
+                        block.run(number)
+                    sums.add(reads.pop((first.name, number)), found[first.name, number])
+                correction = sums.correction(self.anchor, self.ridge)
+                for ref in group:
+                    self._replace(work, ref, correction, known.get(ref.name))
+            # The compressed walk passes on when it is asked for the next block, with this one as it is now.
+            if work.progress and bar is not None:
+                work.progress.advance(bar)
+
+    def _replace(
+        self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
+    ) -> None:
+        module: Any = work.model.get_submodule(ref.name)
+        corrected = weight_of(module).double() @ correction.inputs
+        if correction.residual is not None:
+            corrected = corrected + correction.residual
+        rank = work.plan.ranks[ref.name]
+        if rank == ref.full_rank:
+            set_weight(module, corrected)
+            return
+        if gradient is not None and gradient.gram is not None and ref.out_features > ref.in_features:
+            # The metric as the inputs see it, W^T B W, moves with the weight (by its first part: B is not at hand).
+            moved = correction.inputs.T @ gradient.gram.double() @ correction.inputs
+            gradient = replace(gradient, gram=moved)
+        statistics = LayerStatistics(ref, "input", correction.moments, correction.magnitudes, gradient)
+        try:
+            projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
+        except ValueError as error:
+            raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
+        replace_linear(work.model, ref.name, *projection.factors(corrected, rank))
+
+
+@dataclass
+class _Read:
+    """What a linear reads, `[rows, tokens, in]`, and the residual stream that its outputs would be added to."""
+
+    inputs: Tensor
+    stream: Tensor
+
+
+def _adds(block: Block, writers: Sequence[str]) -> bool:
+    """Whether the block's outcome for the first batch is its input plus the outputs of these linears."""
+    hidden = block.walk.states[0].cpu()
+    written: list[Tensor] = []
+    with block.walk.watching(writes={name: lambda _number, _read, output: written.append(output) for name in writers}):
+        after = block.run(0).cpu()
+    return bool((after - _stream(hidden, written)).norm() < 0.01 * (after - hidden).norm())
+
+
+class _InputReached(Exception):
+    """Unwinds a block's forward pass: what follows the linear need not be computed."""
+
+
+@contextmanager
+def _noted(
+    walk: BlockWalk, linears: Sequence[str], writers: Sequence[str], stop: bool = False
+) -> Iterator[dict[tuple[str, int], _Read]]:
+    """What these linears read, by name and batch; with ``stop``, a block is left where the first of them is reached."""
+    found: dict[tuple[str, int], _Read] = {}
+    written: dict[int, list[Tensor]] = defaultdict(list)
+
+    def note(name: str, number: int, inputs: Tensor) -> None:
+        # The batch is not yet behind the block: its state is the one before it.
+        found[name, number] = _Read(inputs.cpu(), _stream(walk.states[number].cpu(), written[number]))
+        if stop:
+            raise _InputReached
+
+    reads = {name: partial(note, name) for name in linears}
+    writes = dict.fromkeys(writers, lambda number, _, output: written[number].append(output))
+    with walk.watching(reads, writes), suppress(_InputReached):
+        yield found
+
+
+def _stream(hidden: Tensor, written: Sequence[Tensor]) -> Tensor:
+    # A copy: the state is overwritten when its batch is behind the block.
+    stream = hidden.clone()
+    for output in written:
+        # OPT's linears see tokens of all rows in one list.
+        stream += output.cpu().view_as(hidden)
+    return stream
+
+
+@dataclass
+class _Correction:
+    """`W* = W inputs + residual`, and the moments and magnitudes that the truncation of W* is measured in."""
+
+    inputs: Float64[Tensor, "in in"]
+    residual: Float64[Tensor, "out in"] | None
+    moments: Moments
+    magnitudes: Float64[Tensor, " in"]
+
+
+class _Sums:
+    """Second moments of what a group of linears reads, in the original model and in the compressed one."""
+
+    def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: "torch.device") -> None:
+        self._opening = opening
+        self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
+        self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
+        self._difference = torch.zeros_like(self._new.gram)
+        self._stream = torch.zeros(ref.out_features, ref.in_features).to(self._difference) if with_stream else None
+
+    def add(self, old: _Read, new: _Read) -> None:
+        """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
+        before, after = (self._rows(read.inputs.view(*read.stream.shape[:2], -1)) for read in (old, new))
+        self._old.update(before)
+        self._new.update(after)
+        self._old_magnitudes.update(before)
+        self._new_magnitudes.update(after)
+        _add_product(self._difference, before - after, after)
+        if self._stream is not None:
+            _add_product(self._stream, self._rows(old.stream - new.stream), after)
+
+    def correction(self, anchor: float, ridge: float) -> _Correction:
+        """The minimiser W* of `|W X + (H - H') - W* X'|^2 + anchor |(W - W*) X|^2`, without H where no stream is kept.
+
+        With `M = C_X'X' + anchor C_XX` it is `W + (W (C_XX' - C_X'X') + C_(H-H')X') (M + ridge I)^-1`; the ridge, in
+        units of the mean diagonal, pulls it towards W.
+        """
+        gram = self._new.gram + anchor * self._old.gram
+        damped = gram.clone()
+        damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
+        root = torch.linalg.cholesky(damped)
+        inputs = torch.cholesky_solve(self._difference.T, root).T
+        inputs.diagonal().add_(1)
+        residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T
+        moments = Moments(gram / (1 + anchor), self._new.total, self._new.count)
+        magnitudes = self._new_magnitudes.mean() + anchor * self._old_magnitudes.mean()
+        return _Correction(inputs, residual, moments, magnitudes / (1 + anchor))
+
+    def _rows(self, activations: Float[Tensor, "rows tokens _"]) -> Float[Tensor, "counted _"]:
+        return activations[:, self._opening :].to(self._difference.device).flatten(0, -2).float()
+
+
+def _add_product(
+    total: Float64[Tensor, "m n"], left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
+) -> None:
+    for a, b in zip(left.split(ROWS_PER_PRODUCT), right.split(ROWS_PER_PRODUCT), strict=True):
+        total += a.T @ b

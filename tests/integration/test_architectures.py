@@ -1,0 +1,98 @@
+"""Every causal family by the ordinary command: compressed, read by transformers, multiplied out again, adapted."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Starcoder2Config
+
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.export import main as export
+from lowrank_kit.models.architectures import Architecture, Group, Stack, base, register, registered
+from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
+from lowrank_kit.models.factored import ranks_of
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.pipeline import execute
+from lowrank_kit.training.adapters import attach
+
+FAMILIES = sorted(set(registered()) - {"bert", "roberta", "t5"})
+# Transformers reads the tests' word tokenizer as another one beside a Qwen 2.
+WITH_TEXTS = [family for family in FAMILIES if family != "qwen2"]
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture
+def words(language_arguments):
+    def build(*more, **where):
+        return language_arguments("method.ratio=0.3", "method.rank_multiple=1", "eval.limit=2", *more, **where)
+
+    return build
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", WITH_TEXTS)
+def test_a_family_is_compressed_read_back_and_multiplied_out(family, job, tiny_model, tmp_path):
+    run = execute(job(family=family))
+    plan = json.loads((run / "plan.json").read_text())
+    compressed, info = AutoModelForCausalLM.from_pretrained(run / "checkpoint", output_loading_info=True)
+    assert not any(info.values())
+    layout = layout_of(compressed)
+    assert {ref.name: ref.rank or ref.full_rank for ref in layout.linears} == plan["ranks"]
+    original = tiny_model(family)
+    removed = sum(p.numel() for p in original.parameters()) - sum(p.numel() for p in compressed.parameters())
+    assert removed == plan["parameters_before"] - plan["parameters_after"] > 0
+    export([str(run / "checkpoint"), "--format", "dense", "--output", str(tmp_path / "dense")])
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info.values())
+    assert type(dense) is type(original)
+    assert [p.shape for p in dense.parameters()] == [p.shape for p in original.parameters()]
+    assert not torch.allclose(logits(dense), logits(original), atol=1e-3)
+    torch.testing.assert_close(logits(dense), logits(compressed), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_a_family_is_plain_peft(family, tiny_model, tmp_path):
+    model, method = tiny_model(family), Lora(name="lora", rank=2, alpha=2.0)
+    layout = layout_of(model)
+    method.check(layout)
+    attached = attach(model, method, method.plan(layout, {}), {}, (), "CAUSAL_LM")
+    attached.model(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for name, parameter in attached.model.named_parameters():
+            if "lora_B" in name:
+                assert parameter.grad.abs().sum() > 0, name
+                parameter -= parameter.grad
+    attached.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    assert torch.equal(logits(loaded), logits(attached.model))
+
+
+def test_a_family_of_another_package_is_compressed(monkeypatch, job, tmp_path, checkpoint):
+    """StarCoder2, as docs/own_family.md has it."""
+    monkeypatch.setattr(base, "_REGISTERED", registered())
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = Starcoder2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(tmp_path / "model")
+    with pytest.raises(LowRankKitError, match=r"'starcoder2' is not known.*\n.*register.*lowrank_kit.plugins"):
+        execute(job(path=tmp_path / "model"))
+    block = (
+        Group({Q: "self_attn.q_proj", K: "self_attn.k_proj", V: "self_attn.v_proj"}, norm="input_layernorm"),
+        Group({O: "self_attn.o_proj"}),
+        Group({UP: "mlp.c_fc"}, norm="post_attention_layernorm"),
+        Group({DOWN: "mlp.c_proj"}),
+    )
+    register(Architecture((Stack("layers", block),), "embed_tokens", "norm"), "starcoder2")
+    run = execute(job(path=tmp_path / "model"))
+    compressed = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    assert compressed.config.model_type == "lowrank_starcoder2"
+    assert len(ranks_of(compressed)) == 12
+    with pytest.raises(LowRankKitError, match="'starcoder2' is registered already"):
+        register(Architecture((), "embed_tokens", None), "starcoder2")
