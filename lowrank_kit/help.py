@@ -94,7 +94,9 @@ def _kind(section: type[BaseModel]) -> str:
 
 def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        value = values.get(name, field.default)
+        # A section that no YAML file writes out.
+        default = field.get_default(call_default_factory=True)
+        value = values.get(name, default.model_dump() if isinstance(default, BaseModel) else default)
         if (inner := _section_type(field.annotation, value)) is not None:
             yield from _section(f"{prefix}.{name}", inner, value)
         else:
