@@ -14,11 +14,11 @@ from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.entry import limit_bytes
 from lowrank_kit.config import RunConfig, SingleTask
 from lowrank_kit.data.causal import CausalData
-from lowrank_kit.data.recovery import RecoveryRows
+from lowrank_kit.data.recovery_rows import RecoveryRows
 from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
-from lowrank_kit.data.texts import TaskTexts
+from lowrank_kit.data.task_texts import TaskTexts
 from lowrank_kit.evaluation.records import EvalRecord, read_records
 from lowrank_kit.files import read_json
 from lowrank_kit.models.contents import contents

@@ -22,13 +22,14 @@ from lowrank_kit.config.tasks import (
     BenchmarkMetric,
     CausalTask,
     ClassificationTask,
+    InstructionSet,
     Metric,
     SingleTask,
     Task,
     TaskGroup,
     TextSet,
 )
-from lowrank_kit.config.training import InstructionSet, TrainConfig
+from lowrank_kit.config.train import TrainConfig
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.explain import explain
 

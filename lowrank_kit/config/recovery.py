@@ -8,8 +8,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from lowrank_kit.config.method import Method
 from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Section
-from lowrank_kit.config.tasks import SingleTask
-from lowrank_kit.config.training import InstructionSet
+from lowrank_kit.config.tasks import InstructionSet, SingleTask
 from lowrank_kit.errors import did_you_mean
 
 NO_SETS = ("text", "task")

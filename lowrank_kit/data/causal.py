@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_kit.data.reader import Reader
-from lowrank_kit.data.recovery import RecoveryRows
-from lowrank_kit.data.texts import TaskTexts
+from lowrank_kit.data.recovery_rows import RecoveryRows
+from lowrank_kit.data.task_texts import TaskTexts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import datasets
 
 from lowrank_kit.assets import CATALOGUE, is_present, require
-from lowrank_kit.data.files import Row, read_jsonl, read_text, table
+from lowrank_kit.data.row_files import Row, read_jsonl, read_text, table
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 
 SourceKind = Literal["packaged", "local", "hub"]

@@ -13,7 +13,7 @@ from lowrank_kit import distributed
 from lowrank_kit.cache.figures import content_hash, shared_figures
 from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
 from lowrank_kit.config import CausalTask, EvalConfig
-from lowrank_kit.data.texts import EvaluationText, TaskTexts
+from lowrank_kit.data.task_texts import EvaluationText, TaskTexts
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import ModelLayout

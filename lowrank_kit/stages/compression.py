@@ -20,7 +20,7 @@ from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.config import CausalTask, RunConfig
 from lowrank_kit.data.causal import CausalData
 from lowrank_kit.data.padding import RightPadded, padding_id
-from lowrank_kit.data.recovery import RecoveryRows
+from lowrank_kit.data.recovery_rows import RecoveryRows
 from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
@@ -61,7 +61,7 @@ class CompressionStages:
     @property
     def method(self) -> Compressor:
         """The method, where it compresses."""
-        return self.config.method  # type: ignore[return-value]
+        return cast(Compressor, self.config.method)
 
     def run(self, ledger: Ledger) -> None:
         """Do the stages that are to be done."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 import datasets
 import torch
@@ -65,7 +65,7 @@ class FineTuningStages(ABC, Generic[Task, Data]):
     @property
     def method(self) -> FineTuning:
         """The method, where it trains."""
-        return self.config.method  # type: ignore[return-value]
+        return cast(FineTuning, self.config.method)
 
     def run(self, ledger: Ledger) -> None:
         """Do the stages that are to be done."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import EffectsConfig
-from lowrank_kit.data.texts import EvaluationText
+from lowrank_kit.data.task_texts import EvaluationText
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.plots.effects import Share, plot_drift, plot_energy

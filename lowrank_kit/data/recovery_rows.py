@@ -9,7 +9,7 @@ from lowrank_kit.data.instructions import Ask, Instructions, encode
 from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import Source
 from lowrank_kit.data.special_tokens import Opening
-from lowrank_kit.data.texts import TaskTexts
+from lowrank_kit.data.task_texts import TaskTexts
 from lowrank_kit.errors import ConfigError
 
 

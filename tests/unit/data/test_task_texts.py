@@ -12,7 +12,7 @@ from lowrank_kit.config import CalibrationConfig, CausalTask, EvalConfig, TextSe
 from lowrank_kit.data import sources
 from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import open_source
-from lowrank_kit.data.texts import TaskTexts, text_ref
+from lowrank_kit.data.task_texts import TaskTexts, text_ref
 from lowrank_kit.errors import ConfigError
 
 BREAK = 999
