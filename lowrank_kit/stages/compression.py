@@ -79,8 +79,12 @@ class CompressionStages:
             context = cache(lambda: self.context(original, folder, progress))
             statistics = cache(lambda: self.calibrate(context))
             plan = cache(lambda: self.plan(statistics(), context()))
+
+            def calibrate() -> None:
+                statistics()
+
             # Without a cache, what the others would have to read is in a folder of the first process.
-            ledger.do("calibrate", statistics, alone=self.place.cache is None)
+            ledger.do("calibrate", calibrate, alone=self.place.cache is None)
             ledger.do("plan", plan, alone=True)
             ledger.do("apply", lambda: self.apply(self._left_plan() or plan(), statistics(), context()), alone=True)
 
