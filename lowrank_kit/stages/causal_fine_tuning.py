@@ -4,7 +4,6 @@ from dataclasses import asdict
 from functools import cached_property
 
 import datasets
-from peft import PeftModel
 from torch import nn
 
 from lowrank_kit.config import CausalTask
@@ -22,6 +21,7 @@ from lowrank_kit.stages.causal_evaluation import CausalEvaluator
 from lowrank_kit.stages.fine_tuning import FineTuningStages
 from lowrank_kit.stages.models import Opened
 from lowrank_kit.stages.training_effects import Inputs, windows_or_rows
+from lowrank_kit.training.adapters import unwrapped
 from lowrank_kit.training.fit import Examples
 
 
@@ -41,9 +41,7 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, CausalData]):
             records += evaluator.evaluate(dense, layout, "dense", progress, as_it_came=True)
             records += self._on_held_out(dense, "dense")
             drift_of = self.effects.drift_of(dense, self._compared, self.models.device) if effects.enabled else None
-            trained = self.final(original)
-            # PEFT has put its layers into the model itself.
-            model = trained.get_base_model() if isinstance(trained, PeftModel) else trained
+            model = unwrapped(self.final(original))
             records += evaluator.evaluate(model, layout, "final", progress)
             records += self._on_held_out(model, "final")
             if drift_of:

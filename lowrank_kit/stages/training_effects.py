@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.plots.effects import Share, plot_drift, plot_energy
 from lowrank_kit.runs.directory import RunDirectory
+from lowrank_kit.training.adapters import unwrapped
 from lowrank_kit.training.drift import drift, hidden_states
 from lowrank_kit.training.update_energy import EnergyLog, Measurement, UpdateEnergy, sampled
 
@@ -58,7 +58,7 @@ class Effects:
         before = hidden_states(original, [original.get_submodule(name) for name in names], inputs)
 
         def measure(model: nn.Module) -> list[float]:
-            base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+            base = unwrapped(model)
             return drift(before, hidden_states(model, [base.get_submodule(name) for name in names], inputs))
 
         return measure
