@@ -74,7 +74,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     compressed = work.apply(plan)
     # A basis that several matrices share is one parameter, counted once.
     left = sum(p.numel() for name, p in compressed.named_parameters() if "proj" in name)
-    step = max(sum(candidate.shape) for candidate in work._decomposition.candidates)
+    step = max(sum(candidate.shape) for candidate in work.calibrate().candidates)
     assert left == plan.parameters_after
     assert method.budget(layout) - step < left <= method.budget(layout)
     save_compressed(compressed, tmp_path / "checkpoint")
