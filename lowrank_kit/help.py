@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
-from lowrank_kit.config import RunConfig
+from lowrank_kit.config import Choice, RunConfig
 
 INTRODUCTION = """\
 Adapt or compress a language model with a low-rank method, evaluate it, and leave a run directory behind.
@@ -77,6 +78,8 @@ def _section_type(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The section that a key is; of several, the one of the value's `kind`. None for a plain value."""
     if get_origin(annotation) is Annotated:
         return _section_type(get_args(annotation)[0], value)
+    if isinstance(annotation, type) and issubclass(annotation, Choice) and isinstance(value, Mapping):
+        return annotation.known.get(value["kind"], annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) not in (Union, UnionType) or not isinstance(value, Mapping):
@@ -94,9 +97,7 @@ def _kind(section: type[BaseModel]) -> str:
 
 def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        # A section that no YAML file writes out.
-        default = field.get_default(call_default_factory=True)
-        value = values.get(name, default.model_dump() if isinstance(default, BaseModel) else default)
+        value = values.get(name, to_jsonable_python(field.get_default(call_default_factory=True), fallback=str))
         if (inner := _section_type(field.annotation, value)) is not None:
             yield from _section(f"{prefix}.{name}", inner, value)
         else:

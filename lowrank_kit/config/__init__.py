@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from lowrank_kit.config.explain import explain
 from lowrank_kit.config.method import Method
 from lowrank_kit.config.model import ModelConfig
 from lowrank_kit.config.plugins import OURS, import_installed, installed
@@ -31,7 +32,6 @@ from lowrank_kit.config.tasks import (
 )
 from lowrank_kit.config.train import TrainConfig
 from lowrank_kit.errors import ConfigError, did_you_mean
-from lowrank_kit.explain import explain
 
 __all__ = [
     "DEVICES",
