@@ -18,6 +18,7 @@ from lowrank_kit.models.files import share
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
 from lowrank_kit.models.rotate import sliced_layers
+from lowrank_kit.models.streamed import Streamed, weights_of
 
 # What the class decides, not the model.
 _OF_THE_CLASS = ("model_type", "architectures", "auto_map", "lowrank")
@@ -42,6 +43,12 @@ def save_compressed(
     Raises `LowRankKitError` for a model that is no causal language model of transformers.
     """
     twin = _empty_twin(model, {"ranks": ranks_of(model), "shared_down": shared_downs(model)})
+    weights = weights_of(model)
+    if isinstance(weights, Streamed):
+        weights.finish(twin, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
     _save(twin, model.state_dict(), folder, tokenizer, max_shard_size, dtype)
 
 
