@@ -15,7 +15,7 @@ from lowrank_kit.models.load import ModelSource, load_model, open_streamed
 from lowrank_kit.models.streamed import Streamed, weights_of
 from lowrank_kit.pipeline import execute
 
-STREAMED = "+runtime.weights=streamed"
+STREAMED = "runtime.weights=streamed"
 
 
 def tensors(folder):
