@@ -16,6 +16,7 @@ from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsReques
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.experts import seen_by
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
@@ -244,6 +245,8 @@ class MomentCollector:
     def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", activations: Tensor) -> None:
         # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
         mask = self.masks.source if ref.of_source else self.masks.own
+        if mask is not None and ref.expert is not None:
+            mask = seen_by(self._model, ref, mask)
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:
