@@ -20,20 +20,20 @@ import time
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.corda import Corda
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.eva import Eva
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.lora_ga import LoraGA
+from lowrank_kit.adapters.mica import Mica
+from lowrank_kit.adapters.milora import Milora
+from lowrank_kit.adapters.olora import Olora
+from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.base import Adapter
-from lowrank_kit.methods.corda import Corda
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.eva import Eva
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.lora_ga import LoraGA
-from lowrank_kit.methods.mica import Mica
-from lowrank_kit.methods.milora import Milora
-from lowrank_kit.methods.olora import Olora
-from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.training.initialise import adapt

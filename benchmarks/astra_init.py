@@ -17,10 +17,10 @@ import time
 import torch
 from fresh import SMOLLM2, PeakMemory, in_fresh_process, smollm2
 
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.training.initialise import adapt

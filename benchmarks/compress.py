@@ -32,23 +32,23 @@ from unittest import mock
 
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
+from lowrank_kit.compression.apply import factorise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import decompose
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
-from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.optimal import Optimal
 
 PERPLEXITY_WINDOW = 1024
 FORWARD, DECOMPOSITION, CACHE, FACTORS = "forward and Grams", "decomposition", "cache", "factors"

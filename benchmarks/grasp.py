@@ -35,11 +35,10 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.grasp import GraspCompression
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.grasp import Grasp, GraspCompression
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.grasp import Grasp
 from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer

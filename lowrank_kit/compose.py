@@ -20,11 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_kit.config import RunConfig, load
+from lowrank_kit.compressors.base import Compressor
+from lowrank_kit.config import RunConfig, load, method_class
+from lowrank_kit.config.plugins import conf_folders
 from lowrank_kit.config.sweeps import Launcher, Optuna, load_launcher, load_search
 from lowrank_kit.errors import ConfigError, did_you_mean
 
-PARTS_OF_METHODS = ("truncation", "allocation")
+PARTS_OF_METHODS = ("truncation", "allocation", "correction")
 """Config groups that some methods consist of, and others know nothing of."""
 
 
@@ -93,8 +95,9 @@ class Composer:
         for option, given in (("--config-path", folder), ("--config-dir", extra)):
             if given is not None and not given.is_dir():
                 raise ConfigError(f"{option} '{given}' is not a folder")
-        self.options = options([self.folder, *([self.extra] if self.extra else [])])
-        self.presets = presets([self.folder, *([self.extra] if self.extra else [])])
+        self.more = [*conf_folders(), *([self.extra] if self.extra else [])]
+        self.options = options([self.folder, *self.more])
+        self.presets = presets([self.folder, *self.more])
         _forget_namesakes(self.options)
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
@@ -188,7 +191,8 @@ class Composer:
         return good
 
     def _compose(self, overrides: Sequence[str], return_hydra_config: bool) -> DictConfig:
-        search = [f"hydra.searchpath=[file://{self.extra}]"] if self.extra else []
+        places = ",".join(f"file://{folder}" for folder in self.more)
+        search = [f"hydra.searchpath=[{places}]"] if self.more else []
         self._check_options(overrides)
         with (
             self._readable_errors(),
@@ -201,7 +205,7 @@ class Composer:
                 del composed.hydra
         for part in PARTS_OF_METHODS:
             if any(override.startswith(f"{part}=") for override in overrides):
-                self._check_part(part, overrides)
+                self._check_part(part, composed)
         name_model(composed, overrides)
         return composed
 
@@ -263,25 +267,30 @@ class Composer:
                     f"'- override /preset: {named}' in the defaults of an experiment; a recovery's adapter has none"
                 )
 
-    def _check_part(self, part: str, overrides: Sequence[str]) -> None:
+    def _check_part(self, part: str, composed: DictConfig) -> None:
         """Raise `ConfigError` for a part that the chosen method does not have; merged in, it would mean nothing."""
-        folders = [self.folder, *([self.extra] if self.extra else [])]
-        files = [file for folder in folders for file in sorted(folder.glob("method/*.yaml"))]
-        having = [file.stem for file in files if f"- override /{part}@" in file.read_text()]
-        chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("method=")), None)
-        if chosen not in having:
-            raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
+        if part in method_class(composed).model_fields:
+            return
+        having = [
+            name
+            for name in self.options["method"]
+            if part in method_class(self._compose([f"method={name}"], return_hydra_config=False)).model_fields
+        ]
+        raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
 
 
 def by_ratio(ratio: float, values: Mapping[int | float, Any]) -> Any:
-    """Of values by ratio, that of the largest ratio which is not above this one: `${by_ratio:0.5,{0: a, 0.6: b}}` is a.
-
-    For YAMLs: published settings that change with the ratio.
-    """
+    """Of values by ratio, that of the largest ratio which is not above this one."""
     return values[max(known for known in values if known <= ratio)]
 
 
-OmegaConf.register_new_resolver("by_ratio", by_ratio, replace=True)
+def _by_ratio_of_method(values: Mapping[int | float, Any], *, _root_: DictConfig) -> Any:
+    ratio = OmegaConf.select(_root_, "method.ratio", default=Compressor.model_fields["ratio"].default)
+    return by_ratio(ratio, values)
+
+
+# For YAMLs: published settings that change with the ratio. `${by_ratio:{0: a, 0.6: b}}` is a at method.ratio=0.5.
+OmegaConf.register_new_resolver("by_ratio", _by_ratio_of_method, replace=True)
 
 
 def force_dotted(overrides: Sequence[str]) -> list[str]:
@@ -289,11 +298,14 @@ def force_dotted(overrides: Sequence[str]) -> list[str]:
 
     The schema then lists a misspelt key together with every other problem, and open dictionaries such as
     `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`;
-    `method.preset=NAME` chooses published settings, which all other overrides win over.
+    `method.preset=NAME` chooses published settings, which all other overrides win over. A part of a method,
+    `method.truncation=NAME`, is chosen as `truncation=NAME`.
     """
+    parts = "|".join(PARTS_OF_METHODS)
     plain = re.compile(r"(?!hydra\.)[A-Za-z_]\w*\.[^=@]+=")
     named = (re.sub(r"^recovery\.method=(?=\w+$)", "method@recovery.method=", override) for override in overrides)
     named = (re.sub(r"^\+*method\.preset=", "preset=", override) for override in named)
+    named = (re.sub(rf"^\+*method\.({parts})=(?=[\w,]+$)", r"\1=", override) for override in named)
     return [f"++{override}" if plain.match(override) else override for override in named]
 
 

@@ -11,7 +11,9 @@ import torch
 from transformers import PretrainedConfig
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.adapters.base import Adapter, FineTuning
 from lowrank_kit.cache.entry import limit_bytes
+from lowrank_kit.compressors.base import Compressor
 from lowrank_kit.config import CausalTask, ClassificationTask, RunConfig, SingleTask, TaskGroup
 from lowrank_kit.data.labels import check_labels
 from lowrank_kit.data.sources import Source, has, open_source
@@ -20,7 +22,7 @@ from lowrank_kit.data.texts import TaskTexts
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.records import EvalRecord, read_records
 from lowrank_kit.files import read_json
-from lowrank_kit.methods.base import Adapter, Compressor, FineTuning, Method
+from lowrank_kit.method import Method
 from lowrank_kit.models.contents import contents
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
@@ -196,7 +198,7 @@ def _check_recovery(config: RunConfig, task: SingleTask) -> None:
 def _method(config: RunConfig) -> Method:
     if not isinstance(config.method, Method):
         raise ConfigError(
-            f"method._target_ names {type(config.method).__qualname__}, which is no lowrank_kit.methods.base.Method"
+            f"method._target_ names {type(config.method).__qualname__}, which is no lowrank_kit.method.Method"
         )
     return config.method
 

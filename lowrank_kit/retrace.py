@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import load
-from lowrank_kit.config.plugins import OURS, allowing
+from lowrank_kit.config.plugins import allowing
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.files import read_yaml
 from lowrank_kit.runs.directory import identity
@@ -57,7 +57,7 @@ def overrides_of(config: Mapping[str, Any], named: Sequence[str] = ()) -> list[s
     start.pop("seed")
     if plain["method"].get("seed") is None:
         start["method"] = {key: value for key, value in start["method"].items() if key != "seed"}
-    allowed = [f"run.method_prefixes={_value([*OURS, *named])}"] if named else []
+    allowed = [f"run.method_prefixes={_value(list(named))}"] if named else []
     return [*options, *allowed, *_differences(start, plain)]
 
 

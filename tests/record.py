@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,12 +50,14 @@ CHOICES = {
     "llm_pruner magnitude": ["method=llm_pruner", "method.importance=magnitude"],
     "astra untouched": ["method=astra", "method.base=untouched"],
 }
+PROBE = ["method.allocation.probe_windows=2", "method.allocation.probe_seq_len=16"]
 # What a method needs to fit three blocks of width 32.
 SMALL = {
     "grasp": ["method.removed_share=0.6"],
     "laco": ["method.merged=2"],
     "slicegpt": ["method.multiple=1"],
     "astra_released": ["method.rank=4"],
+    **dict.fromkeys(("asvd", "loss_svd", "swift"), PROBE),
     "llm_pruner": ["method.protect_first=1", "method.protect_last=0"],
 }
 
@@ -114,9 +117,10 @@ def split() -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
     """The commands that compress, which have a ratio, and those that train."""
     composer, compressing, training = Composer(), [], []
     for name, own in commands():
-        settings = composer.compose([own[0]]).method
+        module, _, target = composer.compose([own[0]]).method._target_.rpartition(".")
+        settings = getattr(import_module(module), target).model_fields
         if "rank_multiple" in settings:
-            own = [*own, "method.rank_multiple=1", "method.probe_windows=2", "method.probe_seq_len=16"]
+            own = [*own, "method.rank_multiple=1"]
         (training if "rank" in settings or name == "full_ft" else compressing).append((name, own))
     return compressing, training
 

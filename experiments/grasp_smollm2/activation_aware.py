@@ -11,18 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lowrank_kit.compression.apply import factorise
 
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import decompose
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
-from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.optimal import Optimal
 
 SOURCE = ModelSource("packaged://smollm2_135m")
 

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
-from lowrank_kit.config.plugins import OURS, installed_prefixes
+from lowrank_kit.config.plugins import OURS, import_installed, installed
 from lowrank_kit.config.runtime import RuntimeConfig
-from lowrank_kit.config.section import Bos, Section
+from lowrank_kit.config.section import Bos, Choice, Section
 from lowrank_kit.config.tasks import (
     Benchmark,
     BenchmarkMetric,
@@ -37,6 +37,7 @@ __all__ = [
     "Bos",
     "CalibrationConfig",
     "CausalTask",
+    "Choice",
     "ClassificationTask",
     "DataConfig",
     "EffectsConfig",
@@ -58,6 +59,7 @@ __all__ = [
     "TrackerConfig",
     "TrainConfig",
     "load",
+    "method_class",
     "schema_for",
 ]
 
@@ -202,9 +204,9 @@ class RunSettings(Section):
     """Stages to do, always in the order calibrate, plan, apply, train, evaluate."""
     resume: bool = True
     """Continue what an earlier run with the same configuration left; false: start over."""
-    method_prefixes: tuple[str, ...] = Field(default=OURS, min_length=1)
-    """Packages whose classes `method._target_` may name; add your own package here. Those that an installed package
-    declares as an entry point of the group `lowrank_kit.methods` are allowed too."""
+    method_prefixes: tuple[str, ...] = ()
+    """Packages of your own whose classes `method._target_` may name, beside the toolkit's. Those that an installed
+    package declares as an entry point of the group `lowrank_kit.plugins` are allowed without."""
 
 
 def _check_device(device: str) -> str:
@@ -292,8 +294,9 @@ def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
 
     Raises `ConfigError` if one is outside `run.method_prefixes`, cannot be imported or is no `Section`.
     """
-    run, default = plain.get("run"), RunSettings.model_fields["method_prefixes"].default
-    prefixes = list(run.get("method_prefixes", default) if isinstance(run, Mapping) else default)
+    import_installed()
+    run = plain.get("run")
+    prefixes = list(run.get("method_prefixes") or () if isinstance(run, Mapping) else ())
     field = Field(description=RunConfig.model_fields["method"].description)
     typed: dict[str, Any] = {"method": (_method_class(plain.get("method"), prefixes), field)}
     if (recovering := _recovery_method(plain)) is not None:
@@ -309,14 +312,21 @@ def _recovery_method(plain: Mapping[str, Any]) -> Any:
     return recovery.get("method") if isinstance(recovery, Mapping) else None
 
 
+def method_class(cfg: DictConfig) -> type[Section]:
+    """Return the class that the method of a composed configuration has. Raises `ConfigError` as `schema_for`."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return _method_class(plain.get("method"), list((plain.get("run") or {}).get("method_prefixes") or ()))
+
+
 def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type[Section]:
     if not isinstance(method, Mapping) or "_target_" not in method:
         raise ConfigError(f"{key}._target_ is missing: choose a method, for example {key}=astra")
     target = str(method["_target_"])
     module_name, _, class_name = target.rpartition(".")
-    if not any(target.startswith(f"{prefix}.") for prefix in (*prefixes, *installed_prefixes())):
+    allowed = (*OURS, *installed(), *prefixes)
+    if not any(target.startswith(f"{prefix}.") for prefix in allowed):
         raise ConfigError(
-            f"{key}._target_='{target}' is not in an allowed package ({', '.join(prefixes)}); "
+            f"{key}._target_='{target}' is not in an allowed package ({', '.join(allowed)}); "
             f"if you trust it, add 'run.method_prefixes=[{','.join([*prefixes, module_name or target])}]'"
         )
     try:

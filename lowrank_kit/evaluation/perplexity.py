@@ -4,14 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from rich.progress import Progress
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
+from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.head import Head
 from lowrank_kit.progress import Bar
@@ -33,12 +30,12 @@ class Perplexity:
     per_window: tuple[float, ...]
 
 
-@torch.no_grad()
+@no_grad
 def perplexity(
     model: PreTrainedModel,
     windows: Int64[Tensor, "windows tokens"],
     batch_size: int = 1,
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     progress: Progress | None = None,
     description: str = "perplexity",
 ) -> Perplexity:
@@ -90,6 +87,6 @@ def _losses(
     parts, size = [], head.positions_at_once()
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = head.logits(part)
-        loss = cross_entropy(logits.float(), target.to(logits.device), reduction="none").double()
+        loss = torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none").double()
         parts.append(loss.masked_fill(~logits.isfinite().all(1), torch.nan))
     return torch.cat(parts)

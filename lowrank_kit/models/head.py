@@ -7,13 +7,9 @@ float32, and a loss makes several copies. Here at most `LOGITS_AT_ONCE` of them 
 from contextlib import suppress
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.forward import forward_replaced
 
@@ -51,9 +47,10 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocabulary"]:
         """The logits that the model gives for these hidden states, each by itself."""
+        from lowrank_kit.models.known_states import KnownStates
 
-        def known(*_args: Any, **_options: Any) -> _KnownStates:
-            return _KnownStates(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        def known(*_args: Any, **_options: Any) -> KnownStates:
+            return KnownStates(last_hidden_state=hidden[None])  # type: ignore[arg-type]
 
         # What is read does not matter: the decoder hands over what is known.
         unread = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -71,43 +68,11 @@ class Head:
         Differentiable in ``hidden`` alone. The gradient is computed along with the loss, some positions at a time: no
         logits wait for the backward pass, and none are computed twice.
         """
-        total: Tensor = _SummedLoss.apply(hidden, tokens, self)  # type: ignore[no-untyped-call]
+        from lowrank_kit.models.summed_loss import SummedLoss
+
+        total: Tensor = SummedLoss.apply(hidden, tokens, self)  # type: ignore[no-untyped-call]
         return total
-
-
-class _KnownStates(BaseModelOutputWithPastAndCrossAttentions):
-    """What a decoder returns, the last hidden states alone; what its family returns beside them is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
 
 
 class _Reached(Exception):
     """Unwinds a forward pass whose rest is not needed."""
-
-
-class _SummedLoss(torch.autograd.Function):
-    """See `Head.summed_loss`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
-        size, wants_gradient = head.positions_at_once(), ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        gradients = []
-        for part, wanted in zip(hidden.split(size), tokens.split(size), strict=True):
-            with torch.set_grad_enabled(wants_gradient):
-                read = part.detach().requires_grad_(wants_gradient)
-                logits = head.logits(read)
-                loss = cross_entropy(logits.to(total.dtype), wanted.to(logits.device), reduction="sum")
-            if wants_gradient:
-                gradients += torch.autograd.grad(loss, read)
-            total += loss.detach().to(total.device)
-        if wants_gradient:
-            ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (of_sum,) = ctx.saved_tensors
-        return of_sum * gradient.to(of_sum.dtype), None, None

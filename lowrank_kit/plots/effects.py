@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from lowrank_kit.plots.figure import panels, save
+from lowrank_kit.plots.figure import Figure, integer_ticks, new_figure, panels, save
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ def plot_energy(shares: Mapping[str, Sequence[Share]], file: Path) -> Figure:
         panel.plot(steps, [look.tail for look in looks], "o-", color="tab:blue", label="tail directions", markersize=4)
         panel.plot(steps, [look.chance for look in looks], ":", color="grey", label="chance")
         panel.set(title=role, xlabel="step", ylabel="share of the update's energy")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        integer_ticks(panel)
     # The panels share their axis: a limit set before the last line is drawn would cut what comes after.
     axes[0].set_ylim(0, None)
     axes[0].legend(fontsize=7)
@@ -39,10 +36,10 @@ def plot_energy(shares: Mapping[str, Sequence[Share]], file: Path) -> Figure:
 
 def plot_drift(moved: Sequence[float], file: Path) -> Figure:
     """Draw the relative change of the hidden states behind every block."""
-    figure = Figure(figsize=(2.5 + 0.2 * len(moved), 3.0), layout="constrained")
+    figure = new_figure(2.5 + 0.2 * len(moved), 3.0)
     panel = figure.subplots()
     panel.plot(range(len(moved)), moved, "o-", color="tab:blue", markersize=4)
     panel.set(xlabel="block", ylabel="relative change of hidden states", ylim=(0, None))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(panel)
     save(figure, file)
     return figure

@@ -4,11 +4,9 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from lowrank_kit.plots.figure import save
+from lowrank_kit.plots.figure import Figure, integer_ticks, new_figure, save
 
 
 def plot_influence(
@@ -22,13 +20,13 @@ def plot_influence(
 
     A block whose value is nan was not measured and has no bar.
     """
-    figure = Figure(figsize=(2.5 + 0.2 * len(influence), 3.0), layout="constrained")
+    figure = new_figure(2.5 + 0.2 * len(influence), 3.0)
     panel = figure.subplots()
     parts = {"kept": [i for i in range(len(influence)) if i not in removed], chosen: sorted(removed)}
     for (label, blocks), colour in zip(parts.items(), ("tab:blue", "tab:orange"), strict=True):
         panel.bar(blocks, [influence[block] for block in blocks], color=colour, label=label)
     panel.set(xlabel="block", ylabel=quantity)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(panel)
     panel.legend(fontsize=7)
     save(figure, file)
     return figure

@@ -4,12 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from lowrank_kit.models.layout import LinearRef
-from lowrank_kit.plots.figure import panels, save
+from lowrank_kit.plots.figure import Figure, integer_ticks, new_figure, panels, save
 
 
 def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Path) -> Figure:
@@ -23,14 +20,14 @@ def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Pat
     kept = np.full((len(roles), blocks), np.nan)
     for ref in refs:
         kept[roles.index(ref.role), ref.block] = _kept(ref, ranks[ref.name])
-    figure = Figure(figsize=(2.5 + 0.3 * blocks, 1.5 + 0.35 * len(roles)), layout="constrained")
+    figure = new_figure(2.5 + 0.3 * blocks, 1.5 + 0.35 * len(roles))
     panel = figure.subplots()
-    image = panel.imshow(kept, norm=Normalize(0, 1), cmap="viridis", aspect="auto", interpolation="nearest")
+    image = panel.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
     for ref in refs:
         if ranks[ref.name] == ref.full_rank:
             panel.text(ref.block, roles.index(ref.role), "D", ha="center", va="center", fontsize=7)
     panel.set(xlabel="block", yticks=range(len(roles)), yticklabels=roles)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(panel)
     figure.colorbar(image, label="parameters kept (D: left dense)")
     save(figure, file)
     return figure
@@ -48,7 +45,7 @@ def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: P
             fill = "white" if rank == ref.full_rank else "tab:blue"
             panel.plot(ref.block, rank, "o", color="tab:blue", markerfacecolor=fill, markersize=4)
         panel.set(title=role, xlabel="block", ylabel="rank", ylim=(0, None))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        integer_ticks(panel)
     save(figure, file)
     return figure
 

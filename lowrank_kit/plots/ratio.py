@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from lowrank_kit.plots.figure import panels, save
+from lowrank_kit.plots.figure import Figure, panels, save
 
 
 def plot_loss_against_ratio(

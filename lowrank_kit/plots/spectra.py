@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from lowrank_kit.models.layout import LinearRef
-from lowrank_kit.plots.figure import panels, save
+from lowrank_kit.plots.figure import Figure, panels, save
 
 
 def plot_spectra(
@@ -24,6 +20,10 @@ def plot_spectra(
     shown = [ref for ref in refs if ref.name in values]
     roles = list(dict.fromkeys(ref.role for ref in shown))
     last = max(ref.block for ref in shown)
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     depth = ScalarMappable(Normalize(0, last or 1), colormaps["viridis"])
     colours = depth.to_rgba(np.arange(last + 1))
     figure, axes = panels(len(roles), sharey=True)

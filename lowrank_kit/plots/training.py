@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from lowrank_kit.plots.figure import PANEL_INCHES, save
+from lowrank_kit.plots.figure import PANEL_INCHES, Figure, integer_ticks, save
 
 Points = Sequence[tuple[int, float]]
 
@@ -20,6 +17,6 @@ def plot_loss(training: Points, evaluation: Points, file: Path) -> Figure:
         panel.plot(*zip(*evaluation, strict=True), "o-", color="tab:orange", markersize=4, label="evaluation")
         panel.legend(fontsize=7)
     panel.set(xlabel="step", ylabel="loss")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(panel)
     save(figure, file)
     return figure

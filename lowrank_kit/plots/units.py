@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from lowrank_kit.plots.figure import panels, save
+from lowrank_kit.plots.figure import Figure, integer_ticks, panels, save
 
 
 def plot_kept_units(kept: Mapping[str, Mapping[int, float]], blocks: int, file: Path) -> Figure:
@@ -15,6 +12,6 @@ def plot_kept_units(kept: Mapping[str, Mapping[int, float]], blocks: int, file: 
     for (kind, shares), panel in zip(kept.items(), axes, strict=True):
         panel.bar(range(blocks), [shares.get(block, 1.0) for block in range(blocks)], color="tab:blue")
         panel.set(title=kind, xlabel="block", ylabel="share kept", ylim=(0, 1))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        integer_ticks(panel)
     save(figure, file)
     return figure

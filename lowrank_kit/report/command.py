@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Sequence
 
-from lowrank_kit.config.plugins import OURS
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.report.find import Run
 from lowrank_kit.retrace import PROGRAM, overrides_of
@@ -25,4 +24,4 @@ def command_of(run: Run, seeds: Sequence[int]) -> str:
 
 def _named(run: Run) -> list[str]:
     # As they were read: ours, and what the person who reads the run allowed.
-    return [prefix for prefix in run.config["run"]["method_prefixes"] if prefix not in OURS]
+    return list(run.config["run"]["method_prefixes"])

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lowrank_kit import __version__
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.config import RunConfig, Stage
-from lowrank_kit.methods.base import Method
+from lowrank_kit.method import Method
 from lowrank_kit.models.architectures import find
 from lowrank_kit.models.load import ModelSource, load_config, load_tokenizer
 from lowrank_kit.runs.directory import RunDirectory

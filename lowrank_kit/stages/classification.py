@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from lowrank_kit.adapters.base import FineTuning
 from lowrank_kit.config import ClassificationTask, Metric
 from lowrank_kit.data.labels import LabelOrder, label_order, name_classes
 from lowrank_kit.data.padding import RightPadded, padding_id
@@ -18,7 +19,6 @@ from lowrank_kit.data.task_rows import EvaluationRows, TaskRows
 from lowrank_kit.evaluation import glue
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.files import read_json
-from lowrank_kit.methods.base import FineTuning
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, load_model
 from lowrank_kit.stages.base import VERSIONS

@@ -15,11 +15,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_kit.adapters.base import FineTuning
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import EffectsConfig
 from lowrank_kit.data.texts import EvaluationText
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
-from lowrank_kit.methods.base import FineTuning
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.plots.effects import Share, plot_drift, plot_energy
 from lowrank_kit.runs.directory import RunDirectory

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.adapters.base import Adapter, FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.base import Adapter, FineTuning, Plan
+from lowrank_kit.method import Plan
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, local_path

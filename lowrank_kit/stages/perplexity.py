@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import datasets
@@ -13,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.adapters.base import Adapter
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression.base import Compression, Workbench
+from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.config import CausalTask
 from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.data.texts import TaskTexts, Windows
@@ -23,7 +25,7 @@ from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.files import read_as
-from lowrank_kit.methods.base import Adapter, Compressor, Plan
+from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
@@ -57,19 +59,20 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
             with StageProgress() as progress:
                 if self._cache is None:
                     # What the others would have to read is in a folder of the first process.
-                    distributed.on_main(lambda: self._compression.calibrate(progress))
+                    distributed.on_main(lambda: self._statistics_with(progress))
                 else:
-                    self._compression.calibrate(progress)
+                    self._statistics_with(progress)
 
     def plan(self) -> None:
         """Decide what is kept: ``plan.json``, with ``plots/``."""
         if self._compressor is None:
             return
         with StageProgress() as progress:
-            plan = self._compression.plan(progress)
+            statistics = self._statistics_with(progress)
+            plan = self._compressor.plan(statistics, self._context(progress))
         self._run.write_json("plan.json", asdict(plan))
         with self._run.write_folder("plots") as plots:
-            self._compression.plot(plan, plots)
+            self._compressor.plot(plan, statistics, self._context(None), plots)
         removed = 1 - plan.parameters_after / plan.parameters_before
         log.info("%.4f of the decoder-linear parameters removed, asked for: %g", removed, self._compressor.ratio)
 
@@ -79,11 +82,12 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
             return
         plan, dense = self._plan, _size(self._loaded)
         with StageProgress() as progress:
-            model = self._compression.apply(plan, progress)
+            statistics = self._statistics_with(progress)
+            model = self._compressor.apply(plan, statistics, self._context(progress))
         save_compressed(model, self._run.path / "checkpoint", self._tokenizer)
         self._manifest.record("size", {"dense": dense, "compressed": _size(model)})
         # It may be no longer the original: whoever wants that loads it again.
-        del self._loaded, self._compression
+        del self._loaded, self._statistics
 
     def train(self) -> None:
         """With `recovery`, train ``checkpoint/`` into ``recovered/``; ``history.json`` is the Trainer's log.
@@ -202,14 +206,29 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
         probe = None if self._compressor is None else self._compressor.probe
         return None if probe is None else self._data.held_out(probe[0], self._tokenizer, probe[1])
 
-    @cached_property
-    def _compression(self) -> Compression[Any]:
-        assert self._compressor is not None
-        model, samples, windows = self._loaded, self._samples, self._probe_windows
-        return at_work(
-            self._compressor,
-            Workbench(model, layout_of(model), samples, self.config.calibration.batch_size, self._cache, windows),
+    def _context(self, progress: StageProgress | None) -> Context:
+        return Context(
+            self._loaded,
+            layout_of(self._loaded),
+            self._samples,
+            self.config.calibration.batch_size,
+            self._cache or self._own_cache,
+            self._probe_windows,
+            progress,
         )
+
+    def _statistics_with(self, progress: StageProgress) -> Any:
+        """What the compressor found of the original model: at hand, or in the cache, or found now."""
+        if "_statistics" not in vars(self):
+            assert self._compressor is not None
+            self._statistics = self._compressor.calibrate(self._context(progress))
+        return self._statistics
+
+    @cached_property
+    def _own_cache(self) -> Path:
+        """In place of the shared one, gone with this process."""
+        self._keeps_alive = TemporaryDirectory(prefix="lowrank_kit-")
+        return Path(self._keeps_alive.name)
 
     @property
     def _plan(self) -> Plan:

@@ -6,15 +6,17 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from lowrank_kit.adapters.base import Adapter, Batches, FineTuning, InitialisedAdapter
+from lowrank_kit.adapters.full_ft import FullFineTuning
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.base import Adapter, Batches, FineTuning, InitialisedAdapter, LowRankFactors, Plan
-from lowrank_kit.methods.full_ft import FullFineTuning
+from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import dense_weight
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.adapters import Adapted, AdaptedModel, attach
 from lowrank_kit.training.full import unfreeze
 

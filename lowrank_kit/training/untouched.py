@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_kit.methods.base import LowRankFactors
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class SubtractInitial(LoraVariant):

@@ -2,22 +2,22 @@ import json
 
 import pytest
 import torch
+from lowrank_kit.compression.apply import factorise
 from torch.nn.functional import cosine_similarity
 
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import decompose
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.factored import ranks_of
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.two_sided import TwoSided
-from lowrank_kit.truncation.weights import Plain
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.plain import Plain
+from lowrank_kit.truncations.two_sided import TwoSided
 
 pytestmark = pytest.mark.assets
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit import distributed, launcher
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
@@ -23,7 +24,6 @@ from lowrank_kit.config import RuntimeConfig, TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.language_model import BoundedLM
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt

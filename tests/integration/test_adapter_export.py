@@ -12,21 +12,21 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.base import InitialisedAdapter
+from lowrank_kit.adapters.corda import Corda
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.eva import Eva
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.lora_ga import LoraGA
+from lowrank_kit.adapters.lora_plus import LoraPlus
+from lowrank_kit.adapters.mica import Mica
+from lowrank_kit.adapters.milora import Milora
+from lowrank_kit.adapters.olora import Olora
+from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.base import InitialisedAdapter
-from lowrank_kit.methods.corda import Corda
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.eva import Eva
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.lora_ga import LoraGA
-from lowrank_kit.methods.lora_plus import LoraPlus
-from lowrank_kit.methods.mica import Mica
-from lowrank_kit.methods.milora import Milora
-from lowrank_kit.methods.olora import Olora
-from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of

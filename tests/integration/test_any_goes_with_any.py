@@ -7,15 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowrank_kit.allocation import AnyAllocation
+from lowrank_kit.allocations import AnyAllocation
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.svd import SvdCompression
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.svd import SvdCompression, TruncatedSVD
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.truncation import AnyTruncation
+from lowrank_kit.truncations import AnyTruncation
 
 
 def kinds(union):

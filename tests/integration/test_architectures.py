@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Starcoder2Config
 
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.export import main as export
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.architectures import Architecture, Group, Stack, base, register, registered
 from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
 from lowrank_kit.models.factored import ranks_of

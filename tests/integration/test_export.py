@@ -6,9 +6,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.export import main
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of

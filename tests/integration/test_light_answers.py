@@ -23,7 +23,7 @@ for words in json.loads(sys.argv[1]):
     answers.append({"said": out.getvalue() + err.getvalue(), "loaded": loaded})
 """
 COMPUTE = """
-from lowrank_kit.methods.milora import Milora
+from lowrank_kit.adapters.milora import Milora
 import torch
 weight = (torch.arange(12.0) ** 2 % 7).reshape(3, 4)
 factors = Milora(name="milora", rank=1).initialise(weight, {}, 1)
@@ -63,7 +63,7 @@ def test_bad_values_sweeps_and_help_are_answered_without_torch(ask):
         "in 4 of 4 jobs": ["-m", "method=astra,lora", "method.rank=2,4", "train.lr=1"],
         "method.subspace": ["method=astra", "--help"],
         "method.truncation": ["method=svd_llm", "task=perplexity", "--help"],
-        "_target_: lowrank_kit.methods.lora.Lora": ["method=lora", "--cfg", "job"],
+        "_target_: lowrank_kit.adapters.lora.Lora": ["method=lora", "--cfg", "job"],
     }
     for expected, answer in zip(commands, ask(list(commands.values())), strict=True):
         assert expected in answer["said"]

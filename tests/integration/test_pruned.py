@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.slicegpt import slice_model
+from lowrank_kit.compressors.slicegpt import slice_model
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.checkpoint import save_compressed, save_dense

@@ -21,7 +21,7 @@ MISSING = [program for program in ("slurmctld", "slurmd", "munged") if not shuti
 PATIENT = """
 import os, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from lowrank_kit.methods.lora import Lora
+from lowrank_kit.adapters.lora import Lora
 
 class PatientLora(Lora):
     pass

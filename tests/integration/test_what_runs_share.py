@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowrank_kit.compression import at_work
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.decompose import decompose
-from lowrank_kit.compression.probe import LossProbe
-from lowrank_kit.methods.grasp import Grasp
-from lowrank_kit.methods.llm_pruner import LLMPruner
-from lowrank_kit.methods.svd import TruncatedSVD
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.grasp import Grasp
+from lowrank_kit.compressors.llm_pruner import LLMPruner
+from lowrank_kit.compressors.probe import LossProbe
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.pipeline import execute
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.two_sided import TwoSided
 
 WINDOWS = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(5))
 
@@ -195,8 +195,8 @@ def test_models_that_differ_in_their_heads_share_what_is_read_from_the_blocks(ti
 
 MODULE = """
 from typing import Literal
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.optimal import Optimal
 
 class Mine(Optimal):
     def project(self, layers):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.training.initialise import adapt
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from lowrank_kit.compression import at_work
 from torch.nn.functional import cross_entropy
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression.base import Workbench
+from lowrank_kit.compressors.base import Workbench
 from lowrank_kit.models.layout import layout_of
 
 ROWS, TOKENS = 8, 40

@@ -9,19 +9,19 @@ from math import e, log
 import numpy as np
 import pytest
 
-from lowrank_kit.allocation import asvd as strs_module
-from lowrank_kit.allocation import d_rank as d_rank_module
-from lowrank_kit.allocation import svd_llm_v2 as v2_module
-from lowrank_kit.allocation import swift as swift_module
-from lowrank_kit.allocation import zs_svd as zs_module
-from lowrank_kit.allocation.asvd import Strs
-from lowrank_kit.allocation.d_rank import DRank
-from lowrank_kit.allocation.svd_llm_v2 import SvdLlmV2
-from lowrank_kit.allocation.swift import Swift
-from lowrank_kit.allocation.zs_svd import ZeroSum
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.weights import Scaled
+from lowrank_kit.allocations import asvd as strs_module
+from lowrank_kit.allocations import d_rank as d_rank_module
+from lowrank_kit.allocations import svd_llm_v2 as v2_module
+from lowrank_kit.allocations import swift as swift_module
+from lowrank_kit.allocations import zs_svd as zs_module
+from lowrank_kit.allocations.asvd import Strs
+from lowrank_kit.allocations.d_rank import DRank
+from lowrank_kit.allocations.svd_llm_v2 import SvdLlmV2
+from lowrank_kit.allocations.swift import Swift
+from lowrank_kit.allocations.zs_svd import ZeroSum
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.scaled import Scaled
 
 RATIO = 0.4
 

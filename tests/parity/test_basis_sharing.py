@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.joint import Joint
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.joint import Joint
 
 SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_kit.methods.grasp import Grasp
-from lowrank_kit.methods.laco import LaCo
-from lowrank_kit.methods.shortgpt import ShortGPT
+from lowrank_kit.compressors.grasp import Grasp
+from lowrank_kit.compressors.laco import LaCo
+from lowrank_kit.compressors.shortgpt import ShortGPT
 
 BLOCKS = 6
 

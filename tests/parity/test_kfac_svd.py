@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lowrank_kit.allocation import lagrangian as module
-from lowrank_kit.allocation.lagrangian import Lagrangian
-from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.allocations import lagrangian as module
+from lowrank_kit.allocations.lagrangian import Lagrangian
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.two_sided import TwoSided
 
 ONE = "model.layers.1.mlp.up_proj"
 LEMS = {"gradient_shrinkage": 0.3, "input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.slicegpt import slice_model
-from lowrank_kit.methods.llm_pruner import LLMPruner
-from lowrank_kit.methods.slicegpt import SliceGPT
+from lowrank_kit.compressors.llm_pruner import LLMPruner
+from lowrank_kit.compressors.slicegpt import SliceGPT, slice_model
 
 HIDDEN = 32
 

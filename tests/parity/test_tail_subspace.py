@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 

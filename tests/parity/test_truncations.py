@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_kit.allocation.uniform import Uniform
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.weights import Fisher, Plain, Scaled
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.fisher import Fisher
+from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.plain import Plain
+from lowrank_kit.truncations.scaled import Scaled
 
 ONE = "model.layers.1.mlp.up_proj"
 

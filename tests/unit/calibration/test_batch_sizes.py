@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lowrank_kit.adapters.lora_ga import LoraGA
 from lowrank_kit.calibration.batches import batches_of, check_room
 from lowrank_kit.calibration.gradients import stream_gradients, weight_gradients
 from lowrank_kit.calibration.influence import block_influence
@@ -13,7 +14,6 @@ from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.methods.lora_ga import LoraGA
 from lowrank_kit.models import memory
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.initialise import adapt

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.moments import Moments

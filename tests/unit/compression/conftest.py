@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.svd import TruncatedSVD
-from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.truncations.optimal import Optimal
 
 
 @pytest.fixture

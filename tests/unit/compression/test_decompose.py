@@ -3,23 +3,25 @@ from unittest import mock
 
 import pytest
 import torch
-
-from lowrank_kit.allocation.energy_svd import EnergySvd
-from lowrank_kit.allocation.lagrangian import Lagrangian
-from lowrank_kit.allocation.zs_svd import ZeroSum
-from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compression import decompose as module
 from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import decompose
-from lowrank_kit.compression.probe import LossProbe
+
+from lowrank_kit.allocations.energy_svd import EnergySvd
+from lowrank_kit.allocations.lagrangian import Lagrangian
+from lowrank_kit.allocations.zs_svd import ZeroSum
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.portable import LowRankLinear
-from lowrank_kit.truncation.joint import Joint
-from lowrank_kit.truncation.two_sided import TwoSided
-from lowrank_kit.truncation.weights import Fisher, Plain, Scaled
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.fisher import Fisher
+from lowrank_kit.truncations.joint import Joint
+from lowrank_kit.truncations.plain import Plain
+from lowrank_kit.truncations.scaled import Scaled
+from lowrank_kit.truncations.two_sided import TwoSided
 
 FAMILIES = [
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text"),

@@ -4,6 +4,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from lowrank_kit.compression import at_work
+from lowrank_kit.compression import grasp as at_work_module
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
@@ -11,22 +13,19 @@ from transformers import AutoModelForCausalLM
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression import grasp as at_work_module
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.grasp import GraspCompression
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.grasp import Grasp, GraspCompression
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.base import Plan
-from lowrank_kit.methods.grasp import Grasp
+from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.decompose import svd
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.two_sided import TwoSided
+from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.two_sided import TwoSided
 
 BLOCKS, ATTENTION, MLP = (1, 2), ("q", "k", "v", "o"), ("gate", "up", "down")
 RATIOS = {"llama": 0.4, "opt": 0.4}

@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-
 from lowrank_kit.compression.apply import factorise
-from lowrank_kit.compression.decompose import decompose
-from lowrank_kit.compression.sequential import factorise_sequentially
+
+from lowrank_kit.corrections.sequential import factorise_sequentially
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.portable import LowRankLinear
-from lowrank_kit.truncation.two_sided import TwoSided
-from lowrank_kit.truncation.weights import Scaled
+from lowrank_kit.truncations.decompose import decompose
+from lowrank_kit.truncations.scaled import Scaled
+from lowrank_kit.truncations.two_sided import TwoSided
 
 
 def inputs_of(model, name, samples):

@@ -47,7 +47,7 @@ def rows(tmp_path, monkeypatch):
 
     def build(seed: int = 0, task: dict | None = None, **sections) -> TaskRows:
         plain = {
-            "method": {"_target_": "lowrank_kit.methods.none.Baseline", "name": "none"},
+            "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
             "model": {"name": "m", "path": "m"},
             "task": {**TASK, **(task or {})},
             "data": {"source": "local", "root": str(tmp_path)},

@@ -54,7 +54,7 @@ def make(folder):
         texts = texts if isinstance(texts, dict) else {name: {} for name in texts}
         config = load(
             {
-                "method": {"_target_": "lowrank_kit.methods.none.Baseline", "name": "none"},
+                "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
                 "model": {"name": "m", "path": "m"},
                 "task": {"kind": "causal", "name": "p", "texts": texts, "window": 8, **(task or {})},
                 "data": {"source": "local", "root": str(folder)},
@@ -201,7 +201,7 @@ def test_one_file_of_a_set_on_the_hub_is_enough(make, monkeypatch):
     monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
     config = load(
         {
-            "method": {"_target_": "lowrank_kit.methods.none.Baseline", "name": "none"},
+            "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
             "model": {"name": "m", "path": "m"},
             "task": {
                 "kind": "causal",

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.statistics import LayerStatistics
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.astra import Astra
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.spectral.moments import Moments
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.mica import Mica
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.mica import Mica
 from lowrank_kit.models.layout import layout_of
 
 

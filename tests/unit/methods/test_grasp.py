@@ -2,11 +2,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.grasp import Grasp
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.truncation.activations import Optimal
-from lowrank_kit.truncation.joint import Joint
+from lowrank_kit.truncations.joint import Joint
+from lowrank_kit.truncations.optimal import Optimal
 
 ROOMY = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
 

@@ -8,16 +8,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank_kit.allocation import AnyAllocation
-from lowrank_kit.allocation.asvd import Strs
-from lowrank_kit.allocation.base import Candidate
-from lowrank_kit.allocation.keep import Keep
-from lowrank_kit.allocation.lagrangian import Lagrangian
-from lowrank_kit.allocation.uniform import Uniform
+from lowrank_kit.allocations import AnyAllocation
+from lowrank_kit.allocations.asvd import Strs
+from lowrank_kit.allocations.base import Candidate
+from lowrank_kit.allocations.keep import Keep
+from lowrank_kit.allocations.lagrangian import Lagrangian
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.svd import TruncatedSVD
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.truncation.activations import Optimal
+from lowrank_kit.truncations.optimal import Optimal
 
 SHAPES = {"q": (24, 24), "k": (8, 24), "v": (8, 24), "o": (24, 24), "gate": (40, 24), "down": (24, 40)}
 BLOCKS = 4

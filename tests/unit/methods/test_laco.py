@@ -5,14 +5,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from lowrank_kit.compression import at_work
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.laco import MergeTrials
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.laco import LaCo, Merge, MergeTrials
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.methods.base import Plan
-from lowrank_kit.methods.laco import LaCo, Merge
+from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import layout_of
 
 BLOCKS = 8

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.llm_pruner import PrunerCompression
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.llm_pruner import LLMPruner, PrunerCompression
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.llm_pruner import LLMPruner
 from lowrank_kit.models.layout import layout_of
 
 
@@ -106,7 +105,7 @@ def test_planning_leaves_the_model_alone_and_is_read_from_the_cache(tiny_model, 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr("lowrank_kit.compression.llm_pruner.weight_gradients", None)
+    monkeypatch.setattr("lowrank_kit.compressors.llm_pruner.weight_gradients", None)
     assert work(model, tmp_path).plan() == plan
     other = work(model, tmp_path, ratio=0.32).plan()
     assert all(set(other.kept[name]) <= set(kept) for name, kept in plan.kept.items())
@@ -114,7 +113,7 @@ def test_planning_leaves_the_model_alone_and_is_read_from_the_cache(tiny_model, 
 
 def test_several_passes_give_what_one_does(tiny_model, work, monkeypatch):
     whole = work(tiny_model("llama")).plan()
-    monkeypatch.setattr("lowrank_kit.compression.llm_pruner.STATISTICS_BYTES", 1)
+    monkeypatch.setattr("lowrank_kit.compressors.llm_pruner.STATISTICS_BYTES", 1)
     assert work(tiny_model("llama")).plan().kept == whole.kept
 
 

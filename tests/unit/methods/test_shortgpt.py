@@ -1,13 +1,13 @@
 import pytest
 import torch
+from lowrank_kit.compression import at_work
 from pydantic import ValidationError
 
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression.base import Workbench
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.shortgpt import ShortGPT
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.shortgpt import ShortGPT
 from lowrank_kit.models.layout import layout_of
 
 INFLUENCE = [0.9, 0.2, 0.5, 0.1, 0.3, 0.8]

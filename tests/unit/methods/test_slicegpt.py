@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compression.base import Workbench
-from lowrank_kit.compression.slicegpt import SliceCompression, slice_model
+from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.slicegpt import SliceCompression, SliceGPT, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.methods.slicegpt import SliceGPT
 from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.layout import layout_of
 

@@ -6,10 +6,10 @@ import datasets
 import pytest
 import torch
 
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import TrainConfig
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.files import save_tensors
 from lowrank_kit.models.layout import layout_of

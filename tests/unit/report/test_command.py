@@ -38,7 +38,7 @@ def test_seeds_make_a_sweep(leave_run):
 
 def test_what_cannot_be_composed_is_given_as_it_was_typed(leave_run):
     folder = leave_run("one", [("wikitext2", "perplexity", 20.0)])
-    text = (folder / "config.yaml").read_text().replace("lowrank_kit.methods.svd.", "gone.methods.")
+    text = (folder / "config.yaml").read_text().replace("lowrank_kit.compressors.svd.", "gone.methods.")
     (folder / "config.yaml").write_text(text)
     (folder / "manifest.json").write_text('{"command": ["mine.py", "a b"]}')
     [run], _ = find_runs([folder])

@@ -19,7 +19,7 @@ from lowrank_kit.retrace import command_elsewhere, overrides_of
 EVIL = """
 from pathlib import Path
 Path({mark!r}).touch()
-from lowrank_kit.methods.lora import LoRA
+from lowrank_kit.adapters.lora import LoRA
 class Evil(LoRA):
     pass
 """

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.export import main
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.training.adapter_files import check_adapter, load_adapter
 from lowrank_kit.training.initialise import adapt
 

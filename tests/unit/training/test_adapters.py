@@ -6,11 +6,11 @@ from datasets import Dataset
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.base import InitialisedAdapter
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.base import InitialisedAdapter
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.training.adapters import attach

@@ -5,15 +5,15 @@ from copy import deepcopy
 import pytest
 import torch
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.corda import Corda
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.eva import Eva
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.lora_ga import LoraGA
+from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.corda import Corda
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.eva import Eva
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.lora_ga import LoraGA
-from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of

@@ -13,20 +13,20 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch.nn.functional import cross_entropy
 
+from lowrank_kit.adapters.corda import Corda
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.eva import Eva
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.lora_ga import LoraGA
+from lowrank_kit.adapters.lora_plus import LoraPlus
+from lowrank_kit.adapters.mica import Mica
+from lowrank_kit.adapters.milora import Milora
+from lowrank_kit.adapters.olora import Olora
+from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.methods.corda import Corda
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.eva import Eva
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.lora_ga import LoraGA
-from lowrank_kit.methods.lora_plus import LoraPlus
-from lowrank_kit.methods.mica import Mica
-from lowrank_kit.methods.milora import Milora
-from lowrank_kit.methods.olora import Olora
-from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
@@ -252,7 +252,7 @@ def test_every_family_starts_as_the_original(tiny_model, name, family, head):
 
 
 def test_eva_says_where_its_directions_do_not_settle(tiny_model, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.methods.eva.MOST_ROUNDS", 2)
+    monkeypatch.setattr("lowrank_kit.adapters.eva.MOST_ROUNDS", 2)
     with pytest.raises(LowRankKitError, match="not settled after 2 rounds of 2 calibration batches: raise"):
         adapt(tiny_model("llama"), Eva(name="eva", rank=4, tau=1.0), samples(), batch_size=4)
 

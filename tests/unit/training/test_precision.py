@@ -4,10 +4,10 @@ import datasets
 import pytest
 import torch
 
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import TrainConfig
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.training.adapters import load_adapted
 from lowrank_kit.training.fit import Examples, Session, fit

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
+from lowrank_kit.adapters.mica import Mica
+from lowrank_kit.adapters.milora import Milora
+from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
-from lowrank_kit.methods.mica import Mica
-from lowrank_kit.methods.milora import Milora
-from lowrank_kit.methods.pissa import Pissa
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import dense_weight
 

@@ -8,14 +8,14 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from transformers import TrainingArguments
 
+from lowrank_kit.adapters.astra import Astra
+from lowrank_kit.adapters.dora import Dora
+from lowrank_kit.adapters.full_ft import FullFineTuning
+from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compose import Composer
 from lowrank_kit.config import TrainConfig, load
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.methods.astra import Astra
-from lowrank_kit.methods.dora import Dora
-from lowrank_kit.methods.full_ft import FullFineTuning
-from lowrank_kit.methods.lora import Lora
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.quantised import as_quantised, loading_options
 from lowrank_kit.pipeline import execute

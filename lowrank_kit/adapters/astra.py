@@ -1,0 +1,154 @@
+"""Astra: an adapter that lives in chosen eigenvectors of a layer's output activations.
+
+Source: arXiv 2602.19111. With C = sum y y^T over the outputs y [out] of a layer (uncentred, bias included) and
+Q [out, r] some of its eigenvectors, the adapter starts at B = Q, A = Q^T W, and the base at W - s B A, so that the
+adapted layer equals the original one. The paper's text takes the eigenvectors of SMALLEST eigenvalue ("tail"), so
+that updates stay away from the dominant activations; the authors' released code takes the LARGEST ("top").
+"""
+
+from collections.abc import Mapping
+from math import log1p
+from typing import Literal
+from zlib import crc32
+
+from jaxtyping import Float, Float64
+from pydantic import Field
+
+from lowrank_kit.adapters.base import InitialisedAdapter
+from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.method import Plan
+from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.spectral.allocate import allocate
+from lowrank_kit.spectral.decompose import (
+    Eigenpairs,
+    Which,
+    complete_basis,
+    eigenvalues,
+    output_eigenpairs,
+    output_eigenvalues,
+    random_orthonormal,
+    range_eigenpairs,
+)
+from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.spectral.metrics import effective_rank
+
+PAIRS: dict[str, Which] = {"tail": "smallest", "top": "largest", "middle": "middle"}
+
+# An allocation may give a matrix up to this many times its configured rank.
+LARGEST_SHARE = 2
+
+
+class Astra(InitialisedAdapter):
+    """Astra with the choice of eigenvectors as an option."""
+
+    subspace: Literal["tail", "top", "middle", "random"] = "tail"
+    """Eigenvectors of smallest, largest or middling eigenvalue, or random orthonormal directions (control)."""
+    null_space: bool = False
+    """Let `tail` use directions that the outputs never reach (only there: A starts near zero). Default: not."""
+    allocation: Literal["uniform", "effective_rank"] = "uniform"
+    """`effective_rank`: ranks in proportion to log(R + 1), R the effective rank of each output spectrum, at the same
+    number of trained parameters (the released code: at the same sum of ranks)."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of `subspace=random`."""
+
+    def needs(self) -> StatisticsRequest:
+        """The cheaper side's moments: the output spectrum follows from either."""
+        return StatisticsRequest(moments="smaller")
+
+    def reduction_key(self) -> dict[str, object]:
+        """Every setting that decides which eigenvectors are kept, and how many."""
+        fields = {"subspace", "null_space", "allocation", "rank", "rank_pattern"}
+        if self.subspace == "random":
+            fields.add("seed")
+        return {"method": "astra", **self.model_dump(mode="json", include=fields)}
+
+    def reduce(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, statistics: LayerStatistics
+    ) -> Kept:
+        """Keep the chosen eigenvectors in order of preference, with their eigenvalues.
+
+        Returns:
+            ``basis [out, r]``, ``energy [r]`` (sum of squared activations along each, NaN for random directions),
+            and with ``allocation=effective_rank`` the whole ``spectrum``.
+        """
+        ref = statistics.ref
+        count = self._largest_rank(ref)
+        if self.subspace == "random":
+            # Equal layers must not share their directions.
+            basis = random_orthonormal(ref.out_features, count, self.seed + crc32(ref.name.encode()))
+            chosen = Eigenpairs(basis.new_full((count,), torch.nan), basis)
+        else:
+            chosen = self._eigenpairs(weight, bias, statistics, count)
+            found, rank = chosen.values.shape[0], self._configured_rank(ref)
+            if found < rank:
+                raise LowRankKitError(
+                    f"the calibration outputs of {ref.name} span only {found} directions, fewer than its rank {rank}: "
+                    "raise calibration.samples or calibration.seq_len, or lower method.rank"
+                )
+        kept = {"basis": chosen.vectors.float(), "energy": chosen.values}
+        if self.allocation == "effective_rank":
+            kept["spectrum"] = _spectrum(weight, bias, statistics)
+        return kept
+
+    def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
+        """Give every target its rank: the configured one, or a share by log(R + 1) at equal parameters."""
+        ranks = self.base_ranks(layout)
+        if self.allocation == "uniform":
+            return self._plan_of(layout, ranks)
+        targets = self.targets(layout)
+        cost = [self.trained_by(ref, 1) for ref in targets]
+        scores = {ref.name: log1p(effective_rank(kept[ref.name]["spectrum"])) for ref in targets}
+        allocated = allocate(
+            [ranks[ref.name] * scores[ref.name] for ref in targets],
+            cost,
+            budget=sum(c * ranks[ref.name] for c, ref in zip(cost, targets, strict=True)),
+            floor=[1] * len(targets),
+            cap=[kept[ref.name]["basis"].shape[1] for ref in targets],
+        )
+        return self._plan_of(layout, dict(zip(ranks, allocated, strict=True)), scores)
+
+    def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
+        """``B = Q``, ``A = Q^T W``."""
+        basis = kept["basis"][:, :rank].to(weight.device, torch.float64)
+        return LowRankFactors(up=basis, down=basis.T @ weight.detach().double())
+
+    def _eigenpairs(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, count: int) -> Eigenpairs:
+        which = PAIRS[self.subspace]
+        wanted = None if self.subspace == "tail" and self.null_space else count
+        moments = statistics.moments
+        if statistics.side == "input":
+            pairs = output_eigenpairs(weight, moments, bias, count=wanted, which=which)
+        else:
+            pairs = range_eigenpairs(moments.gram, wanted, which, rank_bound=moments.count)
+        if wanted is None:
+            pairs = _with_null_space(pairs, statistics.ref.out_features)
+        order = _preference(self.subspace, pairs.values.shape[0])[:count]
+        return Eigenpairs(pairs.values[order], pairs.vectors[:, order])
+
+    def _largest_rank(self, ref: LinearRef) -> int:
+        rank = self._configured_rank(ref)
+        if self.allocation == "uniform":
+            return rank
+        return min(LARGEST_SHARE * rank, ref.in_features, ref.out_features)
+
+
+def _with_null_space(pairs: Eigenpairs, out_features: int) -> Eigenpairs:
+    """The pairs of the whole range, followed by an orthonormal basis of what it leaves out."""
+    missing = out_features - pairs.values.shape[0]
+    null = complete_basis(pairs.vectors, missing)
+    return Eigenpairs(torch.cat([pairs.values, pairs.values.new_zeros(missing)]), torch.cat([pairs.vectors, null], 1))
+
+
+def _preference(subspace: str, size: int) -> list[int]:
+    """Indices of descending eigenvalues, the most wanted first, so that a smaller rank takes the first columns."""
+    if subspace == "middle":
+        return sorted(range(size), key=lambda i: abs(i - (size - 1) / 2))
+    return list(range(size)) if subspace == "top" else list(range(size))[::-1]
+
+
+def _spectrum(weight: Tensor, bias: Tensor | None, statistics: LayerStatistics) -> Float64[Tensor, " p"]:
+    if statistics.side == "input":
+        return output_eigenvalues(weight, statistics.moments, bias)
+    return eigenvalues(statistics.moments.gram)

@@ -1,0 +1,161 @@
+"""The words of rank allocation: `Candidate`, `Budget`, `Probe` and `Allocation`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Float64
+from pydantic import Field
+
+from lowrank_kit.allocations.keep import Keep
+from lowrank_kit.config import Choice
+from lowrank_kit.deferred import Tensor
+from lowrank_kit.models.architectures import Kind, Product
+from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.truncations.spectra import Spectrum
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix whose rank is to be decided; or several of one role stacked on a joint basis.
+
+    n stacked members [out, in] share one `down` [k, in] and have an `up` [out, k] each: a matrix [n out, in].
+    """
+
+    name: str
+    """The linear's name; of a joint basis, the first member's."""
+    members: tuple[LinearRef, ...]
+    """One linear, or the members of a joint basis: same role, same shape."""
+    tail: Float64[Tensor, " p"]
+    """Squared singular values in the truncation's own metric, descending: cutting at k costs `tail[k:].sum()`."""
+    spectra: Mapping[str, Float64[Tensor, " _"]] = field(default_factory=dict)
+    """What the rule's `needs` asked for, by the spectrum's name."""
+
+    @property
+    def role(self) -> str:
+        """Role of the members."""
+        return self.members[0].role
+
+    @property
+    def kind(self) -> Kind:
+        """The part of a block that the members belong to."""
+        return self.members[0].kind
+
+    @property
+    def product(self) -> Product:
+        """What the members' outputs are."""
+        return self.members[0].product
+
+    @property
+    def block(self) -> int:
+        """Block of the first member."""
+        return self.members[0].block
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the (stacked) matrix."""
+        return len(self.members) * self.members[0].out_features, self.members[0].in_features
+
+    @property
+    def cost_per_rank(self) -> int:
+        """Parameters that one rank costs: rows + columns."""
+        return sum(self.shape)
+
+    @property
+    def dense_cost(self) -> int:
+        """Parameters of the matrix left as it is."""
+        rows, columns = self.shape
+        return rows * columns
+
+    @property
+    def full_rank(self) -> int:
+        """The smaller side. As a rank in an answer it means: left dense."""
+        return min(self.shape)
+
+    @property
+    def break_even(self) -> int:
+        """Largest rank that saves parameters and is below a member's full rank; 0 for one row or column."""
+        member = self.members[0]
+        return min((self.dense_cost - 1) // self.cost_per_rank, min(member.out_features, member.in_features) - 1)
+
+    def cost(self, rank: int) -> int:
+        """Parameters at this rank; `full_rank` means dense."""
+        return self.dense_cost if rank == self.full_rank else rank * self.cost_per_rank
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the candidates may cost together, and what every rule has to keep to."""
+
+    parameters: int
+    """Parameters of all candidates together, dense ones at their full cost."""
+    multiple: int = 1
+    """Ranks are multiples of this, at least one; a matrix is never removed, not even one of zeros."""
+    floor: float = 0.0
+    """No rank below this share (0 to 1) of the uniform one, rounded down to a multiple."""
+    dense: bool = True
+    """A matrix may be left dense; without it ranks stop at break-even."""
+    block_floors: Mapping[int, float] = field(default_factory=dict)
+    """Floors of single blocks, where they are above `floor`."""
+    elsewhere: int = 0
+    """Parameters of linears that stay dense whatever is decided; only so that messages can speak of the whole ratio.
+    A budget for one role of many takes its share of them."""
+
+    def floor_of(self, candidate: Candidate) -> float:
+        """The floor of a candidate, as a share of its uniform rank."""
+        return max(self.floor, self.block_floors.get(candidate.block, 0.0))
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """The model itself, measured on held-out calibration text."""
+
+    def loss_change(self, ranks: Mapping[str, int]) -> float:
+        """Mean token loss with these candidates cut to these ranks, minus that of the dense model (nats)."""
+        ...
+
+
+class Allocation(Choice):
+    """A rule's settings: the fields are the keys of ``conf/allocation/NAME.yaml``."""
+
+    crosses_roles: ClassVar[bool] = False
+    """The rule compares or moves ranks across roles: it must see all candidates at once, under one budget."""
+
+    keep: Keep = Field(default_factory=Keep)
+    """What the rule does not decide. `ranks` never sees it."""
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """Held-out calibration windows on which `ranks` measures the model, as (how many, tokens each); None: none."""
+        return None
+
+    def needs(self) -> frozenset[Spectrum]:
+        """The spectra it reads besides `Candidate.tail`."""
+        return frozenset()
+
+    def check(self, candidates: Sequence[Candidate], budget: Budget) -> None:
+        """Raise `ConfigError` where the rule's own settings cannot meet the budget. Reads shapes, no spectra."""
+
+    def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
+        """The rank of every candidate by name; `full_rank` means left dense.
+
+        Together they cost at most the budget, and no candidate's next step would still fit.
+
+        Raises:
+            ConfigError: no ranks meet the budget; the message names the constraint and the nearest feasible value.
+        """
+        raise NotImplementedError
+
+
+class MeasuredAllocation(Allocation):
+    """A rule that measures the model by a `Probe`."""
+
+    probe_windows: int = Field(default=4, ge=1)
+    """Held-out calibration windows to measure on."""
+    probe_seq_len: int = Field(default=512, ge=2)
+    """Tokens of such a window."""
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """See `Allocation`."""
+        return self.probe_windows, self.probe_seq_len

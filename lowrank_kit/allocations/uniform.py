@@ -1,0 +1,18 @@
+"""Uniform allocation: the same fraction of every matrix, as in SVD-LLM (arXiv 2403.07378)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.budget import break_even_of, proportional
+
+
+class Uniform(Allocation):
+    """``k = keep * out in / (out + in)``: every matrix keeps the same fraction of its parameters."""
+
+    kind: Literal["uniform"] = "uniform"
+    """Marks the rule."""
+
+    def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
+        """See `Allocation.ranks`; two equal matrices differ by one step at most."""
+        return proportional(candidates, budget, break_even_of(candidates))

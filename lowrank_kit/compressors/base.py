@@ -1,0 +1,77 @@
+"""What a compressor is: settings that say what to look at, what to keep, and how the model becomes that."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Int64
+from pydantic import Field
+
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.deferred import Tensor
+from lowrank_kit.method import Method, Plan
+from lowrank_kit.models.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a compressor works with.
+
+    ``samples`` are calibration windows of equal length, read ``batch_size`` at a time; ``probe_windows`` the held-out
+    ones that ``method.probe`` asks for. ``cache`` is the folder of the content-keyed cache. ``progress`` shows bars;
+    None: none are shown.
+    """
+
+    model: "PreTrainedModel"
+    layout: ModelLayout
+    samples: CalibrationSamples
+    batch_size: int
+    cache: Path
+    probe_windows: Int64[Tensor, "windows tokens"] | None = None
+    progress: "Progress | None" = None
+
+
+class Compressor(Method):
+    """Makes the model smaller, without training.
+
+    Its statistics are whatever `calibrate` returns: only the compressor itself reads them. A process that begins at a
+    later stage calls `calibrate` again, which finds what was computed before in ``context.cache``.
+    """
+
+    factorises: ClassVar[bool] = False
+    """Whether some linears become products of two, which recovery may train."""
+
+    ratio: float = Field(default=0.2, gt=0, lt=1)
+    """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
+        return None
+
+    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
+        """Raise `ConfigError` for too few calibration tokens."""
+
+    def budget(self, layout: ModelLayout) -> int:
+        """Parameters that may be left of the linears in the blocks."""
+        total = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        # 1 - 0.9 is a hair less than a tenth in binary.
+        return int(round((1 - self.ratio) * total, 6))
+
+    def calibrate(self, context: Context) -> Any:
+        """Collect what `plan` reads. The model is left as it was."""
+
+    def plan(self, statistics: Any, context: Context) -> Plan:
+        """Decide what is kept, within the budget. The model is left as it was."""
+        raise NotImplementedError
+
+    def apply(self, plan: Plan, statistics: Any, context: Context) -> "PreTrainedModel":
+        """Return the compressed model; the original may have been changed into it."""
+        raise NotImplementedError
+
+    def plot(self, plan: Plan, statistics: Any, context: Context, folder: Path) -> None:
+        """Draw what `plan` saw and decided into an existing folder."""

@@ -1,0 +1,110 @@
+"""The end-to-end loss of a model with some of its matrices truncated, measured on held-out calibration text."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jaxtyping import Int64
+from rich.progress import Progress
+
+from lowrank_kit.cache.entry import open_entry
+from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
+from lowrank_kit.cache.key import StatisticsKey
+from lowrank_kit.calibration.prefix import handing_over
+from lowrank_kit.deferred import PreTrainedModel, Tensor, nn
+from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.models.forward import forward_replaced
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.truncations.decompose import Decomposition
+
+
+class LossProbe:
+    """Measures truncations one after another (`lowrank_kit.allocations.base.Probe`); the model ends as it was.
+
+    A forward pass starts at the first truncated block, from the hidden states that the original model has there. What
+    was measured is kept in the cache: another ratio or rule that asks the same is answered from there.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decomposition: Decomposition,
+        windows: Int64[Tensor, "windows tokens"],
+        progress: Progress | None = None,
+    ) -> None:
+        """Measure the dense loss on `windows` and keep their hidden states before every block."""
+        self._model, self._decomposition, self._windows = model, decomposition, windows
+        self._blocks = [model.get_submodule(path) for path in layout_of(model).blocks]
+        self._hidden: list[list[Tensor]] = []
+        self._bar = progress.add_task("probe", total=None) if progress else None
+        self._progress = progress
+        with self._recording():
+            self._dense = self._loss(0)
+        key = StatisticsKey.of(
+            model,
+            layout_of(model),
+            reads="loss",
+            text=content_hash(windows),
+            batch_size=1,
+            request={"quantity": "probe", "decomposition": decomposition.store.key.digest},
+        )
+        self._file = open_entry(decomposition.store.root, key.digest, key.description) / "losses.jsonl"
+        self._known = dict(read_checked_lines(self._file))
+
+    def loss_change(self, ranks: Mapping[str, int]) -> float:
+        """Mean token loss (nats) with these candidates cut to these ranks, minus that of the dense model."""
+        if self._progress and self._bar is not None:
+            self._progress.advance(self._bar)
+        key = json.dumps(ranks, sort_keys=True)
+        if key not in self._known:
+            self._known[key] = self._measured(ranks)
+            append_checked_line(self._file, [key, self._known[key]])
+        return self._known[key]
+
+    def _measured(self, ranks: Mapping[str, int]) -> float:
+        # At full rank a matrix is left dense: as it is, not as a product of rounded factors.
+        groups = self._decomposition.groups
+        dense = {group[0].name: min(len(group) * group[0].out_features, group[0].in_features) for group in groups}
+        cut = {name for name, rank in ranks.items() if rank < dense[name]}
+        changed = [group for group in groups if group[0].name in cut]
+        if not changed:
+            return 0.0
+        with ExitStack() as stack:
+            for group in changed:
+                projection = self._decomposition.projection(group[0].name)
+                for ref in group:
+                    module: Any = self._model.get_submodule(ref.name)
+                    up, down = projection.factors(weight_of(module), ranks[group[0].name])
+                    stack.callback(set_weight, module, weight_of(module).detach().clone())
+                    set_weight(module, up @ down)
+            return self._loss(min(group[0].block for group in changed)) - self._dense
+
+    def _loss(self, first: int) -> float:
+        """Mean loss over the windows, the blocks before `first` taken as known."""
+        losses = []
+        for number, window in enumerate(self._windows):
+            with ExitStack() as stack:
+                if first:
+                    known = self._hidden[number][first]
+                    for block in self._blocks[:first]:
+                        stack.enter_context(forward_replaced(block, handing_over(known)))
+                losses.append(perplexity(self._model, window[None], device=self._model.device).nll)
+        return sum(losses) / len(losses)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Keep the hidden states before every block of every window that is run."""
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.callback(block.register_forward_pre_hook(self._recorder(index)).remove)
+            yield
+
+    def _recorder(self, index: int) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if index == 0:
+                self._hidden.append([])
+            self._hidden[-1].append(args[0])
+
+        return record

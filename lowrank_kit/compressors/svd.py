@@ -1,0 +1,213 @@
+"""Compression by truncated SVD: any truncation (how a matrix is cut) with any allocation (who gets which rank).
+
+The published methods are named pairs of the two, in ``conf/method/``; HiSVD, D-Rank, Swift-SVD, SVD-LLM and their
+peers differ in nothing else.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from jaxtyping import Float64
+from pydantic import Field
+
+from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.budget import largest, options_of
+from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.calibration.influence import block_influence
+from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.probe import LossProbe
+from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.none import Uncorrected
+from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.method import Plan
+from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
+from lowrank_kit.plots.spectra import plot_spectra
+from lowrank_kit.truncations.base import Truncation, groups_of
+from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the SVD family plans from: decomposed matrices, and every block's influence where floors are set by it."""
+
+    decomposition: Decomposition
+    influence: Float64[Tensor, " blocks"] | None
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What the allocation sees."""
+        found = self.decomposition
+        return [
+            Candidate(group[0].name, group, found.values[group[0].name], found.spectra[group[0].name])
+            for group in found.groups
+        ]
+
+
+class TruncatedSVD(Compressor):
+    """A truncation and an allocation under one exact budget."""
+
+    factorises: ClassVar[bool] = True
+
+    truncation: Truncation
+    """How a matrix is cut: the metric of the approximation."""
+    allocation: Allocation
+    """Who gets which rank."""
+    roles: tuple[str, ...] | None = None
+    """Roles to compress (q k v o gate up down, or the family's own); null: every linear in the blocks. The budget
+    counts the others too, at their full size."""
+    scope: Literal["global", "role"] = "global"
+    """`role` gives every role the same ratio and allocates inside it."""
+    rank_multiple: int = Field(default=8, ge=1)
+    """Ranks are multiples of this; 1 for parity with published code."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """No rank below this share of the uniform rank."""
+    dense: bool = False
+    """Matrices may be left dense; otherwise ranks end at break-even."""
+    correction: Correction = Field(default=Uncorrected())
+    """How the factors make up for the errors before them."""
+
+    def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
+        """The linears to compress. Raises `ConfigError` for a role that the model does not have."""
+        return layout.select(self.roles)
+
+    def request(self, layout: ModelLayout) -> Request:
+        """What to decompose. Neither ratio nor rule plays a part, so that a sweep decomposes once."""
+        return Request(self.truncation, self.allocation.needs(), self.targets(layout))
+
+    def check(self, layout: ModelLayout) -> None:
+        """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
+        self.correction.check(self.truncation)
+        if self.scope == "role" and self.allocation.crosses_roles:
+            raise ConfigError(
+                f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
+                "each other: use method.scope=global"
+            )
+        keep = self.allocation.keep
+        keep.check(tuple(dict.fromkeys(ref.role for ref in self.targets(layout))), len(layout.blocks))
+        flat = [
+            Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64))
+            for g in groups_of(self.truncation, self.targets(layout))
+        ]
+        # The influence of the blocks is not known yet: at most that floor.
+        for rule, part, budget in self._budgets(layout, flat, max(self.floor, keep.influence)):
+            options_of(part, budget)
+            rule.check(part, budget)
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """See `Compressor.probe`."""
+        return self.allocation.probe
+
+    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
+        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
+        self.request(layout).check_tokens(tokens)
+
+    def calibrate(self, context: Context) -> Statistics:
+        """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
+        model, layout, samples, batch_size = context.model, context.layout, context.samples, context.batch_size
+        found = decompose(
+            model,
+            self.request(layout),
+            samples,
+            batch_size=batch_size,
+            cache=context.cache,
+            progress=context.progress,
+        )
+        influence = None
+        if self.allocation.keep.influence:
+            influence = block_influence(
+                model, layout, samples, batch_size, cache=context.cache, progress=context.progress
+            )
+        return Statistics(found, influence)
+
+    def plan(self, statistics: Statistics, context: Context) -> Plan:
+        """Decide every rank."""
+        probe = None
+        if context.probe_windows is not None:
+            probe = LossProbe(context.model, statistics.decomposition, context.probe_windows, context.progress)
+        return self.decide(context.layout, statistics.candidates, probe, statistics.influence)
+
+    def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
+        """Factorise the planned matrices, in place."""
+        work = Factorisation(
+            context.model, plan, statistics.decomposition, context.samples, context.batch_size, context.progress
+        )
+        self.correction.factorise(work)
+        return context.model
+
+    def plot(self, plan: Plan, statistics: Statistics, context: Context, folder: Path) -> None:
+        """Spectra and ranks."""
+        linears = context.layout.linears
+        singular = {name: values.sqrt().tolist() for name, values in statistics.decomposition.values.items()}
+        plot_spectra(linears, singular, folder / "spectra.png", f"singular value ({self.truncation.kind})")
+        plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
+        plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
+
+    def decide(
+        self,
+        layout: ModelLayout,
+        candidates: Sequence[Candidate],
+        probe: Probe | None,
+        influence: Float64[Tensor, " blocks"] | None = None,
+    ) -> Plan:
+        """Decide every rank, exactly within the budget.
+
+        ``probe`` is for an allocation that measures the model, ``influence`` (of every block) for floors by it.
+        """
+        chosen = {c.name: c.full_rank for c in candidates}
+        unspent = 0
+        floors = self.allocation.keep.floors(influence)
+        for rule, part, budget in self._budgets(layout, candidates, self.floor):
+            left = budget.parameters + unspent
+            # What the parts before could not spend may be more than this one can.
+            budget = replace(budget, parameters=min(left, largest(part, budget)), block_floors=floors)
+            chosen |= rule.ranks(part, budget, probe)
+            unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
+        ranks = {ref.name: ref.full_rank for ref in layout.linears}
+        before = cost = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        for candidate in candidates:
+            rank = chosen[candidate.name]
+            cost += candidate.cost(rank) - candidate.dense_cost
+            if rank < candidate.full_rank:
+                ranks |= {ref.name: rank for ref in candidate.members}
+        tails = {c.name: float(c.tail[chosen[c.name] :].sum()) for c in candidates}
+        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, tails)
+
+    def _budgets(
+        self, layout: ModelLayout, candidates: Sequence[Candidate], floor: float
+    ) -> Iterator[tuple[Allocation, list[Candidate], Budget]]:
+        """The rules, the candidates that share a budget, and that budget: first what is held at the uniform rank.
+
+        What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
+        """
+        keep, total = self.allocation.keep, sum(ref.out_features * ref.in_features for ref in layout.linears)
+        held: list[Candidate] = []
+        free: list[Candidate] = []
+        for candidate in candidates:
+            (held if keep.holds(candidate.members, len(layout.blocks)) else free).append(candidate)
+        if keep.at == "dense":
+            if held and not free:
+                raise ConfigError("method.allocation.keep holds every matrix dense: nothing is left to compress")
+            held = []
+        dense = sum(candidate.dense_cost for candidate in [*held, *free])
+        left = self.budget(layout) - (total - dense)
+        parts: dict[str, list[Candidate]] = defaultdict(list)
+        for candidate in free:
+            parts[candidate.role if self.scope == "role" else ""].append(candidate)
+        rules: list[tuple[Allocation, list[Candidate]]] = [(Uniform(), held)] if held else []
+        before = 0
+        for rule, part in [*rules, *((self.allocation, part) for part in parts.values())]:
+            share = sum(candidate.dense_cost for candidate in part)
+            elsewhere = (total - dense) * share // dense
+            # Shares of the whole so far, so that rounding them down loses nothing of the sum.
+            parameters = left * (before + share) // dense - left * before // dense
+            before += share
+            yield rule, part, Budget(parameters, self.rank_multiple, floor, self.dense, elsewhere=elsewhere)

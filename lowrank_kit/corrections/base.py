@@ -1,0 +1,37 @@
+"""What a correction is: how the planned factors come into the model."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.config import Choice
+from lowrank_kit.method import Plan
+from lowrank_kit.truncations.base import Truncation
+from lowrank_kit.truncations.decompose import Decomposition
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """What there is to factorise, and by which means: the original model, changed in place, and its decomposition."""
+
+    model: "PreTrainedModel"
+    plan: Plan
+    decomposition: Decomposition
+    samples: CalibrationSamples
+    batch_size: int
+    progress: "Progress | None" = None
+
+
+class Correction(Choice):
+    """A correction's settings; their fields are the keys of ``conf/correction/NAME.yaml``."""
+
+    def check(self, truncation: Truncation) -> None:
+        """Raise `ConfigError` for a truncation that it does not go with."""
+
+    def factorise(self, work: Factorisation) -> None:
+        """Replace every matrix whose planned rank is below full by its factors, in place."""
+        raise NotImplementedError

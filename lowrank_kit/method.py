@@ -1,0 +1,46 @@
+"""What every method is: a frozen configuration; and what it decides, the plan."""
+
+from dataclasses import dataclass, field
+
+from pydantic import Field
+
+from lowrank_kit.config import Section
+from lowrank_kit.models.layout import ModelLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's global decision, plain JSON: the rank of every matrix and what that costs in parameters.
+
+    ``parameters_before`` counts the model's block linears; ``parameters_after`` those and the adapter's, or what
+    compression leaves of them. A compressor's matrix at rank min(out, in) is left dense, one at rank 0 is gone.
+    ``kept`` says what is left where it is not the leading part: singular components, heads or channels, by name.
+    ``trained_parameters`` counts what training changes of the block linears or adds to them, without a new head.
+    """
+
+    method: str
+    ranks: dict[str, int]
+    kept_blocks: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    scores: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    trained_parameters: int = 0
+
+
+class Method(Section):
+    """A method's settings. Subclasses add theirs; their fields are the keys of ``conf/method/NAME.yaml``."""
+
+    name: str
+    """Name in tables and run directories."""
+    # Left out where it says nothing, so that older run directories are found again.
+    preset: str = Field(default="default", exclude_if=lambda preset: preset == "default")
+    """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
+    included. What else is on the command line wins over them."""
+
+    def check(self, layout: ModelLayout) -> None:
+        """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
+
+
+class Baseline(Method):
+    """No method: the model as it is, evaluated."""

@@ -1,1 +1,0 @@
-"""The methods: one file of mathematics each, on the shared primitives. They never import each other."""

@@ -1,0 +1,39 @@
+"""A low-rank product as a value."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+
+from lowrank_kit.deferred import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """A product ``up @ down`` of rank r at most, `[out, in]`."""
+
+    up: Float[Tensor, "out r"]
+    down: Float[Tensor, "r in"]
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``up``: the number of components, zero ones included."""
+        return self.up.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the product: out, in."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The product, multiplied out."""
+        return self.up @ self.down
+
+    def norm(self) -> float:
+        """Frobenius norm of the product, without multiplying it out."""
+        # |U D|^2 = tr(U^T U D D^T); two positive semi-definite matrices of r x r.
+        square = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
+        return float(square.clamp(min=0).sqrt())
+
+    def __matmul__(self, inputs: Float[Tensor, "in n"]) -> Float[Tensor, "out n"]:
+        """The product applied to columns, one factor after the other."""
+        return self.up @ (self.down @ inputs)

@@ -1,0 +1,184 @@
+"""Calibrate and decompose a model once for every ratio: spectra in memory, projections on disk, block by block."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowrank_kit.cache.key import StatisticsKey, maker_of
+from lowrank_kit.calibration.collect import calibration_key, reads_of, reduce_spans
+from lowrank_kit.calibration.statistics import GradientRequest, Kept, LayerStatistics, StatisticsRequest
+from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.truncate import Projection
+from lowrank_kit.truncations.base import Layer, Truncation, check_tokens, groups_of
+from lowrank_kit.truncations.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to decompose: by which truncation, with which spectra beside its own, and which linears of the model."""
+
+    truncation: Truncation
+    spectra: frozenset[Spectrum]
+    refs: tuple[LinearRef, ...]
+
+    @property
+    def extra(self) -> list[Spectrum]:
+        """The spectra that the truncation's own values are not, by name."""
+        return sorted((s for s in self.spectra if s.name != self.truncation.spectrum), key=lambda s: s.name)
+
+    def needs(self) -> StatisticsRequest:
+        """What the truncation and the spectra need."""
+        requests = [self.truncation.needs(), *(spectrum.needs() for spectrum in self.extra)]
+        gradients = [r.gradient for r in requests if r.gradient is not None]
+        return StatisticsRequest(
+            moments=next((r.moments for r in requests if r.moments is not None), None),
+            magnitudes=any(r.magnitudes for r in requests),
+            gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
+        )
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
+        check_tokens(self.needs(), self.refs, tokens)
+
+    def decomposed(self, layers: Sequence[Layer]) -> Kept:
+        """The projection of one group of linears and its spectra, as named tensors."""
+        projection = self.truncation.project(layers)
+        spectra = {f"spectrum_{spectrum.name}": spectrum.of(projection, layers) for spectrum in self.extra}
+        return pack(projection) | spectra
+
+    def span_of(self, ref: LinearRef) -> int:
+        """The first block of those that are decomposed together with this linear's."""
+        return ref.block - ref.block % self.truncation.span
+
+
+@dataclass
+class Decomposition:
+    """Every matrix's projection: its spectra at hand, its vectors read from disk when asked for."""
+
+    request: Request
+    spans: Collection[int]
+    store: CalibrationStore
+    gradients: CalibrationStore | None
+    """Gradient statistics of the original model, where the truncation or a spectrum reads them."""
+    _read: tuple[int, dict[str, Kept]] = field(default=(-1, {}), init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        groups = groups_of(request.truncation, request.refs)
+        self.groups = [group for group in groups if request.span_of(group[0]) in self.spans]
+        self.values: dict[str, Tensor] = {}
+        self.spectra: dict[str, Mapping[str, Tensor]] = {}
+        for first in self.spans:
+            for name, kept in self.store.load(first).items():
+                found = {s.name: kept[f"spectrum_{s.name}"] for s in request.extra}
+                own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: kept["values"]}
+                self.values[name], self.spectra[name] = kept["values"], found | own
+
+    def projection(self, name: str) -> Projection:
+        """The projection of the group whose first linear this is; ask in execution order to read every file once."""
+        first = self.request.span_of(next(group[0] for group in self.groups if group[0].name == name))
+        if self._read[0] != first:
+            self._read = (first, self.store.load(first))
+        return unpack(self._read[1][name])
+
+
+def decompose(
+    model: "PreTrainedModel",
+    request: Request,
+    samples: CalibrationSamples,
+    *,
+    batch_size: int,
+    cache: Path,
+    blocks: Collection[int] | None = None,
+    progress: "Progress | None" = None,
+) -> Decomposition:
+    """Decompose the linears of a request; ratio, rule and ranks play no part in it.
+
+    Args:
+        model: the original model.
+        request: what to decompose.
+        samples: calibration windows.
+        batch_size: windows a batch.
+        cache: folder of the content-keyed cache.
+        blocks: decompose only in these spans of blocks, by their first; None: in all.
+        progress: shows a bar a pass.
+
+    Raises:
+        ConfigError: fewer calibration tokens than a matrix's smaller side: its outputs would not be determined.
+        LowRankKitError: weights or activations that are not finite.
+    """
+    layout, needed, truncation = layout_of(model), request.needs(), request.truncation
+    request.check_tokens(samples.tokens)
+    reduction = {"truncation": truncation.model_dump(mode="json"), "spectra": [s.name for s in request.extra]}
+    asked = {"statistics": asdict(needed), "reduction": reduction}
+    makers: list[type] = [Request, type(truncation), *(type(spectrum) for spectrum in request.extra)]
+    key = calibration_key(model, layout, samples, batch_size, reads_of(needed), asked, makers, request.refs)
+    store = CalibrationStore(cache, key)
+    spans = sorted({request.span_of(ref) for ref in request.refs if blocks is None or request.span_of(ref) in blocks})
+    gradients = _gradient_store(cache, key, needed)
+
+    def reduce_span(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
+        by_name = {layer.ref.name: layer for layer in statistics}
+        found = {}
+        for group in truncation.members([layer.ref for layer in statistics]):
+            try:
+                found[group[0].name] = request.decomposed([_layer(model, by_name[ref.name]) for ref in group])
+            except ValueError as error:
+                raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
+        return found
+
+    with store.missing(spans) as missing:
+        for first, results in reduce_spans(
+            model,
+            layout,
+            samples,
+            request.refs,
+            needed,
+            reduce_span,
+            batch_size=batch_size,
+            span=truncation.span,
+            gradients=gradients,
+            skip={request.span_of(ref) for ref in request.refs} - missing,
+            progress=progress,
+        ):
+            store.save(first, results)
+    return Decomposition(request, spans, store, gradients)
+
+
+def pack(projection: Projection) -> Kept:
+    """A projection as named tensors, its vectors in float32."""
+    kept = {"values": projection.values, f"{projection.side}_expand": projection.expand.float()}
+    if not torch.equal(projection.expand.T, projection.reduce):
+        kept[f"{projection.side}_reduce"] = projection.reduce.float()
+    return kept
+
+
+def unpack(kept: Mapping[str, Tensor]) -> Projection:
+    """The projection that `pack` made these tensors of."""
+    side: Literal["output", "input"] = "output" if "output_expand" in kept else "input"
+    expand = kept[f"{side}_expand"]
+    return Projection(side, kept["values"], expand, kept.get(f"{side}_reduce", expand.T))
+
+
+def _layer(model: "PreTrainedModel", statistics: LayerStatistics) -> Layer:
+    module: Any = model.get_submodule(statistics.ref.name)
+    return Layer(weight_of(module), module.bias, statistics)
+
+
+def _gradient_store(root: Path, key: StatisticsKey, request: StatisticsRequest) -> CalibrationStore | None:
+    """Where gradient statistics of this calibration lie; all who ask for the same parts share them."""
+    if request.gradient is None:
+        return None
+    parts = asdict(StatisticsRequest(gradient=request.gradient))
+    return CalibrationStore(root, replace(key, request=parts, maker=maker_of()))

@@ -1,0 +1,82 @@
+"""Truncation in the Kronecker-factored metric of the loss: inputs on one side, the loss's gradients on the other.
+
+Published relatives: KFAC-SVD and IO-SVD. With C the mean of x x^T and B that of g g^T, g the gradient of the loss at
+the layer's output, `||B^(1/2) (W - W') C^(1/2)||_F^2` estimates the second-order change of the loss; its tail sums
+compare across matrices.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
+from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.spectral.truncate import (
+    Projection,
+    damped_root,
+    input_projection,
+    output_projection_from_gram,
+)
+from lowrank_kit.truncations.base import Layer, Truncation, mean_output_gram
+
+
+class TwoSided(Truncation):
+    """SVD of `B^(1/2) W C^(1/2)`, undone by the inverse root of B.
+
+    The options beside `gradient_shrinkage` are those of LEMS (KFAC-SVD, github.com/lems-svd/lems), which sets
+    `gradient_shrinkage=0.3 input_shrinkage=0.1 gradient_clipping=[0.1,10] window_margin=0.125`.
+    """
+
+    spectrum: ClassVar[str | None] = "two_sided"
+
+    kind: Literal["two_sided"] = "two_sided"
+    """Marks the truncation."""
+    gradient_shrinkage: float = Field(default=0.01, gt=0, lt=1)
+    """a in `(1 - a) B + a mean(diagonal of B) I`."""
+    input_shrinkage: float = Field(default=0.0, ge=0, lt=1)
+    """a in `(1 - a) C + a mean(diagonal of C) I`; above 0 it needs the moments of all inputs, `[in, in]`."""
+    gradient_clipping: tuple[float, float] | None = None
+    """Least and largest norm of a token's gradient in B, as multiples of the window's mean norm; null: as it is."""
+    window_margin: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of a calibration window's tokens, at either end, whose gradients B leaves out."""
+
+    @field_validator("gradient_clipping")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not 0 <= bounds[0] <= 1 <= bounds[1]:
+            raise ValueError(f"{list(bounds)} must enclose the mean norm: [low, high] with 0 <= low <= 1 <= high")
+        return bounds
+
+    def needs(self) -> StatisticsRequest:
+        """As in `Truncation`."""
+        gradient = GradientRequest(moments=True, clipping=self.gradient_clipping, margin=self.window_margin)
+        return StatisticsRequest(moments="input" if self.input_shrinkage else "smaller", gradient=gradient)
+
+    def project(self, layers: Sequence[Layer]) -> Projection:
+        """As in `Truncation`; `values` are in nats per token, up to the factor of the Gauss-Newton estimate."""
+        [layer] = layers
+        gradient, weight = layer.statistics.gradient, layer.weight.detach().double()
+        assert gradient is not None
+        assert gradient.gram is not None
+        gram, share = gradient.gram.double(), self.gradient_shrinkage
+        out_features, in_features = weight.shape
+        if out_features <= in_features:
+            root = sqrt(1 - share) * damped_root(gram, share / (1 - share))
+            outputs = mean_output_gram(layer)
+            if self.input_shrinkage:
+                outputs = self._shrunk(outputs, layer, weight @ weight.T)
+            return output_projection_from_gram(outputs, root)
+        metric = (1 - share) * gram + share * gradient.energy / out_features * weight.T @ weight
+        moments = layer.statistics.moments
+        inputs = moments.gram / moments.count
+        if self.input_shrinkage:
+            inputs = self._shrunk(inputs, layer, torch.eye(in_features).to(inputs))
+        return input_projection(inputs, metric)
+
+    def _shrunk(self, gram: Tensor, layer: Layer, identity: Tensor) -> Tensor:
+        """C shrunk, as `gram` and `identity` see C and the identity matrix."""
+        moments, share = layer.statistics.moments, self.input_shrinkage
+        mean = float(moments.gram.diagonal().mean()) / moments.count
+        return (1 - share) * gram + share * mean * identity
