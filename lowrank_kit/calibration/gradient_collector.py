@@ -13,6 +13,7 @@ from lowrank_kit.calibration.texts import measured
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.spectral.moments import Moments
@@ -36,7 +37,8 @@ class GradientCollector:
         self._request, self._opening = request, opening
         self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in self._modules.items()}
         self._predicted = self._positions = 0
-        self._rows = 1
+        self._model = model
+        self._rows = self._tokens = 1
         self._kept: Tensor | None = None
 
     def __enter__(self) -> "GradientCollector":
@@ -51,7 +53,7 @@ class GradientCollector:
 
     def read(self, model: PreTrainedModel, batch: Batch, loss: Loss) -> None:
         """Add one batch, on the model's device."""
-        self._rows = len(batch["input_ids"])
+        self._rows, self._tokens = len(batch["input_ids"]), batch["input_ids"].numel()
         if self._request.moments:
             real = batch["attention_mask"].bool()
             self._kept = within_margin(real, self._request.margin) & measured(real, self._opening)
@@ -89,6 +91,8 @@ class GradientCollector:
 
     def _note(self, ref: LinearRef, inputs: Tensor | None, gradient: Tensor) -> None:
         sums = self._sums[ref]
+        if ref.expert is not None:
+            gradient, inputs = self._spread(ref, gradient), None if inputs is None else self._spread(ref, inputs)
         g = gradient.reshape(self._rows, -1, ref.out_features)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         if inputs is not None:
@@ -97,6 +101,11 @@ class GradientCollector:
             if self._request.clipping is not None:
                 g = clipped(g, self._kept, *self._request.clipping)
             sums.add_moments(g, self._kept, weight_of(self._modules[ref]))
+
+    def _spread(self, ref: LinearRef, routed: Tensor) -> Tensor:
+        """The tokens that were sent to an expert at their places among all, zeros at the others'."""
+        spread = routed.new_zeros(self._tokens, routed.shape[-1])
+        return spread.index_copy(0, tokens_of(self._model, ref), routed)
 
 
 @cache

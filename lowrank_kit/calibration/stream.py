@@ -16,7 +16,7 @@ from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsReques
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.experts import seen_by
+from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
@@ -246,7 +246,7 @@ class MomentCollector:
         # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
         mask = self.masks.source if ref.of_source else self.masks.own
         if mask is not None and ref.expert is not None:
-            mask = seen_by(self._model, ref, mask)
+            mask = mask.flatten()[tokens_of(self._model, ref)]
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:

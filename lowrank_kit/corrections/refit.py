@@ -52,8 +52,16 @@ class Refit(Correction):
     ridge: float = Field(default=0.001, gt=0)
     """Pull towards the original weight, as a share of the inputs' mean energy."""
 
-    def check(self, truncation: Truncation) -> None:
-        """Raise `ConfigError` for a truncation that joins blocks."""
+    def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
+        """Raise `ConfigError` for a truncation that joins blocks, and for experts, which may read other tokens."""
+        experts = dict.fromkeys(ref.role for ref in refs if ref.expert is not None)
+        if experts:
+            others = dict.fromkeys(ref.role for ref in refs if ref.expert is None)
+            raise ConfigError(
+                f"method.correction={self.kind} compares what a matrix reads of the same tokens in two models, and "
+                f"experts ({', '.join(experts)}) may get others: method.correction=none, or "
+                f"method.roles=[{','.join(others)}]"
+            )
         if truncation.span > 1:
             raise ConfigError(
                 f"method.correction={self.kind} goes block by block: it needs a truncation of single blocks"
@@ -78,7 +86,8 @@ class Refit(Correction):
         recorded = [record_calls(model, modules, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
         states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]
         del recorded
-        if writers and not states[0].adds(model, modules[0], writers[0]):
+        has_experts = any(ref.expert is not None for ref in layout.linears)
+        if writers and (has_experts or not states[0].adds(model, modules[0], writers[0])):
             roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
             log.warning(
                 "%s changes the outputs of %s before they reach the residual stream: corrected without it",

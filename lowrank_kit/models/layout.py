@@ -132,7 +132,9 @@ def layout_of(model: "PreTrainedModel") -> ModelLayout:
     model_type: str = model.config.model_type
     architecture = architecture_of(model_type)
     modules = dict(model.named_modules())
-    base = f"{model.base_model_prefix}." if model.base_model_prefix in modules else ""
+    # Llama 4's text model is not where its class says.
+    prefixes = (f"{model.base_model_prefix}.", "model.", "")
+    base = next((prefix for prefix in prefixes if prefix + architecture.embedding in modules), "")
     _check_paths([base + architecture.embedding, *(base + stack.blocks for stack in architecture.stacks)], modules)
     stacks = tuple(tuple(_blocks(base + stack.blocks, modules)) for stack in architecture.stacks)
     head = next((name for name in architecture.heads if name in modules), None)
