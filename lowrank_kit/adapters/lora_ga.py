@@ -46,15 +46,17 @@ class LoraGA(Adapter):
         """See `Adapter`. Raises `LowRankKitError` for a classifier whose samples have no labels."""
         from peft import get_peft_model
 
-        from lowrank_kit.calibration.backward import model_loss, next_token_loss
         from lowrank_kit.calibration.gradients import weight_gradients
+        from lowrank_kit.calibration.loss import model_loss, next_token_loss
+        from lowrank_kit.calibration.walk import BlockWalk
         from lowrank_kit.models.linear import is_transposed
 
         layout = layout_of(model)
         loss = next_token_loss if _is_causal(model) else model_loss
         batches = [batch if loss is next_token_loss else _labelled(model, batch) for batch in batches]
         # PEFT would average the batches' gradients, be a batch of few short rows or of many long ones.
-        for name, gradient in weight_gradients(model, layout, batches, self.targets(layout), loss=loss).items():
+        gradients = weight_gradients(BlockWalk(model, layout, batches), self.targets(layout), loss=loss)
+        for name, gradient in gradients.items():
             module: Any = model.get_submodule(name)
             module._peft_loraga_grad = gradient.T if is_transposed(module) else gradient
         return get_peft_model(model, config)

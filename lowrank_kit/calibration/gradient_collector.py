@@ -1,17 +1,18 @@
 """Sums over the gradients of some linears, in float32 and float64 whatever the model's dtype."""
 
 from collections.abc import Callable, Collection
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from lowrank_kit import distributed
-from lowrank_kit.calibration.backward import Batch, Loss, predicted_tokens
+from lowrank_kit.calibration.loss import SummedLoss, predicted_tokens
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.texts import measured
+from lowrank_kit.calibration.walk import Batch
 from lowrank_kit.data.padding import NOT_PREDICTED
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef
@@ -24,44 +25,44 @@ token, which attends to nothing but itself, has one."""
 
 
 class GradientCollector:
-    """Hooks, while entered, that see what every linear reads and the gradient at its output.
+    """Sums over what linears read and the gradients at their outputs, as `writes` is told of them.
 
     Autograd accumulates nothing: it would sum in the model's dtype, where half precision loses small gradients. No
     parameter has to want a gradient either; a graph begins at the lowest of the linears.
     """
 
     def __init__(
-        self, model: PreTrainedModel, refs: Collection[LinearRef], request: GradientRequest, opening: int = 0
+        self,
+        model: PreTrainedModel,
+        refs: Collection[LinearRef],
+        request: GradientRequest,
+        loss: SummedLoss,
+        opening: int = 0,
     ) -> None:
-        self._modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
-        self._request, self._opening = request, opening
-        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in self._modules.items()}
+        self._model, self._request, self._summed_loss, self._opening = model, request, loss, opening
+        modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
+        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in modules.items()}
         self._predicted = self._positions = 0
-        self._model = model
-        self._rows = self._tokens = 1
-        self._kept: Tensor | None = None
+        # By batch: its rows and tokens, and the positions whose gradients the moments count.
+        self._rows: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}
+        self._kept: dict[int, Tensor] = {}
 
-    def __enter__(self) -> "GradientCollector":
-        self._handles = [
-            module.register_forward_hook(partial(self._observe, ref)) for ref, module in self._modules.items()
-        ]
-        return self
+    @property
+    def writes(self) -> dict[str, Callable[[int, Tensor, Tensor], None]]:
+        """See `lowrank_kit.calibration.walk.Writes`."""
+        return {ref.name: partial(self._observe, ref) for ref in self._sums}
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def read(self, model: PreTrainedModel, batch: Batch, loss: Loss) -> None:
-        """Add one batch, on the model's device."""
-        self._rows, self._tokens = len(batch["input_ids"]), batch["input_ids"].numel()
+    def loss(self, number: int, batch: Batch) -> Tensor | None:
+        """See `lowrank_kit.calibration.walk.Loss`."""
+        self._rows[number], self._tokens[number] = batch["input_ids"].shape[0], batch["input_ids"].numel()
         if self._request.moments:
             real = batch["attention_mask"].bool()
-            self._kept = within_margin(real, self._request.margin) & measured(real, self._opening)
-            self._positions += int((self._kept & (predicted_tokens(batch) != NOT_PREDICTED)).sum())
-        total, predicted = loss(model, batch)
+            self._kept[number] = within_margin(real, self._request.margin) & measured(real, self._opening)
+            self._positions += int((self._kept[number] & (predicted_tokens(batch) != NOT_PREDICTED)).sum())
+        total, predicted = self._summed_loss(self._model, batch)
         self._predicted += predicted
-        if predicted:
-            total.backward()  # type: ignore[no-untyped-call]
+        return total if predicted else None
 
     def add_up(self) -> None:
         """Take in what the other processes collected from their batches."""
@@ -77,58 +78,39 @@ class GradientCollector:
         counts = self._predicted, self._positions
         return {ref.name: self._sums.pop(ref).statistics(*counts) for ref in tuple(self._sums)}
 
-    def _observe(
-        self, ref: LinearRef, module: "nn.Module", inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
+    def _observe(self, ref: LinearRef, number: int, inputs: Tensor, output: Tensor) -> None:
         if not torch.is_grad_enabled():
-            return None
+            return
         if not output.requires_grad:
             output.requires_grad_()
         # What is not needed would wait for the backward pass all the same.
-        read = inputs[0] if self._request.mean or self._request.fisher else None
-        observed: Tensor = _observed().apply(output, read, partial(self._note, ref))  # type: ignore[no-untyped-call]
-        return observed
+        read = inputs.detach() if self._request.mean or self._request.fisher else None
+        tokens = None if ref.expert is None else tokens_of(self._model, ref)
+        output.register_hook(partial(self._note, ref, number, tokens, read))
 
-    def _note(self, ref: LinearRef, inputs: Tensor | None, gradient: Tensor) -> None:
-        sums = self._sums[ref]
-        if ref.expert is not None:
-            gradient, inputs = self._spread(ref, gradient), None if inputs is None else self._spread(ref, inputs)
-        g = gradient.reshape(self._rows, -1, ref.out_features)
+    def _note(
+        self, ref: LinearRef, number: int, tokens: Tensor | None, inputs: Tensor | None, gradient: Tensor
+    ) -> None:
+        sums, rows = self._sums[ref], self._rows[number]
+        if tokens is not None:
+            count = self._tokens[number]
+            gradient = spread(gradient, tokens, count)
+            inputs = None if inputs is None else spread(inputs, tokens, count)
+        g = gradient.reshape(rows, -1, ref.out_features)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         if inputs is not None:
-            sums.add_weight_gradients(inputs.reshape(self._rows, -1, ref.in_features).to(g), g)
-        if self._kept is not None:
+            sums.add_weight_gradients(inputs.reshape(rows, -1, ref.in_features).to(g), g)
+        if self._request.moments:
+            kept = self._kept[number]
             if self._request.clipping is not None:
-                g = clipped(g, self._kept, *self._request.clipping)
-            sums.add_moments(g, self._kept, weight_of(self._modules[ref]))
-
-    def _spread(self, ref: LinearRef, routed: Tensor) -> Tensor:
-        """The tokens that were sent to an expert at their places among all, zeros at the others'."""
-        spread = routed.new_zeros(self._tokens, routed.shape[-1])
-        return spread.index_copy(0, tokens_of(self._model, ref), routed)
+                g = clipped(g, kept, *self._request.clipping)
+            module: Any = self._model.get_submodule(ref.name)
+            sums.add_moments(g, kept, weight_of(module))
 
 
-@cache
-def _observed() -> Any:
-    """The identity, which tells what a linear read and the gradient at its output.
-
-    What was read is saved as every other activation is, so that blocks that are recomputed hold it no longer.
-    """
-
-    class Observed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, output: Tensor, inputs: Tensor | None, note: Callable[..., None]) -> Tensor:
-            ctx.save_for_backward(inputs)
-            ctx.note = note
-            return output.view_as(output)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-            (inputs,) = ctx.saved_tensors
-            ctx.note(inputs, gradient)
-            return gradient, None, None
-
-    return Observed
+def spread(routed: Float[Tensor, "routed _"], tokens: Int64[Tensor, " routed"], count: int) -> Float[Tensor, "count _"]:
+    """What an expert read or gave, at the places of its ``tokens`` among ``count``; zeros at the others'."""
+    return routed.new_zeros(count, routed.shape[-1]).index_copy(0, tokens, routed)
 
 
 class _Sums:

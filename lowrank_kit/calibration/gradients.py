@@ -1,25 +1,21 @@
 """Gradients of the loss in some linears: backward passes over the calibration set, in bounded memory."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 from jaxtyping import Float
 from rich.progress import Progress
 
 from lowrank_kit import distributed
-from lowrank_kit.calibration.backward import Batch, Loss, check_predicted, frozen, next_token_loss, recomputed
 from lowrank_kit.calibration.gradient_collector import GradientCollector
-from lowrank_kit.calibration.prefix import Prefix
+from lowrank_kit.calibration.loss import SummedLoss, check_predicted, next_token_loss
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
-from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
+from lowrank_kit.calibration.walk import Batch, BlockWalk
+from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 
 STATISTICS_BYTES = 4 * 2**30
 """Statistics held at once; a model whose blocks need more takes several passes."""
-
-ACTIVATION_BYTES = 2 * 2**30
-"""Activations of a batch, about, that may wait for the backward pass; blocks for which this has no room recompute."""
 
 
 def stream_gradients(
@@ -56,8 +52,8 @@ def stream_gradients(
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
-    passes, batches = list(_passes(wanted, request)), distributed.share(batches)
-    task = progress.add_task("gradients", total=len(passes) * len(batches)) if progress else None
+    passes, walk = list(_passes(wanted, request)), BlockWalk(model, layout, distributed.share(batches))
+    task = progress.add_task("gradients", total=len(passes) * len(walk.batches)) if progress else None
 
     def advance() -> None:
         if progress and task is not None:
@@ -65,7 +61,8 @@ def stream_gradients(
 
     for blocks in passes:
         linears = [ref for block in blocks for ref in wanted[block]]
-        collector = _passed(model, layout, batches, linears, request, next_token_loss, None, advance, opening)
+        collector = GradientCollector(model, linears, request, next_token_loss, opening)
+        _pass(walk, linears, collector, advance)
         collector.add_up()
         statistics = collector.statistics()
         for block in blocks:
@@ -73,63 +70,41 @@ def stream_gradients(
 
 
 def weight_gradients(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    batches: Sequence[Batch],
+    walk: BlockWalk,
     refs: Collection[LinearRef],
     *,
     ahead: int = 1,
-    loss: Loss | None = None,
-    prefix: Prefix | None = None,
+    loss: SummedLoss | None = None,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, Float[Tensor, "out in"]]:
     """Return ``dL/dW`` by name in one backward pass, L the mean loss over all predicted tokens of all batches.
 
     Args:
-        model: in evaluation mode meanwhile; left as it was found.
-        layout: its layout.
-        batches: `[rows, tokens]` model inputs with attention masks; padded positions are not counted.
+        walk: of `[rows, tokens]` model inputs with attention masks; padded positions are not counted. The model is in
+            evaluation mode meanwhile, and left as it was found.
         refs: the linears wanted; gradients are held for these only.
         ahead: which token is predicted; 1: the next one.
         loss: another loss than that of the token ``ahead``.
-        prefix: hidden states of the same batches, to begin the passes at.
         on_batch: called after every batch.
 
     Raises:
         LowRankKitError: a model without next-token head, nothing to predict, or gradients that are not finite.
     """
     if loss is None:
-        check_predicted(batches, ahead)
+        check_predicted(walk.batches, ahead)
         loss = partial(next_token_loss, ahead=ahead)
-    collector = _passed(model, layout, batches, refs, GradientRequest(mean=True), loss, prefix, on_batch)
+    collector = GradientCollector(walk.model, refs, GradientRequest(mean=True), loss)
+    _pass(walk, refs, collector, on_batch)
     return {name: found.mean for name, found in collector.statistics().items() if found.mean is not None}
 
 
-def _passed(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    batches: Sequence[Batch],
-    refs: Collection[LinearRef],
-    request: GradientRequest,
-    loss: Loss,
-    prefix: Prefix | None,
-    on_batch: Callable[[], object],
-    opening: int = 0,
-) -> GradientCollector:
+def _pass(
+    walk: BlockWalk, refs: Collection[LinearRef], collector: GradientCollector, on_batch: Callable[[], object]
+) -> None:
     """Run every batch forwards and backwards once. What is below the lowest linear builds no graph."""
-    lowest = min(ref.block for ref in refs)
-    longest = max((batch["input_ids"].numel() for batch in batches), default=1)
-    keeping = _blocks_that_fit(layout, longest, model.dtype)
-    with frozen(model), ExitStack() as stack:
-        collector = stack.enter_context(GradientCollector(model, refs, request, opening))
-        stack.enter_context(recomputed(model, layout.blocks[lowest : max(lowest, len(layout.blocks) - keeping)]))
-        for number, batch in enumerate(batches):
-            with ExitStack() as start, torch.enable_grad():
-                if prefix is not None:
-                    start.enter_context(prefix.resumed(number, lowest, model.device))
-                collector.read(model, {k: v.to(model.device) for k, v in batch.items()}, loss)
-            on_batch()
-    return collector
+    with walk.watching(writes=collector.writes):
+        for _ in walk.backward(collector.loss, min(ref.block for ref in refs), on_batch):
+            pass
 
 
 def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest) -> Iterator[list[int]]:
@@ -146,9 +121,3 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest)
         held += size
     if group:
         yield group
-
-
-def _blocks_that_fit(layout: ModelLayout, tokens: int, dtype: "torch.dtype") -> int:
-    """What waits of a block is about as much as goes in and out of its linears."""
-    width = sum(ref.in_features + ref.out_features for ref in layout.linears) / len(layout.blocks)
-    return int(ACTIVATION_BYTES / (tokens * width * dtype.itemsize))

@@ -1,21 +1,19 @@
 """How much a block turns the hidden states that pass through it, over calibration tokens."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Bool, Float, Float64
 from rich.progress import Progress
 
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
+from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
+from lowrank_kit.calibration.walk import BlockWalk
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
 
@@ -33,8 +31,8 @@ def block_influence(
 ) -> Float64[Tensor, " starts"]:
     """Return the mean distance between the hidden states before block i and before block i + span, for every i.
 
-    The hidden state after the last block is the one before the final norm. One forward pass over the samples;
-    beside the model's own activations, span + 1 hidden states of one batch are held.
+    The hidden state after the last block is the one before the final norm. One forward pass over the samples, block by
+    block; the hidden states of all samples before span + 1 blocks wait as `Hidden` says.
 
     Args:
         model: in evaluation mode meanwhile; left as it was found.
@@ -45,7 +43,7 @@ def block_influence(
             2501.00339); `angular` is arccos(cos) / pi (arXiv 2403.17887).
         span: blocks between the two states; at most all.
         cache: folder of the content-keyed cache; None keeps nothing on disk.
-        progress: shows one bar over the batches.
+        progress: shows one bar over the blocks.
 
     Raises:
         LowRankKitError: an encoder-decoder model, or distances that are not finite.
@@ -70,80 +68,35 @@ def _measured(
     span: int,
     progress: Progress | None,
 ) -> Float64[Tensor, " starts"]:
-    sums = torch.zeros(len(layout.blocks) - span + 1, dtype=torch.float64)
-    for mask, states in hidden_states(model, layout, samples, batch_size, progress):
-        held: deque[Tensor] = deque(maxlen=span + 1)
-
-        def measure(index: int, state: Tensor, mask: Tensor = mask, held: deque[Tensor] = held) -> None:
-            held.append(state)
-            if index >= span:
-                sums[index - span] += hidden_distance(held[0], state, mask, distance).sum().item()
-
-        states(measure)
-    influence = sums / samples.tokens
-    if not influence.isfinite().all():
-        block = int((~influence.isfinite()).nonzero()[0])
-        raise LowRankKitError(
-            f"the hidden states around {layout.blocks[block]} are not finite: use dtype=bfloat16 or float32"
-        )
-    return influence
-
-
-Visit = Callable[[int, Tensor], None]
-
-
-def hidden_states(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    samples: CalibrationSamples,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Bool[Tensor, "rows tokens"], Callable[[Visit], None]]]:
-    """Yield every batch's mask of the tokens that are measured at, and what runs the model on it.
-
-    The latter calls ``visit(i, state)`` with the state ``[rows, tokens, hidden]`` before block i, for the last i
-    with the state after the last block, before the final norm. The model is in evaluation mode meanwhile.
-    Raises `LowRankKitError` for an encoder-decoder model.
-    """
     if len(layout.stacks) != 1:
         raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks are ranked in one stack")
-    batches = batches_of(model, samples, batch_size)
-    task = progress.add_task("hidden states", total=len(batches)) if progress else None
-    blocks = [model.get_submodule(path) for path in layout.blocks]
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = {name: values.to(model.device) for name, values in batch.items()}
+    sums = torch.zeros(len(layout.blocks) - span + 1, dtype=torch.float64)
+    walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
+    masks = [measured(batch["attention_mask"], samples.opening).to(model.device) for batch in walk.batches]
+    earlier = Hidden(model.device)
 
-            def run(visit: Visit, inputs: dict[str, Tensor] = inputs) -> None:
-                with _visited(blocks, visit), torch.no_grad():
-                    # The base model: logits over a large vocabulary would be the largest tensor of all.
-                    model.base_model(**inputs, use_cache=False)
+    def measure(index: int) -> None:
+        """Compare the states before a block with those ``span`` blocks before it, whose place they then take."""
+        for number, mask in enumerate(masks):
+            key, state = (index % span, number), walk.states[number]
+            if index >= span:
+                sums[index - span] += hidden_distance(earlier[key], state, mask, distance).sum().item()
+            earlier[key] = state
 
-            yield measured(inputs["attention_mask"], samples.opening), run
-            if progress and task is not None:
-                progress.advance(task)
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def _visited(blocks: "list[nn.Module]", visit: Visit) -> Iterator[None]:
-    def before(index: int) -> Callable[..., None]:
-        def hook(_module: "nn.Module", inputs: tuple[Any, ...]) -> None:
-            visit(index, inputs[0])
-
-        return hook
-
-    def after(_module: "nn.Module", _inputs: Any, output: Any) -> None:
-        visit(len(blocks), output[0] if isinstance(output, tuple) else output)
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(before(index)).remove)
-        stack.callback(blocks[-1].register_forward_hook(after).remove)
-        yield
+    task = progress.add_task("hidden states", total=len(layout.blocks)) if progress else None
+    for block in walk.forward():
+        measure(block.index)
+        block.pass_on()
+        if progress and task is not None:
+            progress.advance(task)
+    measure(len(layout.blocks))
+    influence = sums / samples.tokens
+    if not influence.isfinite().all():
+        worst = int((~influence.isfinite()).nonzero()[0])
+        raise LowRankKitError(
+            f"the hidden states around {layout.blocks[worst]} are not finite: use dtype=bfloat16 or float32"
+        )
+    return influence
 
 
 def hidden_distance(

@@ -1,35 +1,29 @@
 """Activation statistics block by block, in memory that does not grow with depth.
 
-Blocks are visited in order. Only the current block's moments are held; the hidden states between
-blocks wait on the CPU. Peak memory = model + hidden states + one block's moments + one batch.
+Only the current block's moments are held; hidden states wait between blocks as `lowrank_kit.calibration.hidden` says.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import measured
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
+from lowrank_kit.calibration.walk import Batch, BlockWalk
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of
-from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """``[rows, tokens]`` masks of a batch: of the stack's own tokens and of the encoder's; None where all are real."""
+    """``[rows, tokens]`` masks of all batches: of a stack's own tokens, of the encoder's; None where all are real."""
 
-    own: Tensor | None
-    source: Tensor | None
+    own: Sequence[Tensor | None]
+    source: Sequence[Tensor | None]
 
 
 def stream_statistics(
@@ -57,154 +51,78 @@ def stream_statistics(
     for ref in refs:
         if ref.block not in skip:
             wanted[ref.block].append(ref)
-    was_training = model.training
-    model.eval()
+    if not wanted:
+        return
     batches = distributed.share(batches)
-    try:
-        first = 0
-        for stack in layout.stacks:
-            last = max((b for b in wanted if first <= b < first + len(stack)), default=None)
-            if last is not None:
-                blocks = stack[: last - first + 1]
-                yield from _stream_stack(model, blocks, first, batches, request, wanted, opening)
-            first += len(stack)
-    finally:
-        model.train(was_training)
-
-
-def _stream_stack(
-    model: PreTrainedModel,
-    stack: Sequence[str],
-    first: int,
-    batches: Sequence[Batch],
-    request: StatisticsRequest,
-    wanted: Mapping[int, list[LinearRef]],
-    opening: int,
-) -> Iterator[tuple[int, list[LayerStatistics]]]:
-    device = model.device
-    blocks = [model.get_submodule(path) for path in stack]
-    own = "decoder_attention_mask" if first > 0 else "attention_mask"
-    calls = [record_calls(model, blocks, {k: v.to(device) for k, v in batch.items()}) for batch in batches]
-    masks = [
-        TokenMasks(_counted(batch.get(own), opening), _counted(batch.get("attention_mask"), opening))
-        for batch in batches
-    ]
-    for offset, block in enumerate(blocks):
-        linears = wanted.get(first + offset, [])
-        is_last = offset == len(blocks) - 1
-        with MomentCollector(model, linears, request) as collector, torch.no_grad():
-            for (hidden, arguments), mask in zip(calls, masks, strict=True):
-                collector.masks = mask
-                call = arguments[offset]
-                output = block(hidden[0].to(device), *call.args, **call.kwargs)
-                if not is_last:
-                    # In place: a new tensor a batch and block would leave the heap in pieces.
-                    hidden[0].copy_(output[0] if isinstance(output, tuple) else output)
+    masks = {True: _masks(batches, "attention_mask", opening)}
+    if len(layout.stacks) > 1:
+        masks[False] = _masks(batches, "decoder_attention_mask", opening)
+    walk = BlockWalk(model, layout, batches)
+    for block in walk.forward(until=max(wanted)):
+        linears = wanted.get(block.index, [])
+        in_first_stack = block.index < len(layout.stacks[0])
+        own, source = masks[in_first_stack], masks[True]
+        collector = MomentCollector(model, linears, request, TokenMasks(own, source))
+        with walk.watching(collector.reads, collector.writes):
+            block.pass_on()
         if linears:
             collector.add_up()
-            yield first + offset, collector.statistics()
+            yield block.index, collector.statistics()
         # Else it would hold this block's moments while the next block's are summed.
         del collector
+
+
+def _masks(batches: Sequence[Batch], name: str, opening: int) -> list[Tensor | None]:
+    return [_counted(batch.get(name), opening) for batch in batches]
 
 
 def _counted(mask: Tensor | None, opening: int) -> Tensor | None:
     return None if mask is None else measured(mask, opening)
 
 
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments a block was called with, less its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _LastBlockReached(Exception):
-    """Unwinds a forward pass: what follows the blocks need not be computed."""
-
-
-def record_calls(
-    model: PreTrainedModel, blocks: "Sequence[nn.Module]", batch: Batch
-) -> tuple[list[Tensor], list[BlockCall]]:
-    """Return the hidden states before the first block, in a list of one, and every block's other arguments.
-
-    Masks and positions may differ from block to block (sliding windows, T5's shared position bias), so the model
-    itself builds them: its blocks are replaced by ones that note their arguments and hand the hidden states
-    through. Only the first is run, because what it returns beside them (T5's bias) goes into the others' arguments.
-    """
-    hidden: list[Tensor] = []
-    calls: list[BlockCall] = []
-    extras: list[Any] = []
-
-    def recorder(index: int, block: "nn.Module") -> Callable[..., Any]:
-        original = block.forward
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            calls.append(BlockCall(args, kwargs))
-            if index == 0:
-                hidden.append(hidden_states.cpu())
-            if index == len(blocks) - 1:
-                raise _LastBlockReached
-            if index == 0:
-                extras.append(original(hidden_states, *args, **kwargs))
-            first_output = extras[0]
-            return (hidden_states, *first_output[1:]) if isinstance(first_output, tuple) else hidden_states
-
-        return forward
-
-    no_cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-    with ExitStack() as stack, torch.no_grad(), suppress(_LastBlockReached):
-        for index, block in enumerate(blocks):
-            stack.enter_context(forward_replaced(block, recorder(index, block)))
-        model(**batch, **no_cache)
-    return hidden, calls
-
-
 class MomentCollector:
-    """Hooks that sum moments of some linears' inputs or outputs while it is entered, and magnitudes of inputs.
+    """Sums moments of some linears' inputs or outputs, and magnitudes of inputs, of what `reads` and `writes` are told.
 
     Linears of one input group read the same tensor: its moments are summed once. For ``smaller`` a group's input
     is chosen when its Gram is cheaper than those of its linears' outputs together.
     """
 
-    def __init__(self, model: "nn.Module", refs: Sequence[LinearRef], request: StatisticsRequest) -> None:
-        self.masks = TokenMasks(None, None)
-        self._model, self._request = model, request
+    def __init__(
+        self, model: PreTrainedModel, refs: Sequence[LinearRef], request: StatisticsRequest, masks: TokenMasks
+    ) -> None:
+        self._model, self._masks, device = model, masks, model.device
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             self._groups[ref.input_group].append(ref)
-        side = request.moments
-        self._by_input = {
-            name: side == "input"
-            or (side == "smaller" and group[0].in_features ** 2 < sum(r.out_features**2 for r in group))
-            for name, group in self._groups.items()
-        }
         self._inputs: dict[str, Moments] = {}
         self._outputs: dict[str, Moments] = {}
         self._magnitudes: dict[str, Magnitudes] = {}
-
-    def __enter__(self) -> "MomentCollector":
-        device = next(self._model.parameters()).device
-        self._handles = []
         for name, group in self._groups.items():
-            first = self._model.get_submodule(group[0].name)
-            if self._request.magnitudes:
-                self._magnitudes[name] = Magnitudes(group[0].in_features, device)
-                hook = self._input_hook(group[0], self._magnitudes[name])
-                self._handles.append(first.register_forward_pre_hook(hook))
-            if self._by_input[name]:
-                self._inputs[name] = Moments.zeros(group[0].in_features, device)
-                self._handles.append(first.register_forward_pre_hook(self._input_hook(group[0], self._inputs[name])))
-            elif self._request.moments is not None:
+            width = group[0].in_features
+            if request.magnitudes:
+                self._magnitudes[name] = Magnitudes(width, device)
+            if request.moments == "input" or (
+                request.moments == "smaller" and width**2 < sum(ref.out_features**2 for ref in group)
+            ):
+                self._inputs[name] = Moments.zeros(width, device)
+            elif request.moments is not None:
                 for ref in group:
                     self._outputs[ref.name] = Moments.zeros(ref.out_features, device)
-                    output_hook = self._output_hook(ref, self._outputs[ref.name])
-                    self._handles.append(self._model.get_submodule(ref.name).register_forward_hook(output_hook))
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    @property
+    def reads(self) -> dict[str, Callable[[int, Tensor], None]]:
+        """See `lowrank_kit.calibration.walk.Reads`."""
+        return {
+            group[0].name: self._reader(name, group[0])
+            for name, group in self._groups.items()
+            if name in self._inputs or name in self._magnitudes
+        }
+
+    @property
+    def writes(self) -> dict[str, Callable[[int, Tensor, Tensor], None]]:
+        """See `lowrank_kit.calibration.walk.Writes`."""
+        refs = [ref for group in self._groups.values() for ref in group if ref.name in self._outputs]
+        return {ref.name: self._writer(ref) for ref in refs}
 
     def add_up(self) -> None:
         """Take in what the other processes collected from their batches."""
@@ -223,28 +141,28 @@ class MomentCollector:
         for name, group in self._groups.items():
             magnitude = self._magnitudes[name].mean() if name in self._magnitudes else None
             for ref in group:
-                if self._by_input[name]:
+                if name in self._inputs:
                     found.append(LayerStatistics(ref, "input", self._inputs[name], magnitude))
                 else:
                     moments = self._outputs.get(ref.name) or Moments.zeros(0)
                     found.append(LayerStatistics(ref, "output", moments, magnitude))
         return found
 
-    def _input_hook(self, ref: LinearRef, sums: "Moments | Magnitudes") -> Callable[..., None]:
-        def hook(_module: "nn.Module", inputs: tuple[Tensor, ...]) -> None:
-            self._update(ref, sums, inputs[0])
+    def _reader(self, name: str, ref: LinearRef) -> Callable[[int, Tensor], None]:
+        sums = [held[name] for held in (self._magnitudes, self._inputs) if name in held]
 
-        return hook
+        def read(number: int, inputs: Tensor) -> None:
+            for each in sums:
+                self._update(ref, each, number, inputs)
 
-    def _output_hook(self, ref: LinearRef, moments: Moments) -> Callable[..., None]:
-        def hook(_module: "nn.Module", _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._update(ref, moments, output)
+        return read
 
-        return hook
+    def _writer(self, ref: LinearRef) -> Callable[[int, Tensor, Tensor], None]:
+        return lambda number, _, outputs: self._update(ref, self._outputs[ref.name], number, outputs)
 
-    def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", activations: Tensor) -> None:
+    def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", number: int, activations: Tensor) -> None:
         # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
-        mask = self.masks.source if ref.of_source else self.masks.own
+        mask = (self._masks.source if ref.of_source else self._masks.own)[number]
         if mask is not None and ref.expert is not None:
             mask = mask.flatten()[tokens_of(self._model, ref)]
         try:

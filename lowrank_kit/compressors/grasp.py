@@ -12,13 +12,12 @@ from pydantic import Field, model_validator
 
 from lowrank_kit.allocations.base import Budget, Candidate
 from lowrank_kit.allocations.uniform import Uniform
-from lowrank_kit.calibration.backward import frozen
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
-from lowrank_kit.calibration.prefix import Prefix
 from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.walk import BlockWalk, frozen
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
@@ -279,7 +278,8 @@ class Grasp(Compressor):
             gradients = {}
             if refs:
                 bar = _bar(context, "gradients", len(batches))
-                gradients = weight_gradients(model, layout, batches, refs, ahead=self.ahead, on_batch=bar)
+                walk = BlockWalk(model, layout, batches)
+                gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=bar)
             advance = _bar(context, "scores", len(refs))
             for block in sorted(missing, reverse=True):
                 found = {}
@@ -312,7 +312,9 @@ class Grasp(Compressor):
         kept: dict[str, list[int]] = {}
         with frozen(model), ExitStack() as original:
             # From the last block on, those before the one at work are still the original's.
-            prefix = None if self.iterative else Prefix(model, layout, batches, order)
+            walk = BlockWalk(model, layout, batches)
+            if not self.iterative:
+                walk.keep(order)
             advance = _bar(context, "gradients", 2 * len(order) * len(batches))
             for turn in range(len(order)):
                 if self.iterative:
@@ -322,9 +324,7 @@ class Grasp(Compressor):
                 for refs in _sublayers(_linears(layout, order[turn])):
                     gradients: dict[str, Tensor] = {}
                     if self.metric != "magnitude":
-                        gradients = weight_gradients(
-                            model, layout, batches, refs, ahead=self.ahead, prefix=prefix, on_batch=advance
-                        )
+                        gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=advance)
                     for ref in refs:
                         change = None
                         if gradients:

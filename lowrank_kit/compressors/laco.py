@@ -12,13 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from jaxtyping import Float
 from pydantic import Field
 
-from lowrank_kit.calibration.stream import BlockCall, record_calls
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -222,8 +222,8 @@ def combine(base: "nn.Module", members: "Sequence[nn.Module]", differences: Diff
 class MergeTrials:
     """Measures merges without touching the model: hidden states before every block are kept from one forward pass.
 
-    Only what stands from the lowest base on is run again. Memory: blocks + 1 hidden states of all samples, and a copy
-    of every merged block. The model must be in evaluation mode.
+    Only what stands from the lowest base on is run again. Memory: a copy of every merged block; the hidden states wait
+    as `Hidden` says. The model must be in evaluation mode.
     """
 
     def __init__(
@@ -236,22 +236,15 @@ class MergeTrials:
         progress: "Progress | None" = None,
     ) -> None:
         self._differences = differences
-        self._blocks = [model.get_submodule(path) for path in layout.blocks]
         self._norm = torch.nn.Identity() if layout.final_norm is None else model.get_submodule(layout.final_norm)
         self._progress = progress
         self._task = progress.add_task("merges tried", total=None) if progress else None
-        self._before: list[list[Tensor]] = []
-        self._calls: list[list[BlockCall]] = []
-        self._masks: list[Tensor] = []
-        for batch in samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0):
-            inputs = {name: values.to(model.device) for name, values in batch.items()}
-            [hidden], calls = record_calls(model, self._blocks, inputs)
-            states = [hidden.to(model.device)]
-            for block, call in zip(self._blocks, calls, strict=True):
-                states.append(_run(block, states[-1], call))
-            self._before.append(states)
-            self._calls.append(calls)
-            self._masks.append(measured(inputs["attention_mask"], samples.opening))
+        batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+        self._walk = BlockWalk(model, layout, batches)
+        self._last = len(layout.blocks)
+        self._walk.keep(range(self._last + 1))
+        self._masks = [measured(batch["attention_mask"], samples.opening).to(model.device) for batch in batches]
+        self._blocks = [model.get_submodule(path) for path in layout.blocks]
         self._prefix: tuple[tuple[Merge, ...], dict[int, nn.Module]] = ((), dict(enumerate(self._blocks)))
 
     def similarity(self, merges: tuple[Merge, ...]) -> float:
@@ -262,11 +255,12 @@ class MergeTrials:
         blocks = self._merged(self._present(merges[:-1]), merges[-1])
         lowest = merges[-1].base
         found: list[float] = []
-        for states, calls, mask in zip(self._before, self._calls, self._masks, strict=True):
-            hidden = states[lowest]
+        for number, mask in enumerate(self._masks):
+            hidden = self._walk.kept(lowest, number)
             for index in sorted(index for index in blocks if index >= lowest):
-                hidden = _run(blocks[index], hidden, calls[index])
-            found += _text_similarities(self._normed(states[-1], mask), self._normed(hidden, mask)).tolist()
+                hidden = self._walk.run(index, number, hidden, blocks[index])
+            original = self._normed(self._walk.kept(self._last, number), mask)
+            found += _text_similarities(original, self._normed(hidden, mask)).tolist()
         if self._progress and self._task is not None:
             self._progress.advance(self._task)
         mean = sum(found) / len(found)
@@ -294,12 +288,6 @@ class MergeTrials:
     @no_grad
     def _normed(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return (self._norm(hidden) * mask[..., None]).double()
-
-
-@no_grad
-def _run(block: "nn.Module", hidden: Tensor, call: BlockCall) -> Tensor:
-    output: Any = block(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _text_similarities(

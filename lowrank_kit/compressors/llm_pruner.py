@@ -13,6 +13,7 @@ from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
@@ -159,6 +160,7 @@ def _first_order(
     if not blocks:
         return
     batches = batches_of(context.model, context.samples, context.batch_size)
+    walk = BlockWalk(context.model, context.layout, batches)
     at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
     passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]
     bar = context.progress.add_task("gradients", total=len(passes) * len(batches)) if context.progress else None
@@ -169,7 +171,7 @@ def _first_order(
 
     for part in passes:
         refs = [ref for units in part for u in units for ref in u.linears]
-        gradients = weight_gradients(context.model, context.layout, batches, refs, on_batch=advance)
+        gradients = weight_gradients(walk, refs, on_batch=advance)
         for units in part:
             changes = {
                 ref.name: (gradients.pop(ref.name) * _weight(context, ref.name)).abs()

@@ -1,8 +1,8 @@
 """The end-to-end loss of a model with some of its matrices truncated, measured on held-out calibration text."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from jaxtyping import Int64
@@ -11,10 +11,9 @@ from rich.progress import Progress
 from lowrank_kit.cache.entry import open_entry
 from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
 from lowrank_kit.cache.key import StatisticsKey
-from lowrank_kit.calibration.prefix import handing_over
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn
+from lowrank_kit.calibration.walk import BlockWalk
+from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.evaluation.perplexity import perplexity
-from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.truncations.decompose import Decomposition
@@ -34,17 +33,17 @@ class LossProbe:
         windows: Int64[Tensor, "windows tokens"],
         progress: Progress | None = None,
     ) -> None:
-        """Measure the dense loss on `windows` and keep their hidden states before every block."""
+        """Measure the dense loss on `windows` and keep their hidden states before every block, as `Hidden` says."""
         self._model, self._decomposition, self._windows = model, decomposition, windows
-        self._blocks = [model.get_submodule(path) for path in layout_of(model).blocks]
-        self._hidden: list[list[Tensor]] = []
         self._bar = progress.add_task("probe", total=None) if progress else None
         self._progress = progress
-        with self._recording():
-            self._dense = self._loss(0)
+        layout = layout_of(model)
+        self._walk = BlockWalk(model, layout, [{"input_ids": window[None]} for window in windows])
+        self._walk.keep(range(1, len(layout.blocks) + 1))
+        self._dense = self._loss(len(layout.blocks))
         key = StatisticsKey.of(
             model,
-            layout_of(model),
+            layout,
             reads="loss",
             text=content_hash(windows),
             batch_size=1,
@@ -85,26 +84,6 @@ class LossProbe:
         """Mean loss over the windows, the blocks before `first` taken as known."""
         losses = []
         for number, window in enumerate(self._windows):
-            with ExitStack() as stack:
-                if first:
-                    known = self._hidden[number][first]
-                    for block in self._blocks[:first]:
-                        stack.enter_context(forward_replaced(block, handing_over(known)))
+            with self._walk.begun(number, first):
                 losses.append(perplexity(self._model, window[None], device=self._model.device).nll)
         return sum(losses) / len(losses)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Keep the hidden states before every block of every window that is run."""
-        with ExitStack() as stack:
-            for index, block in enumerate(self._blocks):
-                stack.callback(block.register_forward_pre_hook(self._recorder(index)).remove)
-            yield
-
-    def _recorder(self, index: int) -> Callable[..., None]:
-        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if index == 0:
-                self._hidden.append([])
-            self._hidden[-1].append(args[0])
-
-        return record

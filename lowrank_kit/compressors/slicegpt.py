@@ -6,15 +6,14 @@ sliced so far, and written at once. Hidden states stay in the original coordinat
 basis.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Float64
 from pydantic import Field
 
 from lowrank_kit.calibration.batches import batches_of
-from lowrank_kit.calibration.stream import record_calls
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -132,23 +131,25 @@ def slice_model(
         LowRankKitError: hidden states that are not finite.
     """
     layout = layout_of(model)
-    model.eval()
-    layers = [model.get_submodule(path) for path in layout.blocks]
-    batches = batches_of(model, samples, batch_size)
-    recorded = [record_calls(model, layers, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
-    states, opening = [hidden[0] for hidden, _ in recorded], samples.opening
-    first = before = _basis(model, states, opening, width, "the embeddings")
-    bar = progress.add_task("rotate and slice", total=len(layers)) if progress else None
-    for index, layer in enumerate(layers):
-        for hidden, (_, calls) in zip(states, recorded, strict=True):
-            seen = _projected(hidden.to(model.device), before)
-            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(seen), **calls[index].kwargs)
-            hidden.copy_(seen + attended)
-        middle = _basis(model, states, opening, width, f"the attention of block {index}")
-        for hidden in states:
-            seen = _projected(hidden.to(model.device), middle)
-            hidden.copy_(seen + layer.mlp(layer.post_attention_layernorm(seen)))
-        after = _basis(model, states, opening, width, f"block {index}")
+    walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
+    first: Any = None
+    before: Any = None
+    bar = progress.add_task("rotate and slice", total=len(layout.blocks)) if progress else None
+    for block in walk.forward():
+        layer: Any = block.module
+        if block.index == 0:
+            first = before = _basis(walk, samples.opening, width, "the embeddings")
+        for number in walk.numbers:
+            seen = _projected(walk.states[number], before)
+            call = walk.call(block.index, number)
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(seen), **call.kwargs)
+            walk.states[number] = seen + attended
+        middle = _basis(walk, samples.opening, width, f"the attention of block {block.index}")
+        for number in walk.numbers:
+            seen = _projected(walk.states[number], middle)
+            walk.states[number] = seen + layer.mlp(layer.post_attention_layernorm(seen))
+        block.is_passed = True
+        after = _basis(walk, samples.opening, width, f"block {block.index}")
         slice_layer(layer, before, middle, after)
         before = after
         if progress and bar is not None:
@@ -161,16 +162,14 @@ def _projected(hidden: Float[Tensor, "rows tokens d"], basis: Float64[Tensor, "d
     return hidden @ basis @ basis.T
 
 
-def _basis(
-    model: "PreTrainedModel", states: Iterable[Float[Tensor, "_ _ d"]], opening: int, width: int, where: str
-) -> Float64[Tensor, "d width"]:
+def _basis(walk: BlockWalk, opening: int, width: int, where: str) -> Float64[Tensor, "d width"]:
     """The leading principal directions of the normalised hidden states."""
-    epsilon = model.config.rms_norm_eps
+    model = walk.model
     sums = Moments.zeros(model.config.hidden_size, model.device)
-    for hidden in states:
-        rows = hidden[:, opening:].to(model.device).float()
+    for number in walk.numbers:
+        rows = walk.states[number][:, opening:].float()
         try:
-            sums.update(rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + epsilon))
+            sums.update(rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps))
         except ValueError as error:
             raise LowRankKitError(f"calibration on what leaves {where}: {error}") from error
     return torch.linalg.eigh(sums.gram).eigenvectors.flip(1)[:, :width]

@@ -7,14 +7,14 @@ anchored by the error on the original inputs, or a few calibration windows would
 What writes to the residual stream (o, down) may fit more than its own outputs: with h and h' the streams that these are
 added to, `W x + (h - h')` instead of `W x`, so that it also makes up for the error that earlier layers left there.
 
-Blocks are visited in order, and inside a block the groups of linears that share an input; both models' hidden states
-and what the original block's linears read wait on the CPU, a block at a time.
+Two walks go through the blocks together, of the original and of the compressed model, and inside a block the groups of
+linears that share an input are visited in order. What the original block's linears read waits on the CPU.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +25,8 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import load_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
-from lowrank_kit.calibration.stream import BlockCall, Magnitudes, record_calls
+from lowrank_kit.calibration.stream import Magnitudes
+from lowrank_kit.calibration.walk import Block, BlockWalk
 from lowrank_kit.corrections.base import Correction, Factorisation
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -36,7 +37,7 @@ from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.base import Layer, Truncation
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -80,37 +81,36 @@ class Refit(Correction):
             for ref in layout.linears:
                 if ref.writes_residual:
                     writers[ref.block].append(ref.name)
-        model.eval()
-        batches = batches_of(model, samples, work.batch_size)
-        modules = [model.get_submodule(path) for path in layout.blocks]
-        recorded = [record_calls(model, modules, {k: v.to(model.device) for k, v in b.items()}) for b in batches]
-        states = [_State(hidden[0], hidden[0].clone(), calls) for hidden, calls in recorded]
-        del recorded
+        # What experts write is weighted before.
         has_experts = any(ref.expert is not None for ref in layout.linears)
-        if writers and (has_experts or not states[0].adds(model, modules[0], writers[0])):
-            roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
-            log.warning(
-                "%s changes the outputs of %s before they reach the residual stream: corrected without it",
-                layout.model_type, " and ".join(roles),
-            )  # fmt: skip
-            writers.clear()
-        bar = work.progress.add_task("correct and factorise", total=len(modules)) if work.progress else None
-        for index, module in enumerate(modules):
+        batches = batches_of(model, samples, work.batch_size)
+        original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
+        bar = work.progress.add_task("correct and factorise", total=len(layout.blocks)) if work.progress else None
+        for before, block in zip(original.forward(), compressed.forward(), strict=True):
+            index = block.index
+            if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
+                roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
+                log.warning(
+                    "%s changes the outputs of %s before they reach the residual stream: corrected without it",
+                    layout.model_type, " and ".join(roles),
+                )  # fmt: skip
+                writers.clear()
             groups = list(blocks[index].values())
-            firsts = [group[0].name for group in groups]
-            reads = [state.advance_original(model, module, firsts, writers[index], index) for state in states]
+            with _noted(original, [group[0].name for group in groups], writers[index]) as reads:
+                before.pass_on()
             gradients = decomposition.gradients if groups else None
             known = load_gradients(gradients, index, model.device) if gradients else {}
             for group in groups:
                 first = group[0]
                 sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
-                for state, original in zip(states, reads, strict=True):
-                    sums.add(original.pop(first.name), state.read(model, module, first.name, writers[index], index))
+                for number in compressed.numbers:
+                    with _noted(compressed, [first.name], writers[index], stop=True) as found:
+                        block.run(number)
+                    sums.add(reads.pop((first.name, number)), found[first.name, number])
                 correction = sums.correction(self.anchor, self.ridge)
                 for ref in group:
                     self._replace(work, ref, correction, known.get(ref.name))
-            for state in states:
-                state.compressed = _run(module, state.compressed, state.calls[index]).cpu()
+            # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             if work.progress and bar is not None:
                 work.progress.advance(bar)
 
@@ -145,81 +145,46 @@ class _Read:
     stream: Tensor
 
 
-class _State:
-    """One batch: the hidden states before the current block, in the original and in the compressed model."""
-
-    def __init__(self, original: Tensor, compressed: Tensor, calls: Sequence[BlockCall]) -> None:
-        self.original, self.compressed, self.calls = original, compressed, calls
-
-    def adds(self, model: "nn.Module", block: "nn.Module", writers: Sequence[str]) -> bool:
-        """Whether the first block's outcome is its input plus the outputs of these linears."""
-        with _Recorder(model, (), writers) as recorder:
-            after = _run(block, self.original, self.calls[0]).cpu()
-        stream = _stream(self.original, recorder.written)
-        return bool((after - stream).norm() < 0.01 * (after - self.original).norm())
-
-    def advance_original(
-        self, model: "nn.Module", block: "nn.Module", linears: Sequence[str], writers: Sequence[str], index: int
-    ) -> dict[str, _Read]:
-        """Pass the block, not yet replaced; what each of these linears reads, by name."""
-        with _Recorder(model, linears, writers) as recorder:
-            after = _run(block, self.original, self.calls[index]).cpu()
-        found = {name: _Read(x, _stream(self.original, before)) for name, (x, before) in recorder.read.items()}
-        self.original = after
-        return found
-
-    def read(self, model: "nn.Module", block: "nn.Module", linear: str, writers: Sequence[str], index: int) -> _Read:
-        """What the linear reads in the compressed model; the block is run no further."""
-        with _Recorder(model, [linear], writers, stop=True) as recorder, suppress(_InputReached):
-            _run(block, self.compressed, self.calls[index])
-        inputs, before = recorder.read[linear]
-        return _Read(inputs, _stream(self.compressed, before))
+def _adds(block: Block, writers: Sequence[str]) -> bool:
+    """Whether the block's outcome for the first batch is its input plus the outputs of these linears."""
+    hidden = block.walk.states[0].cpu()
+    written: list[Tensor] = []
+    with block.walk.watching(writes={name: lambda _number, _read, output: written.append(output) for name in writers}):
+        after = block.run(0).cpu()
+    return bool((after - _stream(hidden, written)).norm() < 0.01 * (after - hidden).norm())
 
 
 class _InputReached(Exception):
     """Unwinds a block's forward pass: what follows the linear need not be computed."""
 
 
-class _Recorder:
-    """Notes, while entered, what some linears read and what the writers have written by then."""
+@contextmanager
+def _noted(
+    walk: BlockWalk, linears: Sequence[str], writers: Sequence[str], stop: bool = False
+) -> Iterator[dict[tuple[str, int], _Read]]:
+    """What these linears read, by name and batch; with ``stop``, a block is left where the first of them is reached."""
+    found: dict[tuple[str, int], _Read] = {}
+    written: dict[int, list[Tensor]] = defaultdict(list)
 
-    def __init__(self, model: "nn.Module", linears: Sequence[str], writers: Sequence[str], stop: bool = False) -> None:
-        self._model, self._linears, self._writers, self._stop = model, linears, writers, stop
-        self.written: list[Tensor] = []
-        self.read: dict[str, tuple[Tensor, list[Tensor]]] = {}
-
-    def __enter__(self) -> "_Recorder":
-        with ExitStack() as stack:
-            for name in self._linears:
-                module = self._model.get_submodule(name)
-                stack.callback(module.register_forward_pre_hook(partial(self._note_input, name)).remove)
-            for name in self._writers:
-                module = self._model.get_submodule(name)
-                stack.callback(module.register_forward_hook(self._note_output).remove)
-            self._hooks = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.close()
-
-    def _note_input(self, name: str, _module: "nn.Module", inputs: tuple[Tensor, ...]) -> None:
-        self.read[name] = inputs[0].cpu(), list(self.written)
-        if self._stop:
+    def note(name: str, number: int, inputs: Tensor) -> None:
+        # The batch is not yet behind the block: its state is the one before it.
+        found[name, number] = _Read(inputs.cpu(), _stream(walk.states[number].cpu(), written[number]))
+        if stop:
             raise _InputReached
 
-    def _note_output(self, _module: "nn.Module", _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.written.append(output.cpu())
+    reads = {name: partial(note, name) for name in linears}
+    writes = dict.fromkeys(writers, lambda number, _, output: written[number].append(output))
+    with walk.watching(reads, writes), suppress(_InputReached):
+        yield found
 
 
 def _stream(hidden: Tensor, written: Sequence[Tensor]) -> Tensor:
-    # OPT's linears see tokens of all rows in one list.
-    return sum((output.view_as(hidden) for output in written), hidden)
-
-
-def _run(block: "nn.Module", hidden: Tensor, call: BlockCall) -> Tensor:
-    output = block(hidden.to(next(block.parameters()).device), *call.args, **call.kwargs)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    # A copy: the state is overwritten when its batch is behind the block.
+    stream = hidden.clone()
+    for output in written:
+        # OPT's linears see tokens of all rows in one list.
+        stream += output.cpu().view_as(hidden)
+    return stream
 
 
 @dataclass

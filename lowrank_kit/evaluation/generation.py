@@ -4,11 +4,10 @@ import importlib.metadata
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import evaluate
 from lm_eval.api.task import Task
@@ -46,12 +45,34 @@ def prompts_alone() -> Iterator[None]:
     package: Any = ModuleType("transformers.data.metrics")
     package.squad_metrics = words
     dropped = {package.__name__: package, f"{package.__name__}.squad_metrics": words}
-    with (
-        patch.dict(sys.modules, dropped),
-        patch.object(evaluate, "load", lambda *_, **__: none_of_it),
-        patch.object(importlib.metadata, "version", lambda n: "4.11" if n.startswith("antlr4") else versions(n)),
-    ):
+
+    def version(name: str) -> str:
+        return "4.11" if name.startswith("antlr4") else versions(name)
+
+    with ExitStack() as stack:
+        for name, module in dropped.items():
+            stack.callback(_restore, name, sys.modules.get(name))
+            sys.modules[name] = module
+        stack.enter_context(_replaced(evaluate, "load", lambda *_, **__: none_of_it))
+        stack.enter_context(_replaced(importlib.metadata, "version", version))
         yield
+
+
+def _restore(name: str, module: ModuleType | None) -> None:
+    if module is None:
+        del sys.modules[name]
+    else:
+        sys.modules[name] = module
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def overrides(benchmark: Benchmark) -> dict[str, Any]:

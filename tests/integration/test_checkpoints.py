@@ -19,19 +19,8 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "opt",
-    "gpt2",
-    "gemma3",
-    *WITH_EXPERTS,
-)
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
+FAMILIES = DENSE + WITH_EXPERTS
 TIED = ("llama", "gemma2", "opt")
 SHARDED, HALF, SHARED = "qwen3", "mistral", ("llama", "phi3")
 IDS = torch.arange(3, 15).reshape(2, 6)

@@ -12,6 +12,7 @@ from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models import memory
@@ -66,7 +67,7 @@ def gradients(part, **options):
 def gradients_ahead(tiny_model, size):
     model = tiny_model("gpt2", initializer_range=0.2)
     layout = layout_of(model)
-    return weight_gradients(model, layout, samples("tokens").batches(size, 0), layout.linears, ahead=2)
+    return weight_gradients(BlockWalk(model, layout, samples("tokens").batches(size, 0)), layout.linears, ahead=2)
 
 
 def influence(distance):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Workbench
 from lowrank_kit.compressors.grasp import Grasp, GraspCompression
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
@@ -257,7 +258,7 @@ def test_another_ratio_or_metric_of_the_same_blocks_needs_no_pass_over_the_text(
         raise AssertionError("the calibration text was read again")
 
     monkeypatch.setattr(at_work_module, "weight_gradients", fail)
-    monkeypatch.setattr("lowrank_kit.calibration.influence.hidden_states", fail)
+    monkeypatch.setattr("lowrank_kit.calibration.influence.BlockWalk", fail)
     assert work(lively(), cache=tmp_path, metric="gradient", ratio=0.35).plan() == whole
     with pytest.raises(AssertionError, match="read again"):
         work(lively(), cache=tmp_path, label_shift="legacy").plan()
@@ -308,7 +309,7 @@ def test_on_a_real_model_the_first_order_change_is_that_of_dropping_a_component(
     layout = layout_of(model)
     [ref] = [ref for ref in layout.linears if ref.name == "model.layers.24.self_attn.o_proj"]
     batches = CalibrationSamples(tuple({"input_ids": row} for row in ids)).batches(4, 0)
-    gradient = weight_gradients(model, layout, batches, [ref])[ref.name].double()
+    gradient = weight_gradients(BlockWalk(model, layout, batches), [ref])[ref.name].double()
     module = model.get_submodule(ref.name)
     weight = weight_of(module).detach().clone()
     u, s, vh = svd(weight)

@@ -1,49 +1,22 @@
-"""What every backward pass over calibration text shares: a frozen model, blocks that are recomputed, the loss."""
+"""The losses whose gradients calibration reads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float, Int64
 
+from lowrank_kit.calibration.walk import Batch
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.forward import forward_replaced
 
-Batch = Mapping[str, Tensor]
-
-Loss = Callable[[PreTrainedModel, Batch], tuple[Float[Tensor, ""], int]]
+SummedLoss = Callable[[PreTrainedModel, Batch], tuple[Float[Tensor, ""], int]]
 """The sum of a batch's losses, and of how many things: means over all batches weigh each of these alike."""
-
-
-@contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and no parameter wants a gradient, until the end; then everything is as it was."""
-    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(was_training)
-
-
-@contextmanager
-def recomputed(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None]:
-    """These blocks keep nothing for the backward pass but their arguments (gradient checkpointing)."""
-    with ExitStack() as stack:
-        for path in blocks:
-            block = model.get_submodule(path)
-            stack.enter_context(forward_replaced(block, _recomputed(block.forward)))
-        yield
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> tuple[Float[Tensor, ""], int]:
     """Sum over predicted tokens of their negative log-likelihood (nats) in float32, and how many those are.
 
-    Position t predicts token t + ``ahead``; which tokens count is for `predicted_tokens` to say. As a `Loss`: the
+    Position t predicts token t + ``ahead``; which tokens count is for `predicted_tokens` to say. As a `SummedLoss`: the
     mean is that over all predicted tokens. Raises `LowRankKitError` for a model without next-token head.
     """
     from lowrank_kit.models.head import Head
@@ -57,7 +30,7 @@ def next_token_loss(model: PreTrainedModel, batch: Batch, ahead: int = 1) -> tup
 
 
 def model_loss(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, ""], int]:
-    """The loss that the model itself has for the batch's ``labels``, as a `Loss`.
+    """The loss that the model itself has for the batch's ``labels``, as a `SummedLoss`.
 
     Its mean is over rows for a classifier, over the labels that are not `NOT_PREDICTED` for an encoder-decoder model.
     """
@@ -84,14 +57,3 @@ def check_predicted(batches: Sequence[Batch], ahead: int = 1) -> None:
         raise LowRankKitError(
             f"no calibration window has more than {ahead} tokens, so there is no loss; raise calibration.seq_len"
         )
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
-
-    return run
