@@ -32,7 +32,6 @@ from unittest import mock
 
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
-from lowrank_kit.compression.apply import factorise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,6 +39,7 @@ from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compressors.base import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -47,7 +47,6 @@ from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
-from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 
 PERPLEXITY_WINDOW = 1024
@@ -156,9 +155,10 @@ def compress(model: PreTrainedModel, windows: Tensor, ratio: float, batch_size: 
     in_reduce = clock.calls_of(TruncatedSVD, "reduce", DECOMPOSITION)
     in_save = clock.calls_of(CalibrationStore, "save", CACHE)
     with clock(FORWARD), in_reduce, in_save:
-        found = decompose(model, method, samples, batch_size=batch_size, cache=cache)
+        found = method.calibrate(Context(model, layout_of(model), samples, batch_size, cache))
     with clock(FACTORS):
-        factorise(model, method.plan(layout_of(model), found.candidates, None), found)
+        plan = method.decide(layout_of(model), found.candidates, None)
+        method.apply(plan, found, Context(model, layout_of(model), samples, batch_size, cache))
 
 
 def measure_published(arguments: argparse.Namespace) -> Run:

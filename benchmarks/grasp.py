@@ -35,8 +35,8 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.grasp import Grasp, GraspCompression
+from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.factored import ranks_of, replace_linear
@@ -122,7 +122,7 @@ def compress(model: PreTrainedModel, windows: Tensor, arguments: argparse.Namesp
         name="grasp", ratio=ratio, selection="removed", removed_share=REMOVED_SHARE, propagate=propagate
     )  # fmt: skip
     samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows))
-    work = GraspCompression(method, Workbench(model, layout, samples, arguments.batch_size))
+    work = Compression(method, Context(model, layout, samples, arguments.batch_size))
     work.calibrate()
     plan = work.plan()
     work.apply(plan)

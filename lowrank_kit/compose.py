@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_kit.compressors.base import Compressor
-from lowrank_kit.config import RunConfig, load, method_class
+from lowrank_kit.config import Choice, RunConfig, load, method_class
 from lowrank_kit.config.plugins import conf_folders
 from lowrank_kit.config.sweeps import Launcher, Optuna, load_launcher, load_search
 from lowrank_kit.errors import ConfigError, did_you_mean
@@ -269,12 +269,12 @@ class Composer:
 
     def _check_part(self, part: str, composed: DictConfig) -> None:
         """Raise `ConfigError` for a part that the chosen method does not have; merged in, it would mean nothing."""
-        if part in method_class(composed).model_fields:
+        if part in _parts_of(composed):
             return
         having = [
             name
             for name in self.options["method"]
-            if part in method_class(self._compose([f"method={name}"], return_hydra_config=False)).model_fields
+            if part in _parts_of(self._compose([f"method={name}"], return_hydra_config=False))
         ]
         raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
 
@@ -314,6 +314,14 @@ def name_model(composed: DictConfig, overrides: Sequence[str]) -> None:
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     if "model.path" in given and not given & {"model", "model.name"}:
         composed.model.name = _name_of(str(composed.model.path))
+
+
+def _parts_of(composed: DictConfig) -> set[str]:
+    """The fields of the method that a `Choice` of several classes fills."""
+    fields = method_class(composed).model_fields.items()
+    return {
+        name for name, field in fields if isinstance(field.annotation, type) and issubclass(field.annotation, Choice)
+    }
 
 
 def _forget_namesakes(ours: Mapping[str, Sequence[str]]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from lowrank_kit.config import RunConfig
 
@@ -94,7 +95,7 @@ def _kind(section: type[BaseModel]) -> str:
 
 def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        value = values.get(name, field.default)
+        value = values.get(name, to_jsonable_python(field.get_default(call_default_factory=True), fallback=str))
         if (inner := _section_type(field.annotation, value)) is not None:
             yield from _section(f"{prefix}.{name}", inner, value)
         else:

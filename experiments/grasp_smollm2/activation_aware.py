@@ -11,17 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lowrank_kit.compression.apply import factorise
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compressors.base import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
-from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 
 SOURCE = ModelSource("packaged://smollm2_135m")
@@ -39,10 +38,11 @@ def main() -> None:
     method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=0.2)
     for file in arguments.plans:
         model = load_model(SOURCE, "causal").model
-        found = decompose(model, method, samples, batch_size=1, cache=cache_dir() / "calibration")
-        plan = method.plan(layout_of(model), found.candidates, None)
+        context = Context(model, layout_of(model), samples, 1, cache_dir() / "calibration")
+        found = method.calibrate(context)
+        plan = method.decide(layout_of(model), found.candidates, None)
         ranks = json.loads(file.read_text())["ranks"]
-        factorise(model, replace(plan, ranks=ranks), found)
+        method.apply(replace(plan, ranks=ranks), found, context)
         blocks = sorted({ref.block for ref in layout_of(model).linears if ref.rank is not None})
         print(f"blocks {blocks}: {perplexity(model, test).value:.2f}")
 

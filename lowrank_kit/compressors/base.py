@@ -1,7 +1,11 @@
 """What a compressor is: settings that say what to look at, what to keep, and how the model becomes that."""
 
-from dataclasses import dataclass
+import atexit
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Int64
@@ -17,20 +21,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def own_folder() -> Path:
+    """A folder that is gone with this process."""
+    folder = mkdtemp(prefix="lowrank_kit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a compressor works with.
 
     ``samples`` are calibration windows of equal length, read ``batch_size`` at a time; ``probe_windows`` the held-out
-    ones that ``method.probe`` asks for. ``cache`` is the folder of the content-keyed cache. ``progress`` shows bars;
-    None: none are shown.
+    ones that ``method.probe`` asks for. ``cache`` is the folder of the content-keyed cache, by default one of this
+    process alone. ``progress`` shows bars; None: none are shown.
     """
 
     model: "PreTrainedModel"
     layout: ModelLayout
     samples: CalibrationSamples
     batch_size: int
-    cache: Path
+    cache: Path = field(default_factory=own_folder)
     probe_windows: Int64[Tensor, "windows tokens"] | None = None
     progress: "Progress | None" = None
 
@@ -75,3 +86,30 @@ class Compressor(Method):
 
     def plot(self, plan: Plan, statistics: Any, context: Context, folder: Path) -> None:
         """Draw what `plan` saw and decided into an existing folder."""
+
+
+class Compression:
+    """A compressor and the context it works in. What it found of the original model is at hand from then on."""
+
+    def __init__(self, method: Compressor, context: Context) -> None:
+        self.method, self.context = method, context
+
+    def calibrate(self) -> Any:
+        """See `Compressor.calibrate`; it is called once."""
+        return self._statistics
+
+    def plan(self) -> Plan:
+        """See `Compressor.plan`."""
+        return self.method.plan(self._statistics, self.context)
+
+    def apply(self, plan: Plan) -> "PreTrainedModel":
+        """See `Compressor.apply`."""
+        return self.method.apply(plan, self._statistics, self.context)
+
+    def plot(self, plan: Plan, folder: Path) -> None:
+        """See `Compressor.plot`."""
+        self.method.plot(plan, self._statistics, self.context, folder)
+
+    @cached_property
+    def _statistics(self) -> Any:
+        return self.method.calibrate(self.context)

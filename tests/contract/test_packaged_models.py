@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from lowrank_kit.compression.apply import factorise
 from torch.nn.functional import cosine_similarity
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compressors.base import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -14,7 +14,6 @@ from lowrank_kit.models.factored import ranks_of
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
-from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.plain import Plain
 from lowrank_kit.truncations.two_sided import TwoSided
@@ -155,10 +154,11 @@ def test_on_real_weights_and_text_each_better_metric_loses_less(smollm2_path, as
         share = sum(r.in_features * r.out_features for r in layout.select(["v"]))
         ratio = 0.5 * share / sum(r.in_features * r.out_features for r in layout.linears)
         method = TruncatedSVD(name="v", ratio=ratio, roles=("v",), truncation=truncation, allocation=Uniform())
-        decomposition = decompose(model, method, samples, batch_size=2, cache=None)
-        plan = method.plan(layout, decomposition.candidates, None)
+        context = Context(model, layout, samples, 2)
+        statistics = method.calibrate(context)
+        plan = method.decide(layout, statistics.candidates, None)
         assert set(ranks_of(model)) == set()
-        factorise(model, plan, decomposition)
+        method.apply(plan, statistics, context)
         assert set(ranks_of(model).values()) == {72}
         found[truncation.kind] = perplexity(model, windows).nll
     assert found["two_sided"] < found["optimal"] < found["plain"]

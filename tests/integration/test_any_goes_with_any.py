@@ -1,28 +1,22 @@
 """Every truncation with every allocation and every correction, on one tiny model with one cache."""
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowrank_kit.allocations import AnyAllocation
+from lowrank_kit.allocations.base import Allocation
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.svd import SvdCompression, TruncatedSVD
+from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.svd import TruncatedSVD
+from lowrank_kit.corrections.base import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.truncations import AnyTruncation
+from lowrank_kit.truncations.base import Truncation
 
-
-def kinds(union):
-    return {kind.model_fields["kind"].default: kind for kind in get_args(get_args(union)[0])}
-
-
-TRUNCATIONS, ALLOCATIONS = kinds(AnyTruncation), kinds(AnyAllocation)
-CORRECTIONS = get_args(TruncatedSVD.model_fields["correction"].annotation)
+TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
 
@@ -66,7 +60,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         name="any",
         ratio=0.4,
         rank_multiple=1,
-        correction=correction,
+        correction=CORRECTIONS[correction](),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
     )
@@ -74,13 +68,13 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     if refused(method, layout):
         return
     samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)))
-    work = SvdCompression(method, Workbench(copy.deepcopy(model), layout, samples, 4, cache, windows(1, seed=1)))
+    work = Compression(method, Context(copy.deepcopy(model), layout, samples, 4, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
     compressed = work.apply(plan)
     # A basis that several matrices share is one parameter, counted once.
     left = sum(p.numel() for name, p in compressed.named_parameters() if "proj" in name)
-    step = max(sum(candidate.shape) for candidate in work._decomposition.candidates)
+    step = max(sum(candidate.shape) for candidate in work.calibrate().candidates)
     assert left == plan.parameters_after
     assert method.budget(layout) - step < left <= method.budget(layout)
     save_compressed(compressed, tmp_path / "checkpoint")
@@ -104,7 +98,7 @@ def test_what_is_refused_is_known(model):
                 name="any",
                 ratio=0.4,
                 rank_multiple=1,
-                correction=correction,
+                correction=CORRECTIONS[correction](),
                 truncation=TRUNCATIONS[truncation](),
                 allocation=ALLOCATIONS[allocation](),
             ),

@@ -160,7 +160,7 @@ def test_a_job_that_is_warned_goes_back_to_the_queue_and_two_share_an_element(co
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on_by_itself(command, environment, tmp_path):
     (tmp_path / "patient.py").write_text(PATIENT)
     environment = {**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"}
-    patient = ["method._target_=patient.PatientLora", "run.method_prefixes=[lowrank_kit.methods,patient]"]
+    patient = ["method._target_=patient.PatientLora", "run.method_prefixes=[patient]"]
     words = ["method=lora", *patient, "train.max_steps=300", "train.save_every=5"]
     # SLURM looks every half a minute: the warning comes 30 to 60 s before the limit.
     limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30", "train.eval_every=100"]

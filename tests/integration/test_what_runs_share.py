@@ -10,20 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowrank_kit.compression import at_work
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.pipeline import execute
-from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.two_sided import TwoSided
 
@@ -53,21 +51,23 @@ def svd(truncation) -> TruncatedSVD:
 
 
 def decomposed(setting: Setting, cache: Path, truncation) -> dict[str, torch.Tensor]:
-    found = decompose(setting.model, svd(truncation), setting.samples, batch_size=setting.batch_size, cache=cache)
+    found = svd(truncation).calibrate(
+        Context(setting.model, layout_of(setting.model), setting.samples, setting.batch_size, cache)
+    )
     return {candidate.name: candidate.tail for candidate in found.candidates}
 
 
 def compressed(setting: Setting, cache: Path, method) -> dict[str, torch.Tensor]:
     layout = layout_of(setting.model)
-    work = at_work(method, Workbench(setting.model, layout, setting.samples, setting.batch_size, cache))
+    work = Compression(method, Context(setting.model, layout, setting.samples, setting.batch_size, cache))
     work.calibrate()
     return {name: torch.tensor(kept) for name, kept in work.plan().kept.items()}
 
 
 def probed(setting: Setting, cache: Path) -> dict[str, torch.Tensor]:
     samples, method = setting.samples, svd(Optimal())
-    found = decompose(setting.model, method, samples, batch_size=setting.batch_size, cache=cache)
-    change = LossProbe(setting.model, found, WINDOWS).loss_change({found.candidates[3].name: 2})
+    found = method.calibrate(Context(setting.model, layout_of(setting.model), samples, setting.batch_size, cache))
+    change = LossProbe(setting.model, found.decomposition, WINDOWS).loss_change({found.candidates[3].name: 2})
     return {"change": torch.tensor(change, dtype=torch.float64)}
 
 
@@ -227,7 +227,7 @@ def third_party(tmp_path, monkeypatch):
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
         made = importlib.import_module(f"{name}.mine").MineSVD
         method = made(name="mine", ratio=0.4, rank_multiple=1, allocation=Uniform())
-        found = decompose(setting[0].model, method, setting[0].samples, batch_size=3, cache=cache)
+        found = method.calibrate(Context(setting[0].model, layout_of(setting[0].model), setting[0].samples, 3, cache))
         return found.candidates[0].tail
 
     return build

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from lowrank_kit.compression import at_work
 from torch.nn.functional import cross_entropy
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.models.layout import layout_of
 
 ROWS, TOKENS = 8, 40
@@ -62,8 +61,8 @@ def work(rows) -> Callable:
     def compress(model, method, probe_windows=None):
         copy = deepcopy(model)
         samples = CalibrationSamples(tuple({"input_ids": row} for row in rows))
-        bench = Workbench(copy, layout_of(copy), samples, batch_size=3, probe_windows=probe_windows)
-        compression = at_work(method, bench)
+        bench = Context(copy, layout_of(copy), samples, batch_size=3, probe_windows=probe_windows)
+        compression = Compression(method, bench)
         compression.calibrate()
         plan = compression.plan()
         return plan, compression.apply(plan).eval()

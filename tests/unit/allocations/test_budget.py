@@ -1,15 +1,13 @@
 import re
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank_kit.allocations import AnyAllocation
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Budget
+from lowrank_kit.allocations.base import Allocation, Budget
 from lowrank_kit.allocations.d_rank import DRank
 from lowrank_kit.allocations.hisvd import HiSvd
 from lowrank_kit.allocations.loss import Loss
@@ -18,7 +16,7 @@ from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError
 
 RULES = [
-    *(rule() for rule in get_args(get_args(AnyAllocation)[0])),
+    *(rule() for rule in Allocation.known.values()),
     HiSvd(capacity="rank", power=1.0, redundancy="slope", strength=0.3),
     HiSvd(redundancy="participation", strength=1.0),
     DRank(scope="global", guard=False),

@@ -1,14 +1,12 @@
 from pathlib import Path
-from typing import get_args
 
 import pytest
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lowrank_kit.allocations import AnyAllocation
+from lowrank_kit.allocations.base import Allocation
 
 CONF = Path(__file__).parents[3] / "conf" / "allocation"
-RULES = {rule().kind: rule for rule in get_args(get_args(AnyAllocation)[0])}
+RULES = {rule().kind: rule for rule in Allocation.known.values()}
 
 
 def test_every_rule_has_its_yaml_and_every_yaml_its_rule():
@@ -16,15 +14,8 @@ def test_every_rule_has_its_yaml_and_every_yaml_its_rule():
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_a_yaml_lists_every_field_with_its_default(kind):
-    text = (CONF / f"{kind}.yaml").read_text()
-    assert text.startswith("# @package method.allocation\n")
-    assert yaml.safe_load(text) == RULES[kind]().model_dump(mode="json")
-
-
-@pytest.mark.parametrize("kind", RULES)
 def test_kind_selects_the_rule(kind):
-    assert type(TypeAdapter(AnyAllocation).validate_python({"kind": kind})) is RULES[kind]
+    assert type(TypeAdapter(Allocation).validate_python({"kind": kind})) is RULES[kind]
 
 
 @pytest.mark.parametrize(
@@ -32,4 +23,4 @@ def test_kind_selects_the_rule(kind):
 )
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
-        TypeAdapter(AnyAllocation).validate_python(wrong)
+        TypeAdapter(Allocation).validate_python(wrong)

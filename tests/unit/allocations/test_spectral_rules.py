@@ -187,7 +187,7 @@ def test_swift_measures_one_block_at_a_time(smollm2, tails_probe):
     Swift().ranks(smollm2, Budget(int(0.6 * total(smollm2)), 8), probe)
     assert len(probe.asked) == 30
     assert all(len({name.split(".")[1] for name in asked}) == 1 and len(asked) == 7 for asked in probe.asked)
-    assert Swift().needs_probe
+    assert Swift().probe
 
 
 def test_hisvd_anchors_ranks_at_the_root_of_their_density(make):
@@ -244,7 +244,8 @@ def test_hisvd_reads_the_tail_beyond_its_rank_alone(make):
 
 
 def test_hisvd_never_rewards_a_redundant_tail_and_needs_a_forward_pass_alone():
-    assert HiSvd().needs() == {"whitened"}
+    assert {spectrum.name for spectrum in HiSvd().needs()} == {"whitened"}
+    assert all(spectrum.needs().gradient is None for spectrum in HiSvd().needs())
     with pytest.raises(ValidationError, match="strength"):
         HiSvd(strength=-0.1)
 

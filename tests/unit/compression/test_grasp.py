@@ -4,8 +4,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from lowrank_kit.compression import at_work
-from lowrank_kit.compression import grasp as at_work_module
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
@@ -14,8 +12,9 @@ from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.grasp import Grasp, GraspCompression
+from lowrank_kit.compressors import grasp as module
+from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.method import Plan
@@ -53,7 +52,8 @@ def work(samples):
         method = Grasp(**({"name": "grasp", "ratio": 0.4} | settings))
         layout = layout_of(model)
         method.check(layout)
-        return GraspCompression(method, Workbench(model, layout, samples, batch_size, cache))
+        shared = {} if cache is None else {"cache": cache}
+        return Compression(method, Context(model, layout, samples, batch_size, **shared))
 
     return build
 
@@ -103,7 +103,7 @@ def published(model, samples, blocks, ranks, batch_size, in_place=True):
 @pytest.mark.parametrize("propagate", [True, False])
 def test_it_keeps_what_the_published_loop_keeps(family, propagate, lively, work, samples):
     task = work(lively(family), blocks=BLOCKS, propagate=propagate)
-    ranks = task.method.ranks(task.bench.layout, BLOCKS)
+    ranks = task.method.ranks(task.context.layout, BLOCKS)
     expected = published(lively(family), samples, BLOCKS, ranks, 3, in_place=propagate)
     assert task.plan().kept == expected
 
@@ -205,7 +205,7 @@ def test_components_of_any_truncation_are_scored_by_what_the_loss_loses(truncati
     names = [ref.name for ref in layout_of(model).linears if ref.block in BLOCKS]
     gates = {}
     for name in names:
-        up, down = (part.float() for part in task._components(name).components(weight_of(model.get_submodule(name))))
+        up, down = (part.float() for part in task.calibrate().decomposition.projection(name).components(weight_of(model.get_submodule(name))))
         gates[name] = torch.ones(len(down), requires_grad=True)
         weight = weight_of(model.get_submodule(name)).detach()
         torch.testing.assert_close(up @ down, weight, atol=1e-5, rtol=0)
@@ -245,7 +245,7 @@ def test_iteration_measures_influence_again_before_every_block(lively, work, mon
         assert model.config is not None
         return torch.tensor(next(found), dtype=torch.float64)
 
-    monkeypatch.setattr(at_work_module, "block_influence", influence)
+    monkeypatch.setattr(module, "block_influence", influence)
     plan = work(lively(), propagate=True, iterative=True).plan()
     assert {name.split(".")[2] for name in plan.kept} == {"0", "3"}
 
@@ -257,17 +257,11 @@ def test_another_ratio_or_metric_of_the_same_blocks_needs_no_pass_over_the_text(
     def fail(*_, **__):
         raise AssertionError("the calibration text was read again")
 
-    monkeypatch.setattr(at_work_module, "weight_gradients", fail)
+    monkeypatch.setattr(module, "weight_gradients", fail)
     monkeypatch.setattr("lowrank_kit.calibration.influence.BlockWalk", fail)
     assert work(lively(), cache=tmp_path, metric="gradient", ratio=0.35).plan() == whole
     with pytest.raises(AssertionError, match="read again"):
         work(lively(), cache=tmp_path, label_shift="legacy").plan()
-
-
-def test_at_work_knows_it(lively, samples):
-    model = lively()
-    bench = Workbench(model, layout_of(model), samples, 3)
-    assert isinstance(at_work(Grasp(name="grasp"), bench), GraspCompression)
 
 
 @pytest.mark.parametrize("settings", [{}, {"choice": "contiguous"}, {"blocks": BLOCKS}])

@@ -2,12 +2,14 @@ import copy
 
 import pytest
 import torch
-from lowrank_kit.compression.apply import factorise
 
-from lowrank_kit.corrections.sequential import factorise_sequentially
+from lowrank_kit.compressors.base import Context
+from lowrank_kit.corrections.base import Factorisation
+from lowrank_kit.corrections.none import Uncorrected
+from lowrank_kit.corrections.residual import Residual
+from lowrank_kit.corrections.sequential import Sequential
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.portable import LowRankLinear
-from lowrank_kit.truncations.decompose import decompose
 from lowrank_kit.truncations.scaled import Scaled
 from lowrank_kit.truncations.two_sided import TwoSided
 
@@ -28,9 +30,9 @@ def logits_of(model, samples):
 
 
 def run(model, method, samples, plan=None):
-    decomposition = decompose(model, method, samples, batch_size=2, cache=None)
-    plan = plan or method.plan(layout_of(model), decomposition.candidates, None)
-    factorise_sequentially(model, method, plan, samples, batch_size=2, gradients=decomposition.gradients)
+    found = method.calibrate(Context(model, layout_of(model), samples, 2))
+    plan = plan or method.decide(layout_of(model), found.candidates, None)
+    method.apply(plan, found, Context(model, layout_of(model), samples, 2))
     return plan
 
 
@@ -42,11 +44,11 @@ def all_dense(plan, layout, but=()):
 
 
 def plan_of(model, method, samples):
-    decomposition = decompose(model, method, samples, batch_size=2, cache=None)
-    return method.plan(layout_of(model), decomposition.candidates, None)
+    found = method.calibrate(Context(model, layout_of(model), samples, 2))
+    return method.decide(layout_of(model), found.candidates, None)
 
 
-@pytest.mark.parametrize("correction", ["sequential", "residual"])
+@pytest.mark.parametrize("correction", [Sequential(), Residual()])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
 def test_without_an_error_to_correct_nothing_changes(family, correction, tiny_model, samples, method):
     model = tiny_model(family)
@@ -70,7 +72,7 @@ def ridge_fit(seen, x, weight, ridge, anchor, missing=0.0):
 def test_a_dense_matrix_becomes_the_ridge_fit_on_the_inputs_that_it_will_see(anchor, tiny_model, samples, method):
     model = tiny_model("llama")
     original = copy.deepcopy(model)
-    settings = method(ridge=1e-3, anchor=anchor)
+    settings = method(correction=Sequential(ridge=1e-3, anchor=anchor))
     plan = all_dense(plan_of(model, settings, samples), layout_of(model), but=[0])
     run(model, settings, samples, plan)
     name = "model.layers.1.self_attn.v_proj"
@@ -87,7 +89,7 @@ def test_what_writes_to_the_residual_stream_also_fits_what_is_missing_there(
 ):
     model = tiny_model("llama")
     original = copy.deepcopy(model)
-    settings = method(ridge=1e-3, anchor=1.0, correction="residual")
+    settings = method(correction=Residual(ridge=1e-3, anchor=1.0))
     plan = all_dense(plan_of(model, settings, samples), layout_of(model), but=[0])
     run(model, settings, samples, plan)
     # The stream before an addition is what the norm before the branch reads.
@@ -105,7 +107,7 @@ def test_what_writes_to_the_residual_stream_also_fits_what_is_missing_there(
 def test_the_residual_stream_is_followed_more_closely_than_by_outputs_alone(tiny_model, samples, method):
     original = tiny_model("llama")
     errors = []
-    for correction in ("sequential", "residual"):
+    for correction in (Sequential(), Residual()):
         model, settings = copy.deepcopy(original), method(correction=correction)
         run(model, settings, samples)
         found, truth = (inputs_of(m, "model.norm", samples) for m in (model, original))
@@ -116,7 +118,7 @@ def test_the_residual_stream_is_followed_more_closely_than_by_outputs_alone(tiny
 def test_a_family_that_changes_what_it_adds_is_corrected_without_the_stream(tiny_model, samples, method, caplog):
     original = tiny_model("gemma2")
     weights = []
-    for correction in ("sequential", "residual"):
+    for correction in (Sequential(), Residual()):
         model = copy.deepcopy(original)
         run(model, method(correction=correction), samples)
         weights.append(model.state_dict())
@@ -127,7 +129,7 @@ def test_a_family_that_changes_what_it_adds_is_corrected_without_the_stream(tiny
 def test_a_factored_matrix_is_the_best_of_its_rank_for_the_fit(tiny_model, samples, method):
     model = tiny_model("llama")
     original = copy.deepcopy(model)
-    settings = method(ridge=1e-3, anchor=0.0)
+    settings = method(correction=Sequential(ridge=1e-3, anchor=0.0))
     plan = run(model, settings, samples)
     name = "model.layers.1.mlp.gate_proj"
     layer, rank = model.get_submodule(name), plan.ranks[name]
@@ -141,12 +143,13 @@ def test_a_factored_matrix_is_the_best_of_its_rank_for_the_fit(tiny_model, sampl
 
 @pytest.mark.parametrize("truncation", ["optimal", "two_sided"])
 def test_the_model_is_closer_to_the_original_than_without(truncation, tiny_model, samples, method):
-    settings = method(truncation=TwoSided()) if truncation == "two_sided" else method()
+    metric = {"truncation": TwoSided()} if truncation == "two_sided" else {}
+    settings = method(correction=Sequential(), **metric)
     original = tiny_model("llama")
     plain, corrected = copy.deepcopy(original), copy.deepcopy(original)
-    decomposition = decompose(plain, settings, samples, batch_size=2, cache=None)
-    plan = settings.plan(layout_of(plain), decomposition.candidates, None)
-    factorise(plain, plan, decomposition)
+    found = settings.calibrate(Context(plain, layout_of(plain), samples, 2))
+    plan = settings.decide(layout_of(plain), found.candidates, None)
+    Uncorrected().factorise(Factorisation(plain, plan, found.decomposition, samples, 2))
     run(corrected, settings, samples, plan)
     truth = logits_of(original, samples)
     errors = [(logits_of(model, samples) - truth).square().sum() for model in (plain, corrected)]
@@ -158,7 +161,7 @@ def test_asvd_scales_by_the_magnitudes_of_the_inputs_that_the_fit_is_measured_on
     """Those of the compressed model, and of the original one as far as the anchor holds."""
     model = tiny_model("llama", initializer_range=0.2)
     original = copy.deepcopy(model)
-    settings = method(correction="sequential", truncation=Scaled(), anchor=anchor, ridge=1e-3)
+    settings = method(truncation=Scaled(), correction=Sequential(anchor=anchor, ridge=1e-3))
     plan = run(model, settings, samples)
     name = "model.layers.1.mlp.gate_proj"
     x, seen = inputs_of(original, name, samples), inputs_of(model, name, samples)

@@ -1,11 +1,15 @@
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from pydantic_core import to_jsonable_python
 
+from lowrank_kit.allocations.base import Allocation
 from lowrank_kit.compose import Composer
 from lowrank_kit.config import RunConfig, load
+from lowrank_kit.corrections.base import Correction
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.truncations.base import Truncation
 
 COMPOSER = Composer()
 CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for name in names]
@@ -13,7 +17,10 @@ CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for na
 
 # Options that cannot stand alone: the user has to say where the rows are, and these are parts of some methods.
 LOCAL = ("data=local", "experiment=astra_math_small", "experiment=astra_code_small")
-NEEDED = {**{name: ["data.root=rows"] for name in LOCAL}, "allocation": ["method=svd"], "truncation": ["method=svd"]}
+NEEDED = {
+    **{name: ["++data.root=rows"] for name in LOCAL},
+    **{part: ["method=svd"] for part in ("allocation", "truncation", "correction")},
+}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -65,24 +72,32 @@ def test_a_part_that_the_method_does_not_have_is_refused_with_those_that_have_it
         COMPOSER.jobs([f"method={method}", "allocation=hisvd"], multirun=False)
 
 
-def test_every_key_of_the_schema_is_written_in_the_yamls():
-    plain = OmegaConf.to_container(COMPOSER.compose(["task=glue/rte"]))
-    for name, field in RunConfig.model_fields.items():
-        written = plain[name]
-        if name not in ("method", "task") and isinstance(written, dict):
-            assert set(written) == set(field.annotation.model_fields), name
+PARTS = {"truncation": Truncation, "allocation": Allocation, "correction": Correction}
+SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items() if name not in ("method", "task")}
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("method=")])
-def test_every_key_of_a_method_is_written_in_its_yaml(choice):
-    config = COMPOSER.compose([choice])
-    method = load(config).method
-    written = set(config.method) - {"_target_"}
-    # `preset` says which further file was merged in, and is left out where it is none.
-    assert written | {"preset"} == set(type(method).model_fields)
-    for part in ("truncation", "allocation"):
-        if isinstance(config.method.get(part), DictConfig):
-            assert set(config.method[part]) == set(type(getattr(method, part)).model_fields)
+def class_of(group, config):
+    """The class whose fields are the keys of a group's YAMLs."""
+    if group == "method":
+        return type(config.method)
+    if group in PARTS:
+        return type(getattr(config.method, group))
+    return SECTIONS[group]
+
+
+@pytest.mark.parametrize(
+    "choice", [c for c in CHOICES if not c.startswith(("task=", "experiment=", "debug=", "hydra"))]
+)
+def test_a_yaml_repeats_no_default_of_the_class(choice):
+    group, _, name = choice.partition("=")
+    needed = NEEDED.get(choice) or NEEDED.get(group, [])
+    [config] = COMPOSER.jobs([choice, *needed], multirun=False)
+    found = class_of(group, config)
+    raw = yaml.safe_load((COMPOSER.folder / group / f"{name}.yaml").read_text()) or {}
+    # A name says which one it is; defaults are Hydra's.
+    for key in set(raw) - {"_target_", "defaults", "name", "kind", "source"}:
+        default = to_jsonable_python(found.model_fields[key].get_default(call_default_factory=True), fallback=repr)
+        assert raw[key] != default, f"{key}: {raw[key]} is the default"
 
 
 def test_every_option_is_found_by_hydra_too():

@@ -123,9 +123,9 @@ def test_a_preset_that_an_experiment_only_names_is_refused(tmp_path):
 
 def test_a_method_of_ones_own_may_have_a_preset(tmp_path):
     (tmp_path / "published/method/paper").mkdir(parents=True)
-    (tmp_path / "published/method/paper/loss_svd.yaml").write_text("# @package _global_\nmethod:\n  ridge: 0.5\n")
+    (tmp_path / "published/method/paper/loss_svd.yaml").write_text("# @package _global_\nmethod:\n  floor: 0.5\n")
     [config] = Composer(extra=tmp_path).jobs(["method=loss_svd", "task=perplexity", "preset=paper"], multirun=False)
-    assert config.method.ridge == 0.5
+    assert config.method.floor == 0.5
 
 
 def test_help_lists_the_methods_that_have_a_preset():

@@ -81,8 +81,8 @@ def test_open_dictionaries_take_new_keys(check):
 
 
 def test_a_method_outside_the_allowed_packages_says_how_to_allow_it(check):
-    with pytest.raises(ConfigError, match=r"run\.method_prefixes=\[lowrank_kit\.methods,third_party_methods\]"):
-        check("run.method_prefixes=[lowrank_kit.methods]")
+    with pytest.raises(ConfigError, match=r"run\.method_prefixes=\[mylab,third_party_methods\]"):
+        check("run.method_prefixes=[mylab]")
 
 
 @pytest.mark.parametrize(

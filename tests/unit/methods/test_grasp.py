@@ -27,7 +27,7 @@ def test_the_budget_is_met_to_less_than_one_component(ratio, layout):
     method.check(layout)
     blocks = range(method.count(layout))
     kept = {name: list(range(rank)) for name, rank in method.ranks(layout, blocks).items()}
-    left = method.budget(layout) - method.plan(layout, kept, []).parameters_after
+    left = method.budget(layout) - method.decide(layout, kept, []).parameters_after
     assert 0 <= left < min(ref.in_features + ref.out_features for ref in layout.linears)
 
 
@@ -52,7 +52,7 @@ def test_removed_is_the_published_rank_and_removes_no_less_than_the_ratio(layout
     # 64 x 64, 32 x 64 and 160 x 64 at 15 %, rounded down.
     assert [ranks[f"model.layers.0.{n}_proj"] for n in ("self_attn.q", "self_attn.k", "mlp.up")] == [4, 3, 6]
     kept = {name: list(range(rank)) for name, rank in ranks.items()}
-    assert method.plan(layout, kept, []).parameters_after <= method.budget(layout)
+    assert method.decide(layout, kept, []).parameters_after <= method.budget(layout)
 
 
 def test_a_share_of_the_score_keeps_the_smallest_set_that_reaches_it(layout):
@@ -69,7 +69,7 @@ def test_a_set_that_saves_nothing_leaves_the_matrix_dense(layout):
     score = torch.ones(64, dtype=torch.float64)
     assert grasp().keep(ref, score, 31) == list(range(31))
     assert grasp().keep(ref, score, 32) is None
-    plan = grasp().plan(layout, {}, [])
+    plan = grasp().decide(layout, {}, [])
     assert plan.ranks[ref.name] == 64
     assert plan.parameters_after == plan.parameters_before
 

@@ -1,16 +1,14 @@
 """`method.allocation.keep`: what no rule decides, for every rule, under a budget that stays exact."""
 
 import re
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank_kit.allocations import AnyAllocation
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Candidate
+from lowrank_kit.allocations.base import Allocation, Candidate
 from lowrank_kit.allocations.keep import Keep
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.uniform import Uniform
@@ -21,7 +19,7 @@ from lowrank_kit.truncations.optimal import Optimal
 
 SHAPES = {"q": (24, 24), "k": (8, 24), "v": (8, 24), "o": (24, 24), "gate": (40, 24), "down": (24, 40)}
 BLOCKS = 4
-RULES = [rule for rule in get_args(get_args(AnyAllocation)[0]) if rule is not Strs]
+RULES = [rule for rule in Allocation.known.values() if rule is not Strs]
 
 
 def layout_of(shapes, blocks):
@@ -93,7 +91,7 @@ def test_every_rule_leaves_alone_what_is_kept_and_meets_its_budget(
         assert re.search("nearest feasible|every matrix dense", str(error))  # noqa: PT017
         return
     of_blocks = torch.rand(BLOCKS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    plan = svd.plan(LAYOUT, candidates(seed), Probe(), of_blocks if influence else None)
+    plan = svd.decide(LAYOUT, candidates(seed), Probe(), of_blocks if influence else None)
     assert cost(plan) == plan.parameters_after <= svd.budget(LAYOUT)
     held = [r for r in LAYOUT.linears if r.role in roles or r.block in {b % BLOCKS for b in blocks}]
     kept = svd.budget(LAYOUT) / sum(map(size, LAYOUT.linears))
@@ -130,15 +128,15 @@ def test_block_zero_uniform_by_hand():
     # At 0.5: q, o 6 of 12 ranks; k, v 3 of 6; gate, down 7.5 of 15. Without `keep`, all energy being elsewhere, block 0
     # would have one rank a matrix.
     found = [Candidate(c.name, c.members, c.tail * (1e-12 if c.block == 0 else 1.0), c.spectra) for c in candidates(0)]
-    starved = method(Lagrangian(), ratio=0.5).plan(LAYOUT, found, None).ranks
+    starved = method(Lagrangian(), ratio=0.5).decide(LAYOUT, found, None).ranks
     assert [starved[f"0.{role}"] for role in SHAPES] == [1] * 6
-    ranks = method(Lagrangian(keep=Keep(blocks=(0,))), ratio=0.5).plan(LAYOUT, found, None).ranks
+    ranks = method(Lagrangian(keep=Keep(blocks=(0,))), ratio=0.5).decide(LAYOUT, found, None).ranks
     assert [ranks[f"0.{role}"] for role in ("q", "k", "v", "o")] == [6, 3, 3, 6]
     assert {ranks["0.gate"], ranks["0.down"]} <= {7, 8}
 
 
 def test_the_last_block_may_be_named_from_the_end():
-    both = [method(Uniform(keep=Keep(blocks=(b,), at="dense"))).plan(LAYOUT, candidates(0), None) for b in (-1, 3)]
+    both = [method(Uniform(keep=Keep(blocks=(b,), at="dense"))).decide(LAYOUT, candidates(0), None) for b in (-1, 3)]
     assert both[0].ranks == both[1].ranks
     assert both[0].ranks["3.q"] == 24
 
@@ -147,7 +145,7 @@ def test_a_floor_by_influence_is_a_share_of_the_uniform_rank():
     # Influences 1 : 1/2 : 0 : 1/4 of the largest, at half of them: q's uniform rank 6 gives floors 3, 1, none, none.
     found = [Candidate(c.name, c.members, c.tail * 1e-12 ** (c.block < 2), c.spectra) for c in candidates(0)]
     svd = method(Lagrangian(keep=Keep(influence=0.5)), ratio=0.5)
-    ranks = svd.plan(LAYOUT, found, None, torch.tensor([0.8, 0.4, 0.0, 0.2], dtype=torch.float64)).ranks
+    ranks = svd.decide(LAYOUT, found, None, torch.tensor([0.8, 0.4, 0.0, 0.2], dtype=torch.float64)).ranks
     assert (ranks["0.q"], ranks["0.o"], ranks["1.q"], ranks["0.gate"]) == (3, 3, 1, 3)
 
 

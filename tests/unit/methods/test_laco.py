@@ -5,10 +5,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from lowrank_kit.compression import at_work
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.compressors.laco import LaCo, Merge, MergeTrials
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.method import Plan
@@ -35,7 +34,7 @@ def layout(model):
 def bench_of(model, batch_size=2, lengths=(16, 16, 16, 16)):
     draw = torch.Generator().manual_seed(0)
     sequences = tuple({"input_ids": torch.randint(3, 64, (n,), generator=draw)} for n in lengths)
-    return Workbench(model, layout_of(model), CalibrationSamples(sequences), batch_size)
+    return Context(model, layout_of(model), CalibrationSamples(sequences), batch_size)
 
 
 def merged_by_hand(model, merges, differences):
@@ -102,7 +101,7 @@ def test_the_threshold_found_meets_the_ratio_and_a_hundredth_more_does_not(ratio
         return table.setdefault(merges, float(torch.rand((), generator=draw)))
 
     chosen, needed = method(ratio=ratio, merged=2), math.ceil(ratio * BLOCKS)
-    plan = chosen.plan(layout, similarity)
+    plan = chosen.decide(layout, similarity)
     threshold = plan.scores["threshold"]
     assert len(plan.kept_blocks) == BLOCKS - needed
     assert chosen.merges(plan) == chosen.scan(layout, threshold, table.__getitem__).merges
@@ -131,7 +130,7 @@ def test_blocks_that_are_equal_and_idle_merge_without_a_trace(model, layout):
         expected = model(IDS).logits
     trials = MergeTrials(model, layout, bench_of(model).samples, 2, "original")
     assert trials.similarity((Merge(4, (5, 6)),)) == pytest.approx(1, abs=1e-12)
-    compression = at_work(method(), bench_of(model))
+    compression = Compression(method(), bench_of(model))
     plan = compression.plan()
     assert plan.kept == {"block 4": [5, 6]}
     with torch.no_grad():
@@ -142,7 +141,7 @@ def test_blocks_that_are_equal_and_idle_merge_without_a_trace(model, layout):
 def test_a_plan_leaves_the_model_alone_and_applies_to_another_from_json(differences, model, tiny_model, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     bench = bench_of(model)
-    compression = at_work(method(ratio=0.5, differences=differences), bench)
+    compression = Compression(method(ratio=0.5, differences=differences), bench)
     compression.calibrate()
     plan = compression.plan()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -151,11 +150,11 @@ def test_a_plan_leaves_the_model_alone_and_applies_to_another_from_json(differen
     raw = json.loads(json.dumps(asdict(plan), sort_keys=True))
     read = Plan(**{**raw, "kept_blocks": tuple(raw["kept_blocks"])})
     again = tiny_model("llama", num_hidden_layers=BLOCKS)
-    assert at_work(method(ratio=0.5, differences=differences), bench_of(again)).plan() == plan
+    assert Compression(method(ratio=0.5, differences=differences), bench_of(again)).plan() == plan
     by_hand = merged_by_hand(again, compression.method.merges(plan), differences)
     with torch.no_grad():
         first = compression.apply(plan)(IDS).logits
-        second = at_work(method(ratio=0.5, differences=differences), bench_of(again)).apply(read)(IDS).logits
+        second = Compression(method(ratio=0.5, differences=differences), bench_of(again)).apply(read)(IDS).logits
         assert torch.equal(first, second)
         torch.testing.assert_close(first, by_hand(IDS, use_cache=False).logits)
     assert len(layout_of(model).blocks) == BLOCKS // 2 == len(plan.kept_blocks)
@@ -168,7 +167,7 @@ def test_every_family_of_blocks_can_be_merged(tiny_model):
         if family == "gemma2":
             count["layer_types"] = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
         model = tiny_model(family, **count)
-        compression = at_work(method(), bench_of(model))
+        compression = Compression(method(), bench_of(model))
         with torch.no_grad():
             assert compression.apply(compression.plan())(IDS).logits.isfinite().all()
         assert len(layout_of(model).blocks) == 3
@@ -190,8 +189,8 @@ def test_what_cannot_be_is_said_from_shapes_alone(settings, message, layout):
 
 def test_a_threshold_too_high_for_the_ratio_says_how_far_to_lower_it(layout):
     with pytest.raises(LowRankKitError, match=r"lets 0 blocks go .* takes 2: .* 0\.6000; lower"):
-        method(threshold=0.7).plan(layout, lambda _: 0.6)
-    assert method(threshold=0.5).plan(layout, lambda _: 0.6).scores["threshold"] == 0.5
+        method(threshold=0.7).decide(layout, lambda _: 0.6)
+    assert method(threshold=0.5).decide(layout, lambda _: 0.6).scores["threshold"] == 0.5
 
 
 def test_states_that_are_not_finite_are_an_error(model, layout):

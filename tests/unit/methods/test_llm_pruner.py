@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.llm_pruner import LLMPruner, PrunerCompression
+from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
 
@@ -23,7 +23,8 @@ def samples():
 @pytest.fixture
 def work(samples):
     def build(model, cache=None, **settings):
-        return PrunerCompression(method(**settings), Workbench(model, layout_of(model), samples, 4, cache))
+        shared = {} if cache is None else {"cache": cache}
+        return Compression(method(**settings), Context(model, layout_of(model), samples, 4, **shared))
 
     return build
 
@@ -40,7 +41,7 @@ def test_the_budget_is_met_to_less_than_a_channel(tiny_model, work, family, rati
     plan, before = compression.plan(), linear_parameters(model)
     after = linear_parameters(compression.apply(plan))
     assert (plan.parameters_before, plan.parameters_after) == (before, after)
-    budget = compression.method.budget(compression.bench.layout)
+    budget = compression.method.budget(compression.context.layout)
     assert budget - 3 * 32 < after <= budget
     for ref in layout_of(model).linears:
         assert plan.ranks[ref.name] == ref.full_rank
@@ -67,7 +68,7 @@ def test_taylor_scores_are_those_of_plain_autograd(tiny_model, samples, work):
     lost = sum(twin(input_ids=s["input_ids"][None], labels=s["input_ids"][None]).loss for s in samples.sequences)
     (lost / len(samples.sequences)).backward()
     compression = work(model)
-    scores, plan = compression._scores, compression.plan()
+    scores, plan = compression.calibrate(), compression.plan()
     for block, layer in enumerate(twin.model.layers[:2]):
         mlp = layer.mlp
         change = {p: (p.weight * p.weight.grad).detach() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)}

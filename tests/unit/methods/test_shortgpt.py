@@ -1,11 +1,10 @@
 import pytest
 import torch
-from lowrank_kit.compression import at_work
 from pydantic import ValidationError
 
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
+from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.compressors.shortgpt import ShortGPT
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
@@ -31,12 +30,12 @@ def layout(model):
 def bench(model, layout):
     draw = torch.Generator().manual_seed(0)
     samples = CalibrationSamples(tuple({"input_ids": torch.randint(3, 64, (16,), generator=draw)} for _ in range(4)))
-    return Workbench(model, layout, samples, batch_size=2)
+    return Context(model, layout, samples, batch_size=2)
 
 
 def planned(layout, distances=INFLUENCE, **settings):
     values = torch.tensor(INFLUENCE, dtype=torch.float64)
-    return method(**settings).plan(layout, values, torch.tensor(distances, dtype=torch.float64))
+    return method(**settings).decide(layout, values, torch.tensor(distances, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_blocks_named_twice_or_below_zero_are_no_settings(blocks):
 def test_a_plan_leaves_the_model_alone_and_another_process_applies_it(settings, model, bench, tiny_model, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     chosen = method(**settings)
-    compression = at_work(chosen, bench)
+    compression = Compression(chosen, bench)
     compression.calibrate()
     plan = compression.plan()
     compression.plot(plan, tmp_path)
@@ -97,10 +96,10 @@ def test_a_plan_leaves_the_model_alone_and_another_process_applies_it(settings, 
     names = [f"block {i}" if span == 1 else f"blocks {i}-{i + 1}" for i in range(len(expected))]
     assert [plan.scores[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-5)
     again = tiny_model("llama", num_hidden_layers=6)
-    other = Workbench(again, layout_of(again), bench.samples, batch_size=4)
+    other = Context(again, layout_of(again), bench.samples, batch_size=4)
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        first, second = (at_work(chosen, b).apply(plan)(ids).logits for b in (bench, other))
+        first, second = (Compression(chosen, b).apply(plan)(ids).logits for b in (bench, other))
     assert torch.equal(first, second)
     assert len(layout_of(model).blocks) == 4
 
@@ -112,7 +111,7 @@ def test_a_block_that_does_nothing_goes_first(model, bench):
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         expected = model(ids).logits
-        compression = at_work(method(ratio=0.1), bench)
+        compression = Compression(method(ratio=0.1), bench)
         plan = compression.plan()
         assert plan.kept_blocks == (0, 1, 3, 4, 5)
         assert torch.equal(compression.apply(plan)(ids).logits, expected)

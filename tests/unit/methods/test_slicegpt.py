@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Workbench
-from lowrank_kit.compressors.slicegpt import SliceCompression, SliceGPT, slice_model
+from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.slicegpt import SliceGPT, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import all_with
 from lowrank_kit.models.layout import layout_of
@@ -26,8 +26,8 @@ def in_blocks(model):
 @pytest.mark.parametrize("family", SLICEABLE)
 def test_the_widest_model_within_the_budget_is_made(tiny_model, family, ratio):
     model = tiny_model(family)
-    compression = SliceCompression(method(ratio=ratio), Workbench(model, layout_of(model), SAMPLES, 4))
-    before, budget = in_blocks(model), compression.method.budget(compression.bench.layout)
+    compression = Compression(method(ratio=ratio), Context(model, layout_of(model), SAMPLES, 4))
+    before, budget = in_blocks(model), compression.method.budget(compression.context.layout)
     plan = compression.plan()
     sliced = compression.apply(plan)
     assert (plan.parameters_before, plan.parameters_after) == (before, in_blocks(sliced))
@@ -75,8 +75,7 @@ def test_principal_directions_lose_less_than_the_others(tiny_model):
 def test_batch_size_and_planning_change_nothing(tiny_model):
     models = [tiny_model("qwen3") for _ in range(2)]
     compressions = [
-        SliceCompression(method(), Workbench(m, layout_of(m), SAMPLES, size))
-        for m, size in zip(models, (2, 6), strict=True)
+        Compression(method(), Context(m, layout_of(m), SAMPLES, size)) for m, size in zip(models, (2, 6), strict=True)
     ]
     before = {name: p.clone() for name, p in models[0].named_parameters()}
     plans = [c.plan() for c in compressions]
@@ -89,7 +88,7 @@ def test_batch_size_and_planning_change_nothing(tiny_model):
 
 @pytest.mark.parametrize("family", ["gemma2", "opt", "phi3", "gpt2"])
 def test_another_family_is_refused(tiny_model, family):
-    with pytest.raises(ConfigError, match=rf"slices llama, mistral, qwen2, qwen3 .* is a {family}"):
+    with pytest.raises(ConfigError, match=rf"slices .*llama, .* is a {family}"):
         method().check(layout_of(tiny_model(family)))
 
 

@@ -38,7 +38,14 @@ def test_every_file_that_is_saved_has_the_mode_of_a_new_one(mode, tiny_model, tm
     adapter.export(tmp_path / "adapter", "base")
     method, model = FullFineTuning(name="full_ft"), tiny_model("llama")
     full = adapted(
-        method, model, method.plan(layout_of(model), {}), {}, None, new_modules=[], task_type="CAUSAL_LM", batch_size=1
+        method,
+        model,
+        method.plan(layout_of(model), {}),
+        {},
+        None,
+        new_modules=[],
+        task_type="CAUSAL_LM",
+        batch_size=1,
     )
     full.export(tmp_path / "full", "base")
     found = modes(tmp_path)

@@ -35,7 +35,7 @@ def hostile(leave_run, tmp_path):
     folder, mark = leave_run("hostile", FIGURES), tmp_path / "imported"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["method"]["_target_"] = "evil_methods.Evil"
-    config["run"]["method_prefixes"] = ["lowrank_kit.methods", "evil_methods"]
+    config["run"]["method_prefixes"] = ["evil_methods"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name in ("evil_methods", "yaml", "jinja2", "sitecustomize", "rich"):
         (folder / f"{name}.py").write_text(EVIL.format(mark=str(mark)))
