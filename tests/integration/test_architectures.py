@@ -62,7 +62,7 @@ def test_an_adapter_of_a_family_is_plain_peft(family, tiny_model, tmp_path):
     model, method = tiny_model(family), Lora(name="lora", rank=2, alpha=2.0)
     layout = layout_of(model)
     method.check(layout)
-    attached = attach(model, method, method.decide(layout, {}), {}, (), "CAUSAL_LM")
+    attached = attach(model, method, method.plan(layout, {}), {}, (), "CAUSAL_LM")
     attached.model(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         for name, parameter in attached.model.named_parameters():
