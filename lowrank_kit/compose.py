@@ -95,7 +95,9 @@ class Composer:
         for option, given in (("--config-path", folder), ("--config-dir", extra)):
             if given is not None and not given.is_dir():
                 raise ConfigError(f"{option} '{given}' is not a folder")
-        self.more = [*conf_folders(), *([self.extra] if self.extra else [])]
+        plugins = conf_folders()
+        self.plugged_in = [f"file://{folder}" for folder in plugins]
+        self.more = [*plugins, *([self.extra] if self.extra else [])]
         self.options = options([self.folder, *self.more])
         self.presets = presets([self.folder, *self.more])
         _forget_namesakes(self.options)
@@ -191,8 +193,8 @@ class Composer:
         return good
 
     def _compose(self, overrides: Sequence[str], return_hydra_config: bool) -> DictConfig:
-        places = ",".join(f"file://{folder}" for folder in self.more)
-        search = [f"hydra.searchpath=[{places}]"] if self.more else []
+        places = [*self.plugged_in, *([f"file://{self.extra}"] if self.extra else [])]
+        search = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
         self._check_options(overrides)
         with (
             self._readable_errors(),

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from lowrank_kit.config import RunConfig
+from lowrank_kit.config import Choice, RunConfig
 
 INTRODUCTION = """\
 Adapt or compress a language model with a low-rank method, evaluate it, and leave a run directory behind.
@@ -78,6 +78,8 @@ def _section_type(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The section that a key is; of several, the one of the value's `kind`. None for a plain value."""
     if get_origin(annotation) is Annotated:
         return _section_type(get_args(annotation)[0], value)
+    if isinstance(annotation, type) and issubclass(annotation, Choice) and isinstance(value, Mapping):
+        return annotation.known.get(value["kind"], annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) not in (Union, UnionType) or not isinstance(value, Mapping):

@@ -95,7 +95,8 @@ def _hydra(argv: list[str], composer: Composer) -> None:
 
     # Hydra prints and exits by itself unless told to let exceptions through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    places = [f"hydra.searchpath=[{','.join(composer.plugged_in)}]"] if composer.plugged_in else []
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv, *places]
     try:
         hydra.main(version_base="1.3", config_path=str(composer.folder), config_name=composer.name)(job)()
     finally:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from lowrank_kit.config.explain import explain
 from lowrank_kit.config.plugins import OURS, import_installed, installed
 from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Bos, Choice, Section
@@ -27,7 +28,6 @@ from lowrank_kit.config.tasks import (
 )
 from lowrank_kit.config.training import InstructionSet, RecoveryConfig, TrainConfig
 from lowrank_kit.errors import ConfigError, did_you_mean
-from lowrank_kit.explain import explain
 
 __all__ = [
     "DEVICES",

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from lowrank_kit.config.explain import explain
 from lowrank_kit.config.section import Section
 from lowrank_kit.errors import ConfigError, did_you_mean
-from lowrank_kit.explain import explain
 
 
 class InProcess(Section):

@@ -205,7 +205,10 @@ def test_components_of_any_truncation_are_scored_by_what_the_loss_loses(truncati
     names = [ref.name for ref in layout_of(model).linears if ref.block in BLOCKS]
     gates = {}
     for name in names:
-        up, down = (part.float() for part in task.calibrate().decomposition.projection(name).components(weight_of(model.get_submodule(name))))
+        up, down = (
+            part.float()
+            for part in task.calibrate().decomposition.projection(name).components(weight_of(model.get_submodule(name)))
+        )
         gates[name] = torch.ones(len(down), requires_grad=True)
         weight = weight_of(model.get_submodule(name)).detach()
         torch.testing.assert_close(up @ down, weight, atol=1e-5, rtol=0)

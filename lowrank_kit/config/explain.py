@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from lowrank_kit.config.section import Choice
 from lowrank_kit.errors import did_you_mean
 
 
@@ -35,30 +36,55 @@ def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _typed_steps(schema: type[BaseModel], steps: tuple[int | str, ...]) -> Iterator[str]:
-    # pydantic puts the tag of a discriminated union between the key and its fields; nobody typed that.
-    tasks = get_args(schema.model_fields["task"].annotation) if "task" in schema.model_fields else ()
-    kinds = [kind for task in tasks for kind in _tags(task)]
-    for index, step in enumerate(steps):
-        if not (index == 1 and steps[0] == "task" and step in kinds):
+    """The steps that somebody typed: pydantic puts the tag of a union between a key and its fields."""
+    annotation: Any = schema
+    for step in steps:
+        if not _is_tag(annotation, step):
             yield str(step)
+        try:
+            annotation = _annotation_at(annotation, (step,))
+        except (KeyError, IndexError):
+            # The last one, which is not known.
+            return
 
 
 def _tags(member: type[BaseModel]) -> tuple[str, ...]:
     return get_args(member.model_fields["kind"].annotation)
 
 
+def _is_tag(annotation: Any, step: int | str) -> bool:
+    annotation = _bare(annotation)
+    if _has_choices(annotation):
+        return step in annotation.known
+    if get_origin(annotation) not in (Union, UnionType):
+        return False
+    return any("kind" in _fields_of(member) and step in _tags(member) for member in get_args(annotation))
+
+
 def _annotation_at(annotation: Any, steps: tuple[int | str, ...]) -> Any:
-    """Follow an error's location through sections, unions (by tag) and dictionaries."""
+    """Follow an error's location through sections, choices and unions (by tag), and dictionaries."""
     for step in steps:
-        if get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        annotation = _bare(annotation)
+        if _has_choices(annotation) and step in annotation.known:
+            annotation = annotation.known[step]
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             annotation = annotation.model_fields[str(step)].annotation
         elif get_origin(annotation) in (Union, UnionType):
-            annotation = next(a for a in get_args(annotation) if step in _tags(a))
+            members = [a for a in get_args(annotation) if a is not NoneType]
+            tagged = [a for a in members if "kind" in _fields_of(a) and step in _tags(a)]
+            annotation = tagged[0] if tagged else _annotation_at(members[0], (step,))
         else:
             annotation = get_args(annotation)[-1]
     return annotation
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _has_choices(annotation: Any) -> bool:
+    """Whether it stands for several classes by `kind`: a direct subclass of `Choice`."""
+    return isinstance(annotation, type) and issubclass(annotation, Choice) and Choice in annotation.__bases__
 
 
 def _fields_of(annotation: Any) -> tuple[str, ...]:

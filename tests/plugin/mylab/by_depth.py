@@ -1,0 +1,26 @@
+"""Ranks that rise with depth: the first blocks lose most."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lowrank_kit.allocations.base import Allocation
+from lowrank_kit.allocations.budget import break_even_of, proportional
+
+
+class ByDepth(Allocation):
+    """``k ~ uniform rank * (1 + slope * depth)``, depth from 0 in the first block to 1 in the last."""
+
+    kind: Literal["by_depth"] = "by_depth"
+    """Marks the rule."""
+    slope: float = Field(default=1.0, ge=0)
+    """0 is the uniform allocation."""
+
+    def ranks(self, candidates, budget, probe=None):
+        """See `Allocation`."""
+        last = max(1, *(candidate.block for candidate in candidates))
+        weights = [
+            uniform * (1 + self.slope * candidate.block / last)
+            for uniform, candidate in zip(break_even_of(candidates), candidates, strict=True)
+        ]
+        return proportional(candidates, budget, weights)
