@@ -198,7 +198,7 @@ class TaskTexts:
             raise ConfigError(
                 f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
                 f"of calibration, '{split}' of {name} has {len(windows)} of {window} tokens; lower "
-                "eval.held_out, method.probe_windows, calibration.samples or the windows' lengths"
+                "eval.held_out, method.allocation.probe_windows, calibration.samples or the windows' lengths"
             )
         return windows[:count]
 

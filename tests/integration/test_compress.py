@@ -20,13 +20,15 @@ METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
     *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd"),
 ]
+MEASURED = ("asvd", "swift", "loss_svd")
 
 
 @pytest.fixture
 def words(language_arguments):
     def build(*more, **where):
-        usual = ("task.texts.other={}", "method.ratio=0.4", "method.rank_multiple=1", "method.probe_seq_len=16")
-        return language_arguments(*usual, *more, **where)
+        usual = ("task.texts.other={}", "method.ratio=0.4", "method.rank_multiple=1")
+        measured = ["method.allocation.probe_seq_len=16"] if where.get("method") in MEASURED else []
+        return language_arguments(*usual, *measured, *more, **where)
 
     return build
 
@@ -119,7 +121,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(settings, message, jo
 
 def test_an_adapter_has_nothing_to_learn_from_running_text(job):
     with pytest.raises(ConfigError, match="has nothing to learn from"):
-        execute(job("~method.ratio", "~method.rank_multiple", "~method.probe_seq_len", method="astra"))
+        execute(job("~method.ratio", "~method.rank_multiple", method="astra"))
 
 
 def test_a_compressor_refuses_a_classification_task(checkpoint, rows_folder):
@@ -168,8 +170,8 @@ def test_a_stage_asked_for_alone_makes_what_it_needs(job, tmp_path):
 
 def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, monkeypatch):
     monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
-    with pytest.raises(ConfigError, match=r"method\.probe_windows"):
-        execute(job("method.probe_windows=500", method="loss_svd"))
+    with pytest.raises(ConfigError, match=r"method\.allocation\.probe_windows"):
+        execute(job("method.allocation.probe_windows=500", method="loss_svd"))
 
 
 def test_a_preset_is_in_the_run_directory_value_by_value_and_what_is_typed_wins(words, tmp_path):
