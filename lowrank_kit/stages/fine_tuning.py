@@ -3,7 +3,6 @@
 import logging
 import time
 from abc import abstractmethod
-from dataclasses import asdict
 from functools import cached_property
 from typing import ClassVar, Generic
 
@@ -69,7 +68,7 @@ class FineTuningStages(Stages[Task, Data], Generic[Task, Data]):
     def plan(self) -> None:
         """Decide the rank of every matrix: ``plan.json``."""
         if self._plan is not None:
-            self._run.write_json("plan.json", asdict(self._plan))
+            self._run.write_json("plan.json", self._plan.as_json())
 
     def apply(self) -> None:
         """Put the adapter into the model."""

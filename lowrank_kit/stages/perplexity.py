@@ -27,6 +27,7 @@ from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.files import read_as
 from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_model, open_streamed
@@ -70,7 +71,7 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
         with StageProgress() as progress:
             statistics = self._statistics_with(progress)
             plan = self._compressor.plan(statistics, self._context(progress))
-        self._run.write_json("plan.json", asdict(plan))
+        self._run.write_json("plan.json", plan.as_json())
         with self._run.write_folder("plots") as plots:
             self._compressor.plot(plan, statistics, self._context(None), plots)
         removed = 1 - plan.parameters_after / plan.parameters_before
@@ -211,6 +212,8 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
         return None if probe is None else self._data.held_out(probe[0], self._tokenizer, probe[1])
 
     def _context(self, progress: StageProgress | None) -> Context:
+        if self._compressor is not None and self._compressor.factorises:
+            list_experts(self._loaded)
         return Context(
             self._loaded,
             layout_of(self._loaded),
