@@ -1,6 +1,7 @@
 """What every method decides, the plan; and the method that decides nothing."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from lowrank_kit.config import Method as Method
 
@@ -13,6 +14,7 @@ class Plan:
     compression leaves of them. A compressor's matrix at rank min(out, in) is left dense, one at rank 0 is gone.
     ``kept`` says what is left where it is not the leading part: singular components, heads or channels, by name.
     ``trained_parameters`` counts what training changes of the block linears or adds to them, without a new head.
+    ``starved`` are matrices left dense because their expert saw too few calibration tokens: how many.
     """
 
     method: str
@@ -23,6 +25,11 @@ class Plan:
     scores: dict[str, float] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
     trained_parameters: int = 0
+    starved: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name; `starved` only where there is any, so that plans without experts are what they were."""
+        return {name: value for name, value in asdict(self).items() if value or name != "starved"}
 
 
 class Baseline(Method):

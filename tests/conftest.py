@@ -22,17 +22,23 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     SmolLM3Config,
     T5Config,
@@ -48,6 +54,7 @@ DECODER = {**TOKENS, **SIZES, "num_key_value_heads": 2, "head_dim": 12}
 ENCODER = {**TOKENS, **SIZES, "max_position_embeddings": 40}
 NARROW_HEADS = {key: value for key, value in DECODER.items() if key != "head_dim"}
 T5_SIZES = {**TOKENS, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 # Two layers with keys and values of their own, and two that take theirs.
 GEMMA4 = {
     "num_hidden_layers": 4,
@@ -84,6 +91,20 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "olmo2": lambda: Olmo2Config(**DECODER),
     "olmo3": lambda: Olmo3Config(**DECODER),
     "smollm3": lambda: SmolLM3Config(**NARROW_HEADS),
+    "mixtral": lambda: MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: OlmoeConfig(**NARROW_HEADS, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": lambda: GptOssConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **NARROW_HEADS,
+        **MIXTURE,
+        shared_expert_intermediate_size=24,
+        # Every second block has experts.
+        decoder_sparse_step=2,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**DECODER, **MIXTURE, mlp_only_layers=[1]),
+    "llama4_text": lambda: Llama4TextConfig(
+        **DECODER, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, intermediate_size_mlp=40
+    ),
     "phi3": lambda: Phi3Config(**NARROW_HEADS),
     "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=40),
     "opt": lambda: OPTConfig(

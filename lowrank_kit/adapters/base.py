@@ -48,8 +48,21 @@ class FineTuning(Method):
             yield runtime.not_for_training
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
-        """The linears to train, of a factored one both halves. Raises `ConfigError` for a role that is not there."""
-        return tuple(part for ref in layout.of_roles(self.roles) for part in ref.parts)
+        """The linears to train, of a factored one both halves; where all experts are one parameter, attention alone.
+
+        To such a parameter no adapter can be attached, and PEFT takes names of other MLP matrices for the experts'.
+        Raises `ConfigError` for a role that is not there, or that cannot be adapted.
+        """
+        refs = layout.of_roles(self.roles)
+        if any(ref.packed for ref in layout.linears):
+            others = dict.fromkeys(ref.role for ref in refs if ref.kind != "attention")
+            if self.roles is not None and others:
+                raise ConfigError(
+                    f"method.roles: {', '.join(others)} of this {layout.model_type} cannot be adapted, for its experts "
+                    "are one parameter: leave them out"
+                )
+            refs = tuple(ref for ref in refs if ref.kind == "attention")
+        return tuple(part for ref in refs for part in ref.parts)
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
         """Decide every rank. ``kept`` is what calibration kept of each target, empty without calibration."""

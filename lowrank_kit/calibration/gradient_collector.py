@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.loss import SummedLoss, predicted_tokens
@@ -14,6 +14,7 @@ from lowrank_kit.calibration.walk import Batch
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.spectral.moments import Moments
@@ -39,21 +40,25 @@ class GradientCollector:
         opening: int = 0,
     ) -> None:
         self._model, self._request, self._summed_loss, self._opening = model, request, loss, opening
-        modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
-        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in modules.items()}
+        for ref in refs:
+            check_linear(model.get_submodule(ref.name), ref.name)
+        self._refs = refs
+        # From the first gradient on: of a streamed model only the block at work has any.
+        self._sums: dict[LinearRef, _Sums] = {}
         self._predicted = self._positions = 0
-        # By batch: its rows, and the positions whose gradients the moments count.
+        # By batch: its rows and tokens, and the positions whose gradients the moments count.
         self._rows: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}
         self._kept: dict[int, Tensor] = {}
 
     @property
     def writes(self) -> dict[str, Callable[[int, Tensor, Tensor], None]]:
         """See `lowrank_kit.calibration.walk.Writes`."""
-        return {ref.name: partial(self._observe, ref) for ref in self._sums}
+        return {ref.name: partial(self._observe, ref) for ref in self._refs}
 
     def loss(self, number: int, batch: Batch) -> Tensor | None:
         """See `lowrank_kit.calibration.walk.Loss`."""
-        self._rows[number] = len(batch["input_ids"])
+        self._rows[number], self._tokens[number] = batch["input_ids"].shape[0], batch["input_ids"].numel()
         if self._request.moments:
             real = batch["attention_mask"].bool()
             self._kept[number] = within_margin(real, self._request.margin) & measured(real, self._opening)
@@ -62,19 +67,19 @@ class GradientCollector:
         self._predicted += predicted
         return total if predicted else None
 
-    def add_up(self) -> None:
-        """Take in what the other processes collected from their batches."""
-        if distributed.size() == 1:
-            return
-        self._predicted = int(distributed.total(self._predicted))
-        self._positions = int(distributed.total(self._positions))
-        for sums in self._sums.values():
-            distributed.add_up(*sums.tensors())
+    def statistics(self, refs: Collection[LinearRef]) -> dict[str, GradientStatistics]:
+        """What all processes collected of these linears, by name; it is held no longer.
 
-    def statistics(self) -> dict[str, GradientStatistics]:
-        """What was collected, by name; it is held no longer. Raises `LowRankKitError` where it is not finite."""
-        counts = self._predicted, self._positions
-        return {ref.name: self._sums.pop(ref).statistics(*counts) for ref in tuple(self._sums)}
+        To be asked when all batches have passed them. Raises `LowRankKitError` where it is not finite.
+        """
+        predicted, positions = int(distributed.total(self._predicted)), int(distributed.total(self._positions))
+        found = {}
+        for ref in refs:
+            sums = self._sums_of(ref)
+            distributed.add_up(*sums.tensors())
+            found[ref.name] = sums.statistics(predicted, positions)
+            del self._sums[ref]
+        return found
 
     def _observe(self, ref: LinearRef, number: int, inputs: Tensor, output: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -83,10 +88,23 @@ class GradientCollector:
             output.requires_grad_()
         # What is not needed would wait for the backward pass all the same.
         read = inputs.detach() if self._request.mean or self._request.fisher else None
-        output.register_hook(partial(self._note, ref, number, read))
+        tokens = None if ref.expert is None else tokens_of(self._model, ref)
+        output.register_hook(partial(self._note, ref, number, tokens, read))
 
-    def _note(self, ref: LinearRef, number: int, inputs: Tensor | None, gradient: Tensor) -> None:
-        sums, rows = self._sums[ref], self._rows[number]
+    def _sums_of(self, ref: LinearRef) -> "_Sums":
+        if ref not in self._sums:
+            module: Any = self._model.get_submodule(ref.name)
+            self._sums[ref] = _Sums(module.weight, ref, self._request)
+        return self._sums[ref]
+
+    def _note(
+        self, ref: LinearRef, number: int, tokens: Tensor | None, inputs: Tensor | None, gradient: Tensor
+    ) -> None:
+        sums, rows = self._sums_of(ref), self._rows[number]
+        if tokens is not None:
+            count = self._tokens[number]
+            gradient = spread(gradient, tokens, count)
+            inputs = None if inputs is None else spread(inputs, tokens, count)
         g = gradient.reshape(rows, -1, ref.out_features)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         if inputs is not None:
@@ -97,6 +115,11 @@ class GradientCollector:
                 g = clipped(g, kept, *self._request.clipping)
             module: Any = self._model.get_submodule(ref.name)
             sums.add_moments(g, kept, weight_of(module))
+
+
+def spread(routed: Float[Tensor, "routed _"], tokens: Int64[Tensor, " routed"], count: int) -> Float[Tensor, "count _"]:
+    """What an expert read or gave, at the places of its ``tokens`` among ``count``; zeros at the others'."""
+    return routed.new_zeros(count, routed.shape[-1]).index_copy(0, tokens, routed)
 
 
 class _Sums:

@@ -13,6 +13,7 @@ from lowrank_kit.calibration.texts import measured
 from lowrank_kit.calibration.walk import Batch, BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
 
@@ -61,7 +62,7 @@ def stream_statistics(
         linears = wanted.get(block.index, [])
         in_first_stack = block.index < len(layout.stacks[0])
         own, source = masks[in_first_stack], masks[True]
-        collector = MomentCollector(model.device, linears, request, TokenMasks(own, source))
+        collector = MomentCollector(model, linears, request, TokenMasks(own, source))
         with walk.watching(collector.reads, collector.writes):
             block.pass_on()
         if linears:
@@ -87,9 +88,9 @@ class MomentCollector:
     """
 
     def __init__(
-        self, device: "torch.device", refs: Sequence[LinearRef], request: StatisticsRequest, masks: TokenMasks
+        self, model: PreTrainedModel, refs: Sequence[LinearRef], request: StatisticsRequest, masks: TokenMasks
     ) -> None:
-        self._masks = masks
+        self._model, self._masks, device = model, masks, model.device
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             self._groups[ref.input_group].append(ref)
@@ -162,6 +163,8 @@ class MomentCollector:
     def _update(self, ref: LinearRef, sums: "Moments | Magnitudes", number: int, activations: Tensor) -> None:
         # Of the encoder's hidden states, the encoder's mask tells which tokens are real.
         mask = (self._masks.source if ref.of_source else self._masks.own)[number]
+        if mask is not None and ref.expert is not None:
+            mask = mask.flatten()[tokens_of(self._model, ref)]
         try:
             sums.update(activations, None if mask is None else mask.reshape(activations.shape[:-1]))
         except ValueError as error:

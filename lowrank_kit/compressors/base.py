@@ -15,6 +15,7 @@ from pydantic import Field
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Method, Plan
 from lowrank_kit.models.layout import ModelLayout
 
@@ -74,6 +75,13 @@ class Compressor(Method):
             )
         if model.quantization != "none":
             yield f"method={self.name} compresses float weights: use model.quantization=none"
+
+    def check_streamed(self) -> None:
+        """Raise `ConfigError` unless this works on a model of which one block is in memory at a time."""
+        raise ConfigError(
+            f"method={self.name} needs the whole model in memory: use runtime.weights=resident, or a method of the SVD "
+            "family, such as svd_llm"
+        )
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""

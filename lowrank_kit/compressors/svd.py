@@ -4,6 +4,7 @@ The published methods are named pairs of the two, in ``conf/method/``; HiSVD, D-
 peers differ in nothing else.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class TruncatedSVD(Compressor):
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
-        self.correction.check(self.truncation)
+        self.correction.check(self.truncation, self.targets(layout))
         if self.scope == "role" and self.allocation.crosses_roles:
             raise ConfigError(
                 f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
@@ -100,6 +103,18 @@ class TruncatedSVD(Compressor):
         for rule, part, budget in self._budgets(layout, flat, max(self.floor, keep.influence)):
             options_of(part, budget)
             rule.check(part, budget)
+
+    def check_streamed(self) -> None:
+        """See `Compressor`: refused are a correction, a probe, and bases that blocks share."""
+        reasons = {
+            f"method.correction={self.correction.kind} is not made for that": self.correction.kind != "none",
+            f"the allocation {self.allocation.kind} measures the whole model": self.probe is not None,
+            f"the truncation {self.truncation.kind} joins blocks": self.truncation.span > 1,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ConfigError(
+                f"runtime.weights=streamed has one block in memory at a time, and {reason}: use weights=resident"
+            )
 
     @property
     def probe(self) -> tuple[int, int] | None:
@@ -133,7 +148,14 @@ class TruncatedSVD(Compressor):
         probe = None
         if context.probe_windows is not None:
             probe = LossProbe(context.model, statistics.decomposition, context.probe_windows, context.progress)
-        return self.decide(context.layout, statistics.candidates, probe, statistics.influence)
+        plan = self.decide(context.layout, statistics.candidates, probe, statistics.influence)
+        if starved := statistics.decomposition.starved:
+            first, tokens = next(iter(starved.items()))
+            log.warning(
+                "%d matrices of experts saw fewer tokens than they have directions and are left dense, first %s (%d): "
+                "more calibration.samples reach more of them", len(starved), first, tokens,
+            )  # fmt: skip
+        return replace(plan, starved=dict(starved))
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""

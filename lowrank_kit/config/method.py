@@ -9,6 +9,7 @@ from lowrank_kit.config.model import ModelConfig
 from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Section
 from lowrank_kit.config.tasks import SingleTask
+from lowrank_kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowrank_kit.models.layout import ModelLayout
@@ -39,6 +40,10 @@ class Method(Section):
 
     def check(self, layout: "ModelLayout") -> None:
         """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
+
+    def check_streamed(self) -> None:
+        """Raise `ConfigError` unless this works on a model of which one block is in memory at a time."""
+        raise ConfigError(f"runtime.weights=streamed is for compression, and method={self.name} compresses nothing")
 
     def check_tokens(self, layout: "ModelLayout", tokens: int) -> None:
         """Raise `ConfigError` for fewer calibration tokens, of running text, than the method needs."""

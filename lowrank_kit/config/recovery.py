@@ -83,6 +83,8 @@ class RecoveryConfig(Section):
             )
         if runtime.placement is not None:
             yield runtime.not_for_training
+        if runtime.weights == "streamed":
+            yield "recovery trains the whole model: use runtime.weights=resident, or recovery=none"
         if runtime.kind in ("fsdp", "deepspeed"):
             yield "recovery trains a model that every process holds whole: use runtime=ddp or runtime=single"
 

@@ -1,11 +1,13 @@
 """What a correction is: how the planned factors come into the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
 from lowrank_kit.method import Plan
+from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition
 
@@ -29,8 +31,8 @@ class Factorisation:
 class Correction(Choice):
     """A correction's settings; their fields are the keys of ``conf/correction/NAME.yaml``."""
 
-    def check(self, truncation: Truncation) -> None:
-        """Raise `ConfigError` for a truncation that it does not go with."""
+    def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
+        """Raise `ConfigError` for a truncation, or linears, that it does not go with."""
 
     def factorise(self, work: Factorisation) -> None:
         """Replace every matrix whose planned rank is below full by its factors, in place."""

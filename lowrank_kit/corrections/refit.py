@@ -53,8 +53,16 @@ class Refit(Correction):
     ridge: float = Field(default=0.001, gt=0)
     """Pull towards the original weight, as a share of the inputs' mean energy."""
 
-    def check(self, truncation: Truncation) -> None:
-        """Raise `ConfigError` for a truncation that joins blocks."""
+    def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
+        """Raise `ConfigError` for a truncation that joins blocks, and for experts, which may read other tokens."""
+        experts = dict.fromkeys(ref.role for ref in refs if ref.expert is not None)
+        if experts:
+            others = dict.fromkeys(ref.role for ref in refs if ref.expert is None)
+            raise ConfigError(
+                f"method.correction={self.kind} compares what a matrix reads of the same tokens in two models, and "
+                f"experts ({', '.join(experts)}) may get others: method.correction=none, or "
+                f"method.roles=[{','.join(others)}]"
+            )
         if truncation.span > 1:
             raise ConfigError(
                 f"method.correction={self.kind} goes block by block: it needs a truncation of single blocks"
@@ -73,12 +81,14 @@ class Refit(Correction):
             for ref in layout.linears:
                 if ref.writes_residual:
                     writers[ref.block].append(ref.name)
+        # What experts write is weighted before.
+        has_experts = any(ref.expert is not None for ref in layout.linears)
         batches = batches_of(model, samples, work.batch_size)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = work.progress.add_task("correct and factorise", total=len(layout.blocks)) if work.progress else None
         for before, block in zip(original.forward(), compressed.forward(), strict=True):
             index = block.index
-            if index == 0 and writers and not _adds(before, writers[0]):
+            if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
                 roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
                 log.warning(
                     "%s changes the outputs of %s before they reach the residual stream: corrected without it",

@@ -13,12 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.architectures import base_type
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
+from lowrank_kit.models.experts import pack, with_factors
 from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
 from lowrank_kit.models.files import share
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
 from lowrank_kit.models.rotate import sliced_layers
+from lowrank_kit.models.streamed import Streamed, weights_of
 
+# Entries of ``lowrank`` in every compressed checkpoint.
+_ALWAYS = ("ranks", "shared_down")
 # What the class decides, not the model.
 _OF_THE_CLASS = ("model_type", "architectures", "auto_map", "lowrank")
 
@@ -41,8 +46,17 @@ def save_compressed(
 
     Raises `LowRankKitError` for a model that is no causal language model of transformers.
     """
-    twin = _empty_twin(model, {"ranks": ranks_of(model), "shared_down": shared_downs(model)})
-    _save(twin, model.state_dict(), folder, tokenizer, max_shard_size, dtype)
+    listed = with_factors(model)
+    factors = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "experts": listed}
+    twin, source = _empty_twin(model, factors), weights_of(model)
+    if isinstance(source, Streamed):
+        source.finish(twin, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    weights = model.state_dict()
+    pack(weights, model, listed)
+    _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
 
 
 @torch.no_grad()
@@ -58,21 +72,23 @@ def save_dense(
     It is a stock one unless the model is pruned or sliced: irregular shapes fit no stock class. Embeddings tied to
     the head stay tied. Otherwise as `save_compressed`.
     """
-    weights, twin = model.state_dict(), _empty_twin(model, {"ranks": {}, "shared_down": {}})
+    weights, twin = model.state_dict(), _empty_twin(model, {"ranks": {}, "shared_down": {}, "experts": []})
+    own = {ref.name for ref in layout_of(twin).linears if not ref.packed}
     for name, layer in factored_linears(model):
         del weights[f"{name}.up.weight"], weights[f"{name}.down.weight"]
         weight = layer.dense_weight().to(dtype or layer.up.weight.dtype)
-        transposed = is_transposed(check_linear(twin.get_submodule(name), name))
+        transposed = name in own and is_transposed(check_linear(twin.get_submodule(name), name))
         weights[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
         if layer.up.bias is not None:
             weights[f"{name}.bias"] = weights.pop(f"{name}.up.bias")
+    pack(weights, model, ())
     _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
 
 
-def _empty_twin(model: PreTrainedModel, factors: dict[str, dict[str, Any]]) -> PreTrainedModel:
+def _empty_twin(model: PreTrainedModel, factors: dict[str, Any]) -> PreTrainedModel:
     """The model as its checkpoint's own class builds it, on the meta device: the stock class if nothing is unusual.
 
-    ``factors`` are the ranks and shared factors of the checkpoint; other things unusual are read off the model.
+    ``factors`` are its ranks, shared factors and listed experts; other things unusual are read off the model.
     """
     original = base_type(model.config.model_type)
     _, stock_model = stock_classes(original)
@@ -84,7 +100,7 @@ def _empty_twin(model: PreTrainedModel, factors: dict[str, dict[str, Any]]) -> P
     # Of the compressed class: a stock configuration refuses some sliced hidden sizes.
     plain = _build(model, compressed_classes(original), {"lowrank": {"ranks": {}, "shared_down": {}}})
     unusual = {"shapes": narrower_than(model, plain), "shortcuts": sliced_layers(model)}
-    lowrank = factors | {key: value for key, value in unusual.items() if value}
+    lowrank = {key: value for key, value in (factors | unusual).items() if value or key in _ALWAYS}
     if not any(lowrank.values()):
         return _build(model, stock_classes(original), {})
     return _build(model, compressed_classes(original), {"lowrank": lowrank})

@@ -7,6 +7,9 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.architectures import architecture_of
 from lowrank_kit.models.layout import ModelLayout
 
+NUMBERS = ("mlp_only_layers", "moe_layers")
+"""Entries of configurations that list blocks by number: those without experts, and those with."""
+
 
 def drop_blocks(model: PreTrainedModel, layout: ModelLayout, kept: Sequence[int]) -> None:
     """Leave only the blocks ``kept``, ascending indices, in place; afterwards `layout_of` names them anew.
@@ -33,13 +36,26 @@ def drop_blocks(model: PreTrainedModel, layout: ModelLayout, kept: Sequence[int]
 
 
 def _cut_config(config: PretrainedConfig, count: int, kept: Sequence[int]) -> None:
+    _cut_experts(config, count, kept)
     for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == count:
+        if "layer" in name and name not in NUMBERS and isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[index] for index in kept])
     # Qwen: the first blocks attend to everything, those from here on to a window.
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
     config.num_hidden_layers = len(kept)
+
+
+def _cut_experts(config: PretrainedConfig, count: int, kept: Sequence[int]) -> None:
+    """Renumber the blocks that have experts, or have none."""
+    for name in NUMBERS:
+        numbers = getattr(config, name, None)
+        if numbers is not None and getattr(config, "decoder_sparse_step", 1) != 1:
+            # Qwen: every so many blocks, one has experts.
+            numbers = [i for i in range(count) if i in numbers or (i + 1) % config.decoder_sparse_step != 0]
+            config.decoder_sparse_step = 1
+        if numbers is not None:
+            setattr(config, name, [new for new, old in enumerate(kept) if old in numbers])
 
 
 @no_grad

@@ -27,7 +27,9 @@ class Head:
     def __init__(self, model: PreTrainedModel) -> None:
         if model.get_output_embeddings() is None:
             raise LowRankKitError("the next-token loss needs a causal language model; this one has no such head")
-        self._model, self._decoder = model, model.get_decoder()
+        decoder: Any = model.get_decoder()
+        # Llama 4 does not find its own.
+        self._model, self._decoder = model, model.model if decoder is model else decoder
 
     def hidden(self, **inputs: Any) -> Float[Tensor, "rows tokens hidden"]:
         """The last hidden states for the model's ``inputs``, behind the final norm; the head is not run."""

@@ -1,11 +1,11 @@
 """`ModelLayout`: the blocks and linears of one model, by name, whatever its family and head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
-from lowrank_kit.models.architectures import Architecture, Group, Kind, OneOf, Product, architecture_of
+from lowrank_kit.models.architectures import Architecture, Experts, Group, Kind, OneOf, Product, Role, architecture_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,9 @@ class LinearRef:
     one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
     ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one. The weight of a
     ``quantised`` one is packed integers. ``kind``, ``product`` and ``of_source`` are those of its `Role`; ``norm`` is
-    the module path of the norm whose output it reads, if it is one's.
+    the module path of the norm whose output it reads, if it is one's. ``expert`` is the number of the expert that it
+    belongs to. A ``packed`` one is no module: its weight is a slice of a parameter that all experts share, until
+    `list_experts` makes linears of them.
     """
 
     name: str
@@ -36,6 +38,8 @@ class LinearRef:
     product: Product = "hidden"
     of_source: bool = False
     norm: str | None = None
+    expert: int | None = None
+    packed: bool = False
 
     @property
     def writes_residual(self) -> bool:
@@ -128,7 +132,9 @@ def layout_of(model: "PreTrainedModel") -> ModelLayout:
     model_type: str = model.config.model_type
     architecture = architecture_of(model_type)
     modules = dict(model.named_modules())
-    base = f"{model.base_model_prefix}." if model.base_model_prefix in modules else ""
+    # Llama 4's text model is not where its class says.
+    prefixes = (f"{model.base_model_prefix}.", "model.", "")
+    base = next((prefix for prefix in prefixes if prefix + architecture.embedding in modules), "")
     _check_paths([base + architecture.embedding, *(base + stack.blocks for stack in architecture.stacks)], modules)
     stacks = tuple(tuple(_blocks(base + stack.blocks, modules)) for stack in architecture.stacks)
     head = next((name for name in architecture.heads if name in modules), None)
@@ -164,41 +170,69 @@ def _linears(
     for stack, paths in zip(architecture.stacks, stacks, strict=True):
         for block_path in paths:
             for group in _groups_of(stack.groups, block_path, modules):
-                yield from _group(group, block_path, block, modules)
+                if isinstance(group, Experts):
+                    yield from _experts(group, block_path, block, modules)
+                else:
+                    yield from _group(group, block_path, block, modules)
             block += 1
 
 
-def _groups_of(groups: Sequence[Group | OneOf], block_path: str, modules: "dict[str, nn.Module]") -> Iterator[Group]:
+def _groups_of(
+    groups: Sequence[Group | Experts | OneOf], block_path: str, modules: "dict[str, nn.Module]"
+) -> Iterator[Group | Experts]:
     """The groups that this block has. Raises `LowRankKitError` for a module that it lacks."""
     for entry in groups:
         alternatives = entry.alternatives if isinstance(entry, OneOf) else ((entry,),)
-        wanted = [[f"{block_path}.{p}" for g in found for p in g.linears.values()] for found in alternatives]
+        wanted = [[f"{block_path}.{path}" for group in found for path in _paths(group)] for found in alternatives]
         present = [all(path in modules for path in paths) for paths in wanted]
         if not any(present):
             _check_paths(min(wanted, key=lambda paths: sum(path not in modules for path in paths)), modules)
         yield from alternatives[present.index(True)]
 
 
+def _paths(group: Group | Experts) -> Iterable[str]:
+    return (group.path,) if isinstance(group, Experts) else group.linears.values()
+
+
 def _group(group: Group, block_path: str, block: int, modules: "dict[str, nn.Module]") -> Iterator[LinearRef]:
-    input_group = f"{block_path}:{'+'.join(role.name for role in group.linears)}"
     for role, path in group.linears.items():
         name = f"{block_path}.{path}"
-        in_features, out_features, has_bias, rank, quantised = _facts(modules[name], name)
         yield LinearRef(
-            name=name,
-            block=block,
-            role=role.name,
-            in_features=in_features,
-            out_features=out_features,
-            has_bias=has_bias,
-            input_group=input_group,
-            rank=rank,
-            quantised=quantised,
+            name,
+            block,
+            role.name,
+            *_sizes(modules[name], name),
+            input_group=f"{block_path}:{'+'.join(role.name for role in group.linears)}",
+            rank=_rank(modules[name]),
+            quantised=_is_quantised(modules[name]),
             kind=role.kind,
             product=role.product,
             of_source=role.of_source,
             norm=None if group.norm is None else f"{block_path}.{group.norm}",
         )
+
+
+def _experts(group: Experts, block_path: str, block: int, modules: "dict[str, nn.Module]") -> Iterator[LinearRef]:
+    path = f"{block_path}.{group.path}"
+    module: Any = modules[path]
+    for expert in range(module.num_experts):
+        for part, role in {"gate": group.gate, "up": group.up, "down": group.down}.items():
+            name = f"{path}.{expert}.{part}"
+            linear = modules.get(name)
+            norm = None if group.norm is None or role.writes_residual else f"{block_path}.{group.norm}"
+            yield LinearRef(
+                name,
+                block,
+                role.name,
+                *(_packed_sizes(module, role) if linear is None else _sizes(linear, name)),
+                input_group=f"{path}.{expert}:{'down' if role.writes_residual else 'gate+up'}",
+                rank=None if linear is None else _rank(linear),
+                kind=role.kind,
+                product=role.product,
+                norm=norm,
+                expert=expert,
+                packed=linear is None,
+            )
 
 
 def _check_paths(paths: Sequence[str], modules: "dict[str, nn.Module]") -> None:
@@ -210,16 +244,37 @@ def _check_paths(paths: Sequence[str], modules: "dict[str, nn.Module]") -> None:
             )
 
 
-def _facts(module: "nn.Module", name: str) -> tuple[int, int, bool, int | None, bool]:
-    """In and out features, whether there is a bias, the rank of a factored linear, whether it is quantised."""
+def _sizes(module: "nn.Module", name: str) -> tuple[int, int, bool]:
+    """In and out features, and whether there is a bias."""
     # Imported with a model at hand: whoever only reads settings does without torch.
     from lowrank_kit.models.linear import check_linear, is_quantised, weight_of
     from lowrank_kit.models.portable import LowRankLinear
 
     if isinstance(module, LowRankLinear):
-        return module.in_features, module.out_features, module.up.bias is not None, module.rank, False
+        return module.in_features, module.out_features, module.up.bias is not None
     if is_quantised(module):
-        return module.in_features, module.out_features, module.bias is not None, None, True
+        return module.in_features, module.out_features, module.bias is not None
     dense = check_linear(module, name)
     out_features, in_features = weight_of(dense).shape
-    return in_features, out_features, dense.bias is not None, None, False
+    return in_features, out_features, dense.bias is not None
+
+
+def _packed_sizes(experts: Any, role: Role) -> tuple[int, int, bool]:
+    """The same of one expert's matrix, of 3-D parameters."""
+    from lowrank_kit.models.portable import is_transposed
+
+    inner, outer = experts.down_proj.shape[1:] if is_transposed(experts) else experts.down_proj.shape[:0:-1]
+    has_bias = hasattr(experts, "down_proj_bias")
+    return (inner, outer, has_bias) if role.writes_residual else (outer, inner, has_bias)
+
+
+def _rank(module: "nn.Module") -> int | None:
+    from lowrank_kit.models.portable import LowRankLinear
+
+    return module.rank if isinstance(module, LowRankLinear) else None
+
+
+def _is_quantised(module: "nn.Module") -> bool:
+    from lowrank_kit.models.linear import is_quantised
+
+    return is_quantised(module)

@@ -1,5 +1,6 @@
 """Which matrix keeps how much: a map of blocks and roles, and the kept ranks along the depth."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,19 +14,22 @@ def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Pat
     """Draw the fraction of parameters that every linear keeps, blocks from left to right and roles downwards.
 
     A linear left dense (its rank is its full rank) keeps everything and is marked with a D; a cell without a
-    linear stays empty.
+    linear stays empty, and one of several experts shows their mean.
     """
     roles = list(dict.fromkeys(ref.role for ref in refs))
     blocks = max(ref.block for ref in refs) + 1
-    kept = np.full((len(roles), blocks), np.nan)
+    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for ref in refs:
-        kept[roles.index(ref.role), ref.block] = _kept(ref, ranks[ref.name])
+        cells[roles.index(ref.role), ref.block].append(_kept(ref, ranks[ref.name]))
+    kept = np.full((len(roles), blocks), np.nan)
+    for cell, found in cells.items():
+        kept[cell] = np.mean(found)
     figure = new_figure(2.5 + 0.3 * blocks, 1.5 + 0.35 * len(roles))
     panel = figure.subplots()
     image = panel.imshow(kept, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    for ref in refs:
-        if ranks[ref.name] == ref.full_rank:
-            panel.text(ref.block, roles.index(ref.role), "D", ha="center", va="center", fontsize=7)
+    for role, block in cells:
+        if kept[role, block] == 1:
+            panel.text(block, role, "D", ha="center", va="center", fontsize=7)
     panel.set(xlabel="block", yticks=range(len(roles)), yticklabels=roles)
     integer_ticks(panel)
     figure.colorbar(image, label="parameters kept (D: left dense)")

@@ -27,6 +27,7 @@ from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.files import read_as
 from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel
@@ -75,7 +76,7 @@ class CompressionStages:
 
     def _compress(self, ledger: Ledger) -> None:
         # Each is made once, by the first stage that needs it.
-        with self.original() as original, self._statistics_folder() as folder, StageProgress() as progress:
+        with self.compressible() as original, self._statistics_folder() as folder, StageProgress() as progress:
             context = cache(lambda: self.context(original, folder, progress))
             statistics = cache(lambda: self.calibrate(context))
             plan = cache(lambda: self.plan(statistics(), context()))
@@ -96,7 +97,7 @@ class CompressionStages:
     def plan(self, statistics: Any, context: Context) -> Plan:
         """Decide what is kept: ``plan.json``, with ``plots/``."""
         plan = self.method.plan(statistics, context)
-        self.place.run.write_json(PLAN_FILE, asdict(plan))
+        self.place.run.write_json(PLAN_FILE, plan.as_json())
         with self.place.run.write_folder("plots") as plots:
             self.method.plot(plan, statistics, context, plots)
         removed = 1 - plan.parameters_after / plan.parameters_before
@@ -190,8 +191,14 @@ class CompressionStages:
             _ = self._samples, self._probe_windows
 
     def original(self, *, spread: bool = False) -> AbstractContextManager[Opened]:
-        """The model as it came, for a `with` block."""
-        return loaded(lambda: self._read_original(spread))
+        """The model as it came, whole, for a `with` block."""
+        return loaded(lambda: self._noted(self.models.causal(spread=spread)))
+
+    def compressible(self) -> AbstractContextManager[Opened]:
+        """The model as it came, to be compressed in a `with` block: with `runtime.weights=streamed`, a block of it."""
+        if self.config.runtime.weights == "resident":
+            return self.original()
+        return loaded(lambda: self._noted(self.models.streamed(self.place.path / ".checkpoint")))
 
     def compressed(self, dtype: torch.dtype | None = None, *, spread: bool = False) -> AbstractContextManager[Opened]:
         """``checkpoint/`` for a `with` block; compressed now where no stage has left it."""
@@ -206,10 +213,12 @@ class CompressionStages:
     def context(self, original: Opened, folder: Path, progress: StageProgress) -> Context:
         """What the compressor works with; statistics go to ``folder``."""
         model, batch_size = original.model, self.config.calibration.batch_size
+        if self.method.factorises:
+            list_experts(model)
         return Context(model, layout_of(model), self._samples, batch_size, folder, self._probe_windows, progress)
 
     def _compress_now(self) -> Path:
-        with self.original() as original, self._statistics_folder() as folder, StageProgress() as progress:
+        with self.compressible() as original, self._statistics_folder() as folder, StageProgress() as progress:
             context = self.context(original, folder, progress)
             statistics = self.method.calibrate(context)
             return self.apply(self._left_plan() or self.plan(statistics, context), statistics, context)
@@ -269,8 +278,8 @@ class CompressionStages:
                 adapted.export(folder, str(self._checkpoint))
         save_compressed(recovered.merged(), self._recovered, self.models.tokenizer, dtype=self.models.dtype)
 
-    def _read_original(self, spread: bool) -> LoadedModel:
-        found = self.models.causal(spread=spread)
+    def _noted(self, found: LoadedModel) -> LoadedModel:
+        """The model as it came, told of in the manifest."""
         facts = {"fingerprint": fingerprint(found.model, layout_of(found.model), "loss")}
         self.place.manifest.record("model", {**self.config.model.model_dump(), **facts})
         return found

@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar, cast
@@ -131,7 +131,7 @@ class FineTuningStages(ABC, Generic[Task, Data]):
     def plan(self, original: Opened, statistics: Mapping[str, Kept]) -> Plan:
         """Decide the rank of every matrix: ``plan.json``."""
         plan = self.method.plan(layout_of(original.model), statistics)
-        self.place.run.write_json("plan.json", asdict(plan))
+        self.place.run.write_json("plan.json", plan.as_json())
         return plan
 
     def apply(self, original: Opened, plan: Plan, statistics: Mapping[str, Kept]) -> Start:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lowrank_kit.config import ModelConfig
 from lowrank_kit.data.reader import Reader
 from lowrank_kit.models.architectures import find
-from lowrank_kit.models.load import LoadedModel, ModelSource, load_config, load_model, load_tokenizer
+from lowrank_kit.models.load import LoadedModel, ModelSource, load_config, load_model, load_tokenizer, open_streamed
 
 
 class Opened:
@@ -91,6 +91,11 @@ class Models:
         return load_model(
             self.source, "causal", self.dtype, self.device, quantization=quantization, placement=placement
         )
+
+    def streamed(self, output: Path) -> LoadedModel:
+        """Open the original as a causal model of one block at a time, whose changed blocks gather in ``output``."""
+        set_seed(self.seed)
+        return LoadedModel(open_streamed(self.source, self.dtype, output, self.device), ())
 
     def classifier(self, labels: int) -> LoadedModel:
         """Read the original as a classifier; 1 label is a regression."""

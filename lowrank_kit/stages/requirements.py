@@ -10,7 +10,7 @@ from lowrank_kit.config import RunConfig, SingleTask
 from lowrank_kit.data.labels import check_labels
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import ModelLayout, layout_of
-from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
+from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton, streamable_folder
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.stages.models import source_of
 from lowrank_kit.training.processes import rows_per_pass
@@ -66,6 +66,16 @@ def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> None:
     if config.recovery.method is not None:
         config.recovery.method.check(layout)
     method.check_tokens(layout, calibration.samples * calibration.seq_len)
+    if config.runtime.weights == "streamed":
+        method.check_streamed()
+        _check_streamable(layout, source)
+
+
+def _check_streamable(layout: ModelLayout, source: ModelSource) -> None:
+    """Raise `ConfigError` for a model that cannot be read a block at a time."""
+    if any(ref.expert is not None for ref in layout.linears):
+        raise ConfigError(f"this {layout.model_type} has experts, which are not streamed: use runtime.weights=resident")
+    streamable_folder(source)
 
 
 def _of_machine(config: RunConfig, device: str) -> Iterator[str]:

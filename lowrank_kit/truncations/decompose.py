@@ -64,7 +64,10 @@ class Request:
 
 @dataclass
 class Decomposition:
-    """Every matrix's projection: its spectra at hand, its vectors read from disk when asked for."""
+    """Every matrix's projection: its spectra at hand, its vectors read from disk when asked for.
+
+    ``starved`` are matrices of experts that saw fewer tokens than they have directions: how many. They have none.
+    """
 
     request: Request
     spans: Collection[int]
@@ -75,15 +78,19 @@ class Decomposition:
 
     def __post_init__(self) -> None:
         request = self.request
-        groups = groups_of(request.truncation, request.refs)
-        self.groups = [group for group in groups if request.span_of(group[0]) in self.spans]
         self.values: dict[str, Tensor] = {}
         self.spectra: dict[str, Mapping[str, Tensor]] = {}
+        self.starved: dict[str, int] = {}
         for first in self.spans:
             for name, kept in self.store.load(first).items():
+                if "tokens" in kept:
+                    self.starved[name] = int(kept["tokens"])
+                    continue
                 found = {s.name: kept[f"spectrum_{s.name}"] for s in request.extra}
                 own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: kept["values"]}
                 self.values[name], self.spectra[name] = kept["values"], found | own
+        wanted = groups_of(request.truncation, request.refs)
+        self.groups = [group for group in wanted if group[0].name in self.values]
 
     def projection(self, name: str) -> Projection:
         """The projection of the group whose first linear this is; ask in execution order to read every file once."""
@@ -132,6 +139,9 @@ def decompose(
         by_name = {layer.ref.name: layer for layer in statistics}
         found = {}
         for group in truncation.members([layer.ref for layer in statistics]):
+            if needed.reads_activations and (seen := _starved(by_name[group[0].name])) is not None:
+                found[group[0].name] = {"tokens": torch.tensor(seen)}
+                continue
             try:
                 found[group[0].name] = request.decomposed([_layer(model, by_name[ref.name]) for ref in group])
             except ValueError as error:
@@ -174,6 +184,12 @@ def unpack(kept: Mapping[str, Tensor]) -> Projection:
 def _layer(model: "PreTrainedModel", statistics: LayerStatistics) -> Layer:
     module: Any = model.get_submodule(statistics.ref.name)
     return Layer(weight_of(module), module.bias, statistics)
+
+
+def _starved(layer: LayerStatistics) -> int | None:
+    """The number of tokens that an expert saw, if they do not determine its outputs."""
+    enough = layer.ref.expert is None or layer.moments.count >= layer.ref.full_rank
+    return None if enough else layer.moments.count
 
 
 def _gradient_store(root: Path, key: StatisticsKey, request: StatisticsRequest) -> CalibrationStore | None:

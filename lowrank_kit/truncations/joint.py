@@ -26,7 +26,8 @@ class Joint(Truncation):
     blocks: int = Field(default=2, ge=2)
     """Neighbouring blocks that share a basis; the paper's default."""
     shared: tuple[str, ...] | None = None
-    """Roles that share; null: all but those that write to the residual stream, which the paper leaves out."""
+    """Roles that share; null: all but experts, and those that write to the residual stream, which the paper leaves
+    out."""
 
     @property
     def span(self) -> int:
@@ -42,7 +43,9 @@ class Joint(Truncation):
         return [tuple(group) for group in groups.values()]
 
     def _shares(self, ref: LinearRef) -> bool:
-        return not ref.writes_residual if self.shared is None else ref.role in self.shared
+        if self.shared is None:
+            return not ref.writes_residual and ref.expert is None
+        return ref.role in self.shared
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Starcoder2Config
 
 from lowrank_kit.adapters.lora import Lora
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.export import main as export
 from lowrank_kit.models.architectures import Architecture, Group, Stack, base, register, registered
 from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
@@ -26,7 +26,8 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 @pytest.fixture
 def words(language_arguments):
     def build(*more, **where):
-        return language_arguments("method.ratio=0.3", "method.rank_multiple=1", "eval.limit=2", *more, **where)
+        usual = ("method.ratio=0.3", "eval.limit=2", *["method.rank_multiple=1"] * ("method" not in where))
+        return language_arguments(*usual, *more, **where)
 
     return build
 
@@ -61,7 +62,7 @@ def test_an_adapter_of_a_family_is_plain_peft(family, tiny_model, tmp_path):
     model, method = tiny_model(family), Lora(name="lora", rank=2, alpha=2.0)
     layout = layout_of(model)
     method.check(layout)
-    attached = attach(model, method, method.decide(layout, {}), {}, (), "CAUSAL_LM")
+    attached = attach(model, method, method.plan(layout, {}), {}, (), "CAUSAL_LM")
     attached.model(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         for name, parameter in attached.model.named_parameters():
@@ -71,6 +72,42 @@ def test_an_adapter_of_a_family_is_plain_peft(family, tiny_model, tmp_path):
     attached.model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
     assert torch.equal(logits(loaded), logits(attached.model))
+
+
+def test_experts_that_saw_too_few_tokens_are_left_dense_and_reported(job, caplog):
+    run = execute(job("calibration.samples=2", "calibration.batch_size=2", family="mixtral"))
+    plan = json.loads((run / "plan.json").read_text())
+    compressed = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    refs = {ref.name: ref for ref in layout_of(compressed).linears}
+    assert 0 < len(plan["starved"]) < sum(ref.expert is not None for ref in refs.values())
+    for name, tokens in plan["starved"].items():
+        assert tokens < refs[name].full_rank == plan["ranks"][name]
+        assert refs[name].rank is None
+    assert plan["parameters_after"] <= 0.7 * plan["parameters_before"]
+    assert f"{len(plan['starved'])} matrices of experts saw fewer tokens" in caplog.text
+
+
+def test_a_correction_is_refused_for_experts_and_not_for_the_attention(job):
+    with pytest.raises(ConfigError, match=r"correction=sequential .*expert_gate.*method.roles=\[q,k,v,o\]"):
+        execute(job("method.correction=sequential", family="mixtral"))
+    run = execute(job("method.correction=residual", "method.roles=[q,k,v,o]", "method.ratio=0.05", family="mixtral"))
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["parameters_after"] <= 0.95 * plan["parameters_before"]
+    # Saved as the family saves them.
+    assert "experts" not in json.loads((run / "checkpoint/config.json").read_text())["lowrank"]
+
+
+@pytest.mark.parametrize("method", ["svd", "kfac_svd", "energy_svd", "basis_sharing", "grasp", "shortgpt"])
+def test_other_methods_take_experts_too(method, job):
+    run = execute(job(method=method, family="qwen3_moe"))
+    assert AutoModelForCausalLM.from_pretrained(run / "checkpoint")(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["llm_pruner", "slicegpt"])
+def test_methods_that_change_widths_refuse_them(method, job):
+    more = ("method.protect_first=1", "method.protect_last=0") if method == "llm_pruner" else ()
+    with pytest.raises(ConfigError, match=r"this .*mixtral"):
+        execute(job(*more, method=method, family="mixtral"))
 
 
 def test_a_family_of_another_package_is_compressed(monkeypatch, job, tmp_path, checkpoint):

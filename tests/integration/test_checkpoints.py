@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
+from lowrank_kit.models.experts import list_experts, with_factors
 from lowrank_kit.models.factored import ranks_of, replace_linear, share_down, shared_downs
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
+FAMILIES = DENSE + WITH_EXPERTS
 TIED = ("llama", "gemma2", "opt")
 SHARDED, HALF, SHARED = "qwen3", "mistral", ("llama", "phi3")
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -120,6 +123,7 @@ class Checkpoints:
 def factor(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
     """Factor all linears but those of the last block's MLP, at two different ranks, with random factors."""
     draw = torch.Generator().manual_seed(0)
+    list_experts(model)
     refs = [ref for ref in layout_of(model).linears if ref.block < 2 or ref.role in ("q", "qkv")]
     for ref in refs:
         rank = 5 if ref.role == "o" else 8
@@ -193,7 +197,8 @@ def test_a_saved_folder_is_whole_and_says_what_it_is(saved, family):
     folder, model = saved.root / family, saved.models[family]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == f"lowrank_{family}"
-    assert config["lowrank"] == {"ranks": ranks_of(model), "shared_down": shared_downs(model)}
+    experts = {"experts": with_factors(model)} if family in WITH_EXPERTS else {}
+    assert config["lowrank"] == {"ranks": ranks_of(model), "shared_down": shared_downs(model), **experts}
     assert bool(config["lowrank"]["shared_down"]) == (family in SHARED)
     assert (folder / f"modeling_lowrank_{family}.py").is_file()
     assert len(list(folder.glob("*.safetensors"))) > 1 or family != SHARDED
@@ -206,10 +211,13 @@ def test_a_saved_folder_is_whole_and_says_what_it_is(saved, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_run_path_takes_a_compressed_checkpoint(saved, family):
     source, original = ModelSource(str(saved.root / family)), layout_of(saved.models[family])
-    loaded = load_model(source, "causal", saved.models[family].dtype)
+    loaded, empty = load_model(source, "causal", saved.models[family].dtype), skeleton(load_config(source), "causal")
+    # Those of which none is factored were saved as one parameter.
+    for model in (loaded.model, empty):
+        list_experts(model)
     layout = layout_of(loaded.model)
     assert loaded.new_modules == ()
-    assert layout.linears == original.linears == layout_of(skeleton(load_config(source), "causal")).linears
+    assert layout.linears == original.linears == layout_of(empty).linears
     assert {ref.name: ref.rank for ref in layout.linears if ref.rank} == ranks_of(saved.models[family])
     assert fingerprint(loaded.model, layout) == fingerprint(saved.models[family], original)
     with pytest.raises(ConfigError, match=r"compressed already: .* first .*layers?\.0|h\.0"):

@@ -20,15 +20,15 @@ METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
     *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd"),
 ]
+MEASURED = ("asvd", "swift", "loss_svd")
 
 
 @pytest.fixture
 def words(language_arguments):
     def build(*more, **where):
         usual = ("task.texts.other={}", "method.ratio=0.4", "method.rank_multiple=1")
-        measures = where.get("method") in ("asvd", "swift", "loss_svd")
-        probe = ("method.allocation.probe_seq_len=16",) if measures else ()
-        return language_arguments(*usual, *probe, *more, **where)
+        measured = ["method.allocation.probe_seq_len=16"] if where.get("method") in MEASURED else []
+        return language_arguments(*usual, *measured, *more, **where)
 
     return build
 

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from lowrank_kit.models.architectures.base import (
     LOWRANK_PREFIX,
     Architecture,
+    Experts,
     Group,
     Kind,
     OneOf,
@@ -27,6 +28,7 @@ from lowrank_kit.models.architectures.base import (
 __all__ = [
     "LOWRANK_PREFIX",
     "Architecture",
+    "Experts",
     "Group",
     "Kind",
     "OneOf",

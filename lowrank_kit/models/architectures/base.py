@@ -9,7 +9,7 @@ from lowrank_kit.errors import LowRankKitError, did_you_mean
 LOWRANK_PREFIX = "lowrank_"
 """Compressed models have a model type of their own: this, then the type of the model that was compressed."""
 
-Kind = Literal["attention", "mlp", "expert", "router"]
+Kind = Literal["attention", "mlp", "expert"]
 """The part of a block that a linear belongs to."""
 
 Product = Literal["query", "key", "value", "gate", "hidden", "fused", "residual"]
@@ -28,6 +28,11 @@ class Role:
     product: Product
     of_source: bool = False
 
+    @property
+    def writes_residual(self) -> bool:
+        """Whether its outputs are added to the residual stream."""
+        return self.product == "residual"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -41,18 +46,36 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Gated experts that transformers keeps as 3-D parameters ``gate_up_proj`` and ``down_proj``: their module's path.
+
+    Every expert has linears with these three roles. ``norm`` is the path of the norm whose output they read.
+    """
+
+    path: str
+    gate: Role
+    up: Role
+    down: Role
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
 class OneOf:
     """Alternatives, of which every block has the first whose modules all exist; an empty one may always be had."""
 
-    alternatives: tuple[tuple[Group, ...], ...]
+    alternatives: "tuple[tuple[Group | Experts, ...], ...]"
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of blocks: the path of its ``ModuleList``, and the groups of linears in each, in order of execution."""
+    """A list of blocks: the path of its ``ModuleList``, and the groups of linears in each, in order of execution.
+
+    ``routers`` are paths of modules that choose or weigh experts. They are left as they are.
+    """
 
     blocks: str
-    groups: tuple[Group | OneOf, ...]
+    groups: tuple[Group | Experts | OneOf, ...]
+    routers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

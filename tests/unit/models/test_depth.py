@@ -195,3 +195,16 @@ def test_block_counts_and_ranks(tiny_model):
     ranks = ranks_with(layout, (0, 3))
     assert {ref.block for ref in layout.linears if ranks[ref.name]} == {0, 3}
     assert all(ranks[ref.name] == ref.full_rank for ref in layout.linears if ref.block in (0, 3))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "llama4_text"])
+def test_what_is_left_of_blocks_with_and_without_experts_is_read_back(family, tiny_model, tmp_path):
+    """In these, which block has experts is a matter of its number."""
+    model = tiny_model(family)
+    drop_blocks(model, layout_of(model), (1, 2))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(loaded), logits(model))
+    kinds = [{ref.kind for ref in layout_of(loaded).linears if ref.block == block} for block in range(2)]
+    assert [("expert" in found) for found in kinds] == [family != "qwen3_moe", family == "qwen3_moe"]

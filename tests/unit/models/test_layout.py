@@ -9,8 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import registered
+from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.layout import ModelLayout, layout_of
 
+BY_NAME = registered()
 ENCODERS = ("bert", "roberta")
 DECODERS = sorted(set(registered()) - {*ENCODERS, "t5"})
 
@@ -24,13 +26,20 @@ CASES = [
 
 
 def forward(model: PreTrainedModel) -> None:
-    tokens = torch.randint(3, 60, (2, 9))
+    tokens = torch.randint(3, 60, (2, 24))
     tokens[:, -1] = model.config.get_text_config().eos_token_id
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if model.config.model_type == "t5" and "Classification" not in type(model).__name__:
         inputs["decoder_input_ids"] = tokens[:, :5]
     with torch.no_grad():
         model(**inputs)
+
+
+def opened(tiny_model, family: str, head: str) -> PreTrainedModel:
+    """With every expert's matrices as linears."""
+    model = tiny_model(family, head)
+    list_experts(model)
+    return model
 
 
 def inputs_seen(model: PreTrainedModel, layout: ModelLayout) -> dict[str, torch.Tensor]:
@@ -44,7 +53,7 @@ def inputs_seen(model: PreTrainedModel, layout: ModelLayout) -> dict[str, torch.
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_refs_agree_with_the_real_modules(tiny_model, family, head):
-    model = tiny_model(family, head)
+    model = opened(tiny_model, family, head)
     for ref in layout_of(model).linears:
         module = model.get_submodule(ref.name)
         kept_as = (ref.in_features, ref.out_features) if isinstance(module, Conv1D) else None
@@ -54,20 +63,22 @@ def test_refs_agree_with_the_real_modules(tiny_model, family, head):
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_layout_has_every_linear_inside_the_blocks(tiny_model, family, head):
-    model = tiny_model(family, head)
+    model = opened(tiny_model, family, head)
     layout = layout_of(model)
     inside = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in layout.blocks)
     }
+    routers = tuple(f".{path}" for stack in BY_NAME[family.removesuffix("_gated")].stacks for path in stack.routers)
+    inside = {name for name in inside if not (routers and name.endswith(routers))}
     assert {ref.name for ref in layout.linears} == inside
     assert all(ref.name.startswith(f"{layout.blocks[ref.block]}.") for ref in layout.linears)
 
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_blocks_and_linears_are_in_execution_order(tiny_model, family, head):
-    model = tiny_model(family, head)
+    model = opened(tiny_model, family, head)
     layout = layout_of(model)
     executed: list[str] = []
     for block in layout.blocks:
@@ -83,7 +94,7 @@ def test_blocks_and_linears_are_in_execution_order(tiny_model, family, head):
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_linears_of_one_group_read_one_tensor_and_others_do_not(tiny_model, family, head):
-    model = tiny_model(family, head)
+    model = opened(tiny_model, family, head)
     layout = layout_of(model)
     seen = inputs_seen(model, layout)
     tensors = defaultdict(set)
@@ -97,7 +108,7 @@ def test_linears_of_one_group_read_one_tensor_and_others_do_not(tiny_model, fami
 
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_embedding_and_final_norm_and_head_resolve(tiny_model, family, head):
-    model = tiny_model(family, head)
+    model = opened(tiny_model, family, head)
     layout = layout_of(model)
     assert model.get_submodule(layout.embedding) is model.get_input_embeddings()
     if family not in ENCODERS:
