@@ -6,6 +6,7 @@ from lowrank_kit.corrections.base import Correction, Factorisation
 from lowrank_kit.deferred import torch
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class Uncorrected(Correction):
@@ -26,6 +27,6 @@ class Uncorrected(Correction):
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
             ups, down = projection.factors(stacked, plan.ranks[first])
             for ref, up in zip(group, ups.split(group[0].out_features), strict=True):
-                replace_linear(model, ref.name, up, down)
+                replace_linear(model, ref.name, LowRankFactors(up, down))
             for ref in group[1:]:
                 share_down(model, ref.name, first)
