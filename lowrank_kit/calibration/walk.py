@@ -12,6 +12,7 @@ from typing import Any
 
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, no_grad, torch
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import ModelLayout
 
@@ -29,6 +30,8 @@ stands above the blocks, and gives a scalar; None: nothing is to be learnt from 
 
 ACTIVATION_BYTES = 2 * 2**30
 """Activations of a batch, about, that may wait for the backward pass; blocks for which this has no room recompute."""
+
+BACKWARD = "backward pass block by block"
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class BlockWalk:
             lowest: the first block through which gradients are wanted.
             on_batch: called for every batch that is through.
         """
+        check_stand_alone(self.layout, BACKWARD)
         with frozen(self.model):
             groups = [[number] for number in self.numbers] or [[]]
             for group in groups:
