@@ -108,6 +108,18 @@ class TruncatedSVD(Compressor):
             options_of(part, budget)
             rule.check(part, budget)
 
+    def check_streamed(self) -> None:
+        """See `Compressor`: refused are a correction, a probe, and bases that blocks share."""
+        reasons = {
+            f"method.correction={self.correction.kind} is not made for that": self.correction.kind != "none",
+            f"the allocation {self.allocation.kind} measures the whole model": self.probe is not None,
+            f"the truncation {self.truncation.kind} joins blocks": self.truncation.span > 1,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ConfigError(
+                f"runtime.weights=streamed has one block in memory at a time, and {reason}: use weights=resident"
+            )
+
     @property
     def probe(self) -> tuple[int, int] | None:
         """See `Compressor.probe`."""
