@@ -130,7 +130,7 @@ def add_up(*sums: Tensor) -> None:
             torch.distributed.all_reduce(tensor)
 
 
-def total(number: float) -> float:
+def total(number: int | float) -> int | float:
     """The sum of a number over the processes, in float64."""
     if size() == 1:
         return number

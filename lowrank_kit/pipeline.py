@@ -24,8 +24,8 @@ from lowrank_kit.evaluation.records import EvalRecord, read_records
 from lowrank_kit.files import read_json
 from lowrank_kit.method import Method
 from lowrank_kit.models.contents import contents
-from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton
+from lowrank_kit.models.layout import ModelLayout, layout_of
+from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton, streamable_folder
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.runs.directory import RunDirectory, run_path
 from lowrank_kit.runs.inputs import Inputs, inputs_of
@@ -167,7 +167,22 @@ def _check_method(config: RunConfig, tasks: Sequence[SingleTask]) -> PretrainedC
         recovering.check(layout)
     if isinstance(method, Compressor):
         method.check_tokens(layout, config.calibration.samples * config.calibration.seq_len)
+    if config.runtime.weights == "streamed":
+        _check_streamed(config, layout, source)
     return model_config
+
+
+def _check_streamed(config: RunConfig, layout: ModelLayout, source: ModelSource) -> None:
+    """Raise `ConfigError` for what needs the whole model in memory."""
+    method = _method(config)
+    if not isinstance(method, Compressor):
+        raise ConfigError(f"runtime.weights=streamed is for compression, and method={method.name} compresses nothing")
+    method.check_streamed()
+    if any(ref.expert is not None for ref in layout.linears):
+        raise ConfigError(f"this {layout.model_type} has experts, which are not streamed: use runtime.weights=resident")
+    if config.recovery.what != "none":
+        raise ConfigError("recovery trains the whole model: use runtime.weights=resident, or recovery=none")
+    streamable_folder(source)
 
 
 def _check_recovery(config: RunConfig, task: SingleTask) -> None:

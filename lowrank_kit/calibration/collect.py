@@ -17,6 +17,7 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.spectral.moments import Moments
 
 
@@ -166,7 +167,8 @@ def _statistics(
         yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
         return
     for block in sorted({ref.block for ref in refs} - set(skip)):
-        yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
+        with weights_of(model).block(block):
+            yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
 
 
 def _collect_gradients(

@@ -40,8 +40,11 @@ class GradientCollector:
         opening: int = 0,
     ) -> None:
         self._model, self._request, self._summed_loss, self._opening = model, request, loss, opening
-        modules = {ref: check_linear(model.get_submodule(ref.name), ref.name) for ref in refs}
-        self._sums = {ref: _Sums(module.weight, ref, request) for ref, module in modules.items()}
+        for ref in refs:
+            check_linear(model.get_submodule(ref.name), ref.name)
+        self._refs = refs
+        # From the first gradient on: of a streamed model only the block at work has any.
+        self._sums: dict[LinearRef, _Sums] = {}
         self._predicted = self._positions = 0
         # By batch: its rows and tokens, and the positions whose gradients the moments count.
         self._rows: dict[int, int] = {}
@@ -51,7 +54,7 @@ class GradientCollector:
     @property
     def writes(self) -> dict[str, Callable[[int, Tensor, Tensor], None]]:
         """See `lowrank_kit.calibration.walk.Writes`."""
-        return {ref.name: partial(self._observe, ref) for ref in self._sums}
+        return {ref.name: partial(self._observe, ref) for ref in self._refs}
 
     def loss(self, number: int, batch: Batch) -> Tensor | None:
         """See `lowrank_kit.calibration.walk.Loss`."""
@@ -64,19 +67,19 @@ class GradientCollector:
         self._predicted += predicted
         return total if predicted else None
 
-    def add_up(self) -> None:
-        """Take in what the other processes collected from their batches."""
-        if distributed.size() == 1:
-            return
-        self._predicted = int(distributed.total(self._predicted))
-        self._positions = int(distributed.total(self._positions))
-        for sums in self._sums.values():
-            distributed.add_up(*sums.tensors())
+    def statistics(self, refs: Collection[LinearRef]) -> dict[str, GradientStatistics]:
+        """What all processes collected of these linears, by name; it is held no longer.
 
-    def statistics(self) -> dict[str, GradientStatistics]:
-        """What was collected, by name; it is held no longer. Raises `LowRankKitError` where it is not finite."""
-        counts = self._predicted, self._positions
-        return {ref.name: self._sums.pop(ref).statistics(*counts) for ref in tuple(self._sums)}
+        To be asked when all batches have passed them. Raises `LowRankKitError` where it is not finite.
+        """
+        predicted, positions = int(distributed.total(self._predicted)), int(distributed.total(self._positions))
+        found = {}
+        for ref in refs:
+            sums = self._sums_of(ref)
+            distributed.add_up(*sums.tensors())
+            found[ref.name] = sums.statistics(predicted, positions)
+            del self._sums[ref]
+        return found
 
     def _observe(self, ref: LinearRef, number: int, inputs: Tensor, output: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -88,10 +91,16 @@ class GradientCollector:
         tokens = None if ref.expert is None else tokens_of(self._model, ref)
         output.register_hook(partial(self._note, ref, number, tokens, read))
 
+    def _sums_of(self, ref: LinearRef) -> "_Sums":
+        if ref not in self._sums:
+            module: Any = self._model.get_submodule(ref.name)
+            self._sums[ref] = _Sums(module.weight, ref, self._request)
+        return self._sums[ref]
+
     def _note(
         self, ref: LinearRef, number: int, tokens: Tensor | None, inputs: Tensor | None, gradient: Tensor
     ) -> None:
-        sums, rows = self._sums[ref], self._rows[number]
+        sums, rows = self._sums_of(ref), self._rows[number]
         if tokens is not None:
             count = self._tokens[number]
             gradient = spread(gradient, tokens, count)

@@ -13,6 +13,7 @@ from lowrank_kit.calibration.statistics import GradientRequest, GradientStatisti
 from lowrank_kit.calibration.walk import Batch, BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.models.streamed import weights_of
 
 STATISTICS_BYTES = 4 * 2**30
 """Statistics held at once; a model whose blocks need more takes several passes."""
@@ -52,7 +53,9 @@ def stream_gradients(
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
-    passes, walk = list(_passes(wanted, request)), BlockWalk(model, layout, distributed.share(batches))
+    walk = BlockWalk(model, layout, distributed.share(batches))
+    # Of a streamed model, a block's statistics are whole before those of the next one begin.
+    passes = [list(wanted)] if weights_of(model).is_streamed else list(_passes(wanted, request))
     task = progress.add_task("gradients", total=len(passes) * len(walk.batches)) if progress else None
 
     def advance() -> None:
@@ -62,11 +65,10 @@ def stream_gradients(
     for blocks in passes:
         linears = [ref for block in blocks for ref in wanted[block]]
         collector = GradientCollector(model, linears, request, next_token_loss, opening)
-        _pass(walk, linears, collector, advance)
-        collector.add_up()
-        statistics = collector.statistics()
-        for block in blocks:
-            yield block, {ref.name: statistics.pop(ref.name) for ref in wanted[block]}
+        with walk.watching(writes=collector.writes):
+            for block in walk.backward(collector.loss, min(blocks), advance):
+                if block in blocks:
+                    yield block, collector.statistics(wanted[block])
 
 
 def weight_gradients(
@@ -94,17 +96,10 @@ def weight_gradients(
         check_predicted(walk.batches, ahead)
         loss = partial(next_token_loss, ahead=ahead)
     collector = GradientCollector(walk.model, refs, GradientRequest(mean=True), loss)
-    _pass(walk, refs, collector, on_batch)
-    return {name: found.mean for name, found in collector.statistics().items() if found.mean is not None}
-
-
-def _pass(
-    walk: BlockWalk, refs: Collection[LinearRef], collector: GradientCollector, on_batch: Callable[[], object]
-) -> None:
-    """Run every batch forwards and backwards once. What is below the lowest linear builds no graph."""
     with walk.watching(writes=collector.writes):
         for _ in walk.backward(collector.loss, min(ref.block for ref in refs), on_batch):
             pass
+    return {name: found.mean for name, found in collector.statistics(refs).items() if found.mean is not None}
 
 
 def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest) -> Iterator[list[int]]:

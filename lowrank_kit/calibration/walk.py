@@ -12,8 +12,10 @@ from typing import Any
 
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, no_grad, torch
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.streamed import weights_of
 
 Batch = Mapping[str, Tensor]
 
@@ -29,6 +31,8 @@ stands above the blocks, and gives a scalar; None: nothing is to be learnt from 
 
 ACTIVATION_BYTES = 2 * 2**30
 """Activations of a batch, about, that may wait for the backward pass; blocks for which this has no room recompute."""
+
+BACKWARD = "backward pass block by block"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class BlockWalk:
         self.model, self.layout, self.batches = model, layout, batches
         self.states = Hidden(model.device) if states is None else states
         self._kept = Hidden(model.device)
+        self._before = Hidden(model.device)
+        self._weights = weights_of(model)
         self._starts: list[int] = []
         self._modules = [model.get_submodule(path) for path in layout.blocks]
         self._entries: dict[int, Entry] = {}
@@ -93,11 +99,12 @@ class BlockWalk:
                 self._enter(stack)
                 for index in blocks:
                     block = Block(self, index)
-                    yield block
-                    if index == until:
-                        return
-                    if not block.is_passed:
-                        block.pass_on()
+                    with self._weights.block(index):
+                        yield block
+                        if index == until:
+                            return
+                        if not block.is_passed:
+                            block.pass_on()
 
     @no_grad
     def run(self, index: int, number: int, hidden: Tensor, module: "nn.Module | None" = None) -> Tensor:
@@ -160,8 +167,10 @@ class BlockWalk:
             lowest: the first block through which gradients are wanted.
             on_batch: called for every batch that is through.
         """
+        check_stand_alone(self.layout, BACKWARD)
         with frozen(self.model):
-            groups = [[number] for number in self.numbers] or [[]]
+            # A batch at a time holds the least, unless a block's weights have to come for every one of them.
+            groups = [list(self.numbers)] if self._weights.is_streamed else [[n] for n in self.numbers] or [[]]
             for group in groups:
                 for index in self._back(group, loss, lowest):
                     if group == groups[-1]:
@@ -184,19 +193,21 @@ class BlockWalk:
         for stack in reversed(range(len(self.layout.stacks))):
             blocks = self._blocks_of(stack)
             for index in range(blocks[-1], max(lowest, blocks[0]) - 1, -1):
-                for number, way in ways.items():
-                    if way.gradient is not None:
-                        if index not in way.graphs:
-                            way.graphs[index] = self._graph(index, number, way, lowest)
-                        before, output = way.graphs.pop(index)
-                        torch.autograd.backward(output, way.gradient)
-                        way.gradient = before.grad
-                        # Else this graph would live as long as the next one is built.
-                        del before, output
-                yield index
+                with self._weights.block(index):
+                    for number, way in ways.items():
+                        self._step_back(index, number, way, lowest)
+                    yield index
             if lowest < blocks[0]:
                 for way in ways.values():
                     way.leave_stack(stack)
+
+    def _step_back(self, index: int, number: int, way: "_Way", lowest: int) -> None:
+        """From the gradient behind a block to that before it."""
+        if way.gradient is not None:
+            before, output = way.graphs.pop(index, None) or self._graph(index, number, way, lowest)  # type: ignore[arg-type]
+            torch.autograd.backward(output, way.gradient)
+            way.gradient = before.grad
+        del self._before[index, number]
 
     def _go_up(self, stack: int, ways: Mapping[int, "_Way"], lowest: int) -> None:
         """Pass a stack, keeping the hidden states before the blocks from ``lowest`` on, and graphs of the last."""
@@ -204,21 +215,22 @@ class BlockWalk:
         states: dict[int, Tensor] = {}
         for number, way in ways.items():
             below = (way.ends[-1], way.entries[-1]) if stack else None
-            with torch.set_grad_enabled(lowest < blocks[0]):
+            with torch.set_grad_enabled(lowest < blocks[0]), self._weights.block(blocks[0]):
                 hidden, entry = self._recorded(stack, way.batch, below)
             way.entries.append(entry)
             states[number] = hidden if start is None else self._kept[start, number]
         for index in blocks[start or 0 :]:
-            for number, way in ways.items():
-                if index >= lowest:
-                    way.before[index] = states[number]
-                if index >= max(lowest, len(self._modules) - self._blocks_with_room(way.batch)):
-                    way.graphs[index] = self._graph(index, number, way, lowest)
-                    states[number] = way.graphs[index][1].detach()
-                else:
-                    with torch.no_grad():
-                        call = way.entries[-1].calls[index - blocks[0]]
-                        states[number] = self._run(index, number, call, states[number])
+            with self._weights.block(index):
+                for number, way in ways.items():
+                    if index >= lowest:
+                        self._before[index, number] = states[number]
+                    if index >= max(lowest, len(self._modules) - self._blocks_with_room(way.batch)):
+                        way.graphs[index] = self._graph(index, number, way, lowest)
+                        states[number] = way.graphs[index][1].detach()
+                    else:
+                        with torch.no_grad():
+                            call = way.entries[-1].calls[index - blocks[0]]
+                            states[number] = self._run(index, number, call, states[number])
         for number, way in ways.items():
             way.ends.append(states[number].detach().requires_grad_())
 
@@ -226,7 +238,7 @@ class BlockWalk:
         """The hidden state before a block, as a leaf, and behind it."""
         stack = self._stack_of(index)
         first = self._blocks_of(stack)[0]
-        before = way.before.pop(index).detach().requires_grad_(index > max(lowest, first))
+        before = self._before[index, number].detach().requires_grad_(index > max(lowest, first))
         with torch.enable_grad():
             return before, self._run(index, number, way.call(stack, index - first), before)
 
@@ -241,7 +253,7 @@ class BlockWalk:
         """Bring all batches before the first block of a stack."""
         for number in self.numbers:
             below = (self.states[number], self._entries[number]) if stack else None
-            with torch.no_grad():
+            with torch.no_grad(), self._weights.block(self._blocks_of(stack)[0]):
                 hidden, self._entries[number] = self._recorded(stack, self._on_device(number), below)
             self.states[number] = hidden
 
@@ -302,6 +314,9 @@ class BlockWalk:
 
     def _blocks_with_room(self, batch: Batch) -> int:
         """What waits of a block is about as much as goes in and out of its linears."""
+        if self._weights.is_streamed:
+            # A graph holds its block's weights.
+            return 0
         width = sum(ref.in_features + ref.out_features for ref in self.layout.linears) / len(self._modules)
         return int(ACTIVATION_BYTES / (batch["input_ids"].numel() * width * self.model.dtype.itemsize))
 
@@ -358,14 +373,13 @@ class _Way:
     """One batch on its way to the loss and back, on the model's device.
 
     By stack: ``entries``, and ``ends``, the hidden states behind the last block, which want a gradient. By block:
-    ``before``, the hidden states, and ``graphs``, as leaves and with what the block made of them.
+    ``graphs``, the hidden states before it, as leaves, with what the block made of them.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.entries: list[Entry] = []
         self.ends: list[Tensor] = []
-        self.before: dict[int, Tensor] = {}
         self.graphs: dict[int, tuple[Tensor, Tensor]] = {}
         self.gradient: Tensor | None = None
         # What a stack reads of the one below, and the leaf that takes its place in the blocks.

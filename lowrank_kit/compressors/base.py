@@ -13,6 +13,7 @@ from pydantic import Field
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Method, Plan
 from lowrank_kit.models.layout import ModelLayout
 
@@ -66,6 +67,13 @@ class Compressor(Method):
 
     def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
         """Raise `ConfigError` for too few calibration tokens."""
+
+    def check_streamed(self) -> None:
+        """Raise `ConfigError` unless this works on a model of which one block is in memory at a time."""
+        raise ConfigError(
+            f"method={self.name} needs the whole model in memory: use runtime.weights=resident, or a method of the SVD "
+            "family, such as svd_llm"
+        )
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""

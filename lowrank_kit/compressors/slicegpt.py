@@ -150,7 +150,7 @@ def slice_model(
             walk.states[number] = seen + layer.mlp(layer.post_attention_layernorm(seen))
         block.is_passed = True
         after = _basis(walk, samples.opening, width, f"block {block.index}")
-        slice_layer(layer, before, middle, after)
+        slice_layer(model, layout, block.index, before, middle, after)
         before = after
         if progress and bar is not None:
             progress.advance(bar)

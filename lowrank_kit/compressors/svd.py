@@ -18,6 +18,7 @@ from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import largest, options_of
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
+from lowrank_kit.calibration.walk import BACKWARD
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.corrections.base import Correction, Factorisation
@@ -25,6 +26,7 @@ from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Plan
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.spectra import plot_spectra
@@ -88,6 +90,8 @@ class TruncatedSVD(Compressor):
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
         self.correction.check(self.truncation, self.targets(layout))
+        if self.request(layout).needs().gradient is not None:
+            check_stand_alone(layout, BACKWARD)
         if self.scope == "role" and self.allocation.crosses_roles:
             raise ConfigError(
                 f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
@@ -103,6 +107,18 @@ class TruncatedSVD(Compressor):
         for rule, part, budget in self._budgets(layout, flat, max(self.floor, keep.influence)):
             options_of(part, budget)
             rule.check(part, budget)
+
+    def check_streamed(self) -> None:
+        """See `Compressor`: refused are a correction, a probe, and bases that blocks share."""
+        reasons = {
+            f"method.correction={self.correction.kind} is not made for that": self.correction.kind != "none",
+            f"the allocation {self.allocation.kind} measures the whole model": self.probe is not None,
+            f"the truncation {self.truncation.kind} joins blocks": self.truncation.span > 1,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ConfigError(
+                f"runtime.weights=streamed has one block in memory at a time, and {reason}: use weights=resident"
+            )
 
     @property
     def probe(self) -> tuple[int, int] | None:

@@ -20,6 +20,17 @@ class RuntimeConfig(Section):
     """`spread`: arguments of `from_pretrained` (device_map, max_memory, offload_folder). `fsdp`: `fsdp_config` of
     transformers' TrainingArguments. `deepspeed`: DeepSpeed's own configuration."""
 
+    weights: Literal["resident", "streamed"] = "resident"
+    """`streamed`: while it is compressed, the model lies in memory a block at a time; each comes from the checkpoint's
+    safetensors and goes, compressed, to the new checkpoint. For the SVD family without correction or probe. What is
+    evaluated is loaded whole, or spread with kind=spread."""
+
+    @model_validator(mode="after")
+    def _one_process_streams(self) -> "RuntimeConfig":
+        if self.weights == "streamed" and self.kind not in ("single", "spread"):
+            raise ValueError(f"weights=streamed is for one process, not kind={self.kind}: use runtime=single or spread")
+        return self
+
     @model_validator(mode="after")
     def _options_are_somebodys(self) -> "RuntimeConfig":
         if self.options and self.kind in ("single", "ddp"):

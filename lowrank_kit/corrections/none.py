@@ -1,11 +1,17 @@
 """No correction: every matrix is replaced by its own truncation."""
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal
 
 from lowrank_kit.corrections.base import Correction, Factorisation
 from lowrank_kit.deferred import torch
 from lowrank_kit.models.factored import replace_linear, share_down
+from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.spectral.factors import LowRankFactors
 
 
@@ -18,10 +24,24 @@ class Uncorrected(Correction):
     def factorise(self, work: Factorisation) -> None:
         """See `Correction`."""
         model, plan = work.model, work.plan
+        blocks = layout_of(model).blocks
+        groups: dict[int, list[Sequence[LinearRef]]] = {index: [] for index in range(len(blocks))}
         for group in work.decomposition.groups:
-            first = group[0].name
-            if plan.ranks[first] == group[0].full_rank:
+            if plan.ranks[group[0].name] < group[0].full_rank:
+                groups[group[0].block].append(group)
+        weights, made_of = weights_of(model), _digest(work)
+        for index, of_block in groups.items():
+            if weights.is_written(index, made_of):
+                _shape(work, of_block)
                 continue
+            with weights.block(index):
+                self._factorise_block(work, of_block)
+                weights.write(index, made_of)
+
+    def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
+        model, plan = work.model, work.plan
+        for group in groups:
+            first = group[0].name
             projection = work.decomposition.projection(first)
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
@@ -30,3 +50,19 @@ class Uncorrected(Correction):
                 replace_linear(model, ref.name, LowRankFactors(up, down))
             for ref in group[1:]:
                 share_down(model, ref.name, first)
+
+
+def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
+    """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
+    for group in groups:
+        for ref in group:
+            rank = work.plan.ranks[ref.name]
+            up = torch.empty(ref.out_features, rank, device="meta")
+            down = torch.empty(rank, ref.in_features, device="meta")
+            replace_linear(work.model, ref.name, LowRankFactors(up, down))
+
+
+def _digest(work: Factorisation) -> str:
+    """What the factors are made of: the plan, the decomposition, the model."""
+    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()

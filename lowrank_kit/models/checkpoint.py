@@ -20,6 +20,7 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
 from lowrank_kit.models.rotate import sliced_layers
+from lowrank_kit.models.streamed import Streamed, weights_of
 
 # Entries of ``lowrank`` in every compressed checkpoint.
 _ALWAYS = ("ranks", "shared_down")
@@ -47,7 +48,13 @@ def save_compressed(
     """
     listed = with_factors(model)
     factors = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "experts": listed}
-    weights, twin = model.state_dict(), _empty_twin(model, factors)
+    twin, source = _empty_twin(model, factors), weights_of(model)
+    if isinstance(source, Streamed):
+        source.finish(twin, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    weights = model.state_dict()
     pack(weights, model, listed)
     _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
 

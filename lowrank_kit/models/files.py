@@ -19,7 +19,7 @@ def check_weight_files(folder: Path) -> None:
     Raises `LowRankKitError` where there is none, and for one that is missing, cut short, empty or holds anything but
     tensors, naming the file; for an index that is no index, or that names a file outside ``folder``.
     """
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         check_tensors(file)
 
 
@@ -64,7 +64,8 @@ def damage(file: Path, error: Exception) -> str:
     return f"'{file}' is damaged or was not written to its end ({type(error).__name__}: {cause}): {REMEDY}"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of ``folder`` from; errors as for `check_weight_files`."""
     for name in _NAMES:
         if (folder / name).is_file():
             return [folder / name]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.streamed import weights_of
 
 Reads = Literal["blocks", "loss"]
 """What a number is read from: the blocks (hidden states, activations), or the loss, to which head and pooler belong."""
@@ -26,7 +27,7 @@ def fingerprint(model: PreTrainedModel, layout: ModelLayout, reads: Reads = "blo
         if name in stored and not any(name.startswith(f"{top}.") for top in left_out)
     }
     # hashlib releases the interpreter lock, so threads hash weights side by side.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(lambda named: _digest(model, *named), weights.values()))
     whole = hashlib.blake2b(digest_size=16)
     for (name, (_, tensor)), digest in sorted(zip(weights.items(), digests, strict=True), key=lambda item: item[0][0]):
@@ -37,7 +38,11 @@ def fingerprint(model: PreTrainedModel, layout: ModelLayout, reads: Reads = "blo
 def _digest(model: PreTrainedModel, name: str, tensor: Tensor) -> str:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
-    # Of a model that is spread: what waits in memory or on disk until a forward pass needs it.
-    held = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+    held: Tensor | None = tensor
+    if tensor.is_meta:
+        # Of a model that is streamed or spread: what waits in memory or on disk until a forward pass needs it.
+        held = weights_of(model).read(name)
+        held = load_offloaded_parameter(model, name) if held is None else held
+    assert held is not None
     values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()

@@ -1,6 +1,7 @@
 """Models, tokenizers and configurations from the hub, a folder, a GGUF file or the packaged assets."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,8 +26,10 @@ from transformers import (
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.architectures import base_type
-from lowrank_kit.models.files import check_weight_files
+from lowrank_kit.models.files import check_weight_files, weight_files
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.quantised import Quantisation, loading_options
+from lowrank_kit.models.streamed import stream
 from lowrank_kit.models.whole import Head, check_whole
 
 PACKAGED = "packaged://"
@@ -118,6 +122,41 @@ def load_model(
     # What bitsandbytes or accelerate has put somewhere does not go elsewhere.
     stays = quantization != "none" or placement is not None
     return loaded if stays else replace(loaded, model=loaded.model.to(device))
+
+
+def open_streamed(
+    source: ModelSource, dtype: torch.dtype, output: Path, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A causal language model of which one block is on the device at a time; see `lowrank_kit.models.streamed`.
+
+    ``output`` is the folder in which the blocks of the new checkpoint gather. Raises what `load_model` does, and
+    `ConfigError` for a checkpoint that is no folder of safetensors.
+    """
+    folder = streamable_folder(source)
+    check_files(source)
+    model = skeleton(load_config(source), "causal")
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    stream(model, layout_of(model), folder, dtype, output, torch.device(device))
+    return model
+
+
+def streamable_folder(source: ModelSource) -> Path:
+    """The checkpoint folder of a model that is streamed. Raises `ConfigError` for anything but safetensors on disk."""
+    located = _locate(source)
+    folder = Path(located.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"runtime.weights=streamed reads a folder on disk, and '{source.path}' is a hub id: fetch it first (hf "
+            f"download {source.path} --local-dir FOLDER) and give model.path=FOLDER"
+        )
+    others = [file for file in weight_files(folder) if file.suffix != ".safetensors"] if not located.gguf_file else [""]
+    if others:
+        raise ConfigError(
+            f"runtime.weights=streamed reads safetensors, and '{source.path}' holds its weights otherwise: save the "
+            "model again with save_pretrained, or use runtime.weights=resident"
+        )
+    return folder
 
 
 def load_like(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

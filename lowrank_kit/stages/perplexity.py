@@ -30,7 +30,7 @@ from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.load import ModelSource, load_model
+from lowrank_kit.models.load import ModelSource, load_model, open_streamed
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.base import VERSIONS, Stages
 from lowrank_kit.stages.effects import EFFECTS_FILE, Effects, Inputs, windows_or_rows
@@ -176,19 +176,23 @@ class PerplexityStages(Stages[CausalTask, TaskTexts]):
 
     @cached_property
     def _loaded(self) -> PreTrainedModel:
-        """The model as it came, on the run's device."""
-        return self._load()
+        """The model as it came, on the run's device, or streamed from its files."""
+        return self._load(streamed=self.config.runtime.weights == "streamed")
 
     @cached_property
     def _original(self) -> PreTrainedModel:
         """The model as it came, where it is to be judged."""
-        placement = self.config.runtime.placement
-        return self._loaded if placement is None else self._load(placement)
+        runtime = self.config.runtime
+        is_whole = runtime.placement is None and runtime.weights == "resident"
+        return self._loaded if is_whole else self._load(runtime.placement)
 
-    def _load(self, placement: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    def _load(self, placement: Mapping[str, Any] | None = None, streamed: bool = False) -> PreTrainedModel:
         set_seed(self.config.seed)
         dtype = getattr(torch, self.config.dtype)
-        model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
+        if streamed:
+            model = open_streamed(self._model_source, dtype, self._run.path / ".checkpoint", self.device)
+        else:
+            model = load_model(self._model_source, "causal", dtype, self.device, placement=placement).model
         facts = {**self.config.model.model_dump(), "fingerprint": fingerprint(model, layout_of(model), "loss")}
         self._manifest.record("model", facts)
         return model

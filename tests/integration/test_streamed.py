@@ -1,0 +1,165 @@
+"""Models that are compressed while one block of them is in memory: the same bytes as of one that is there whole."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.models.fingerprint import fingerprint
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.load import ModelSource, load_model, open_streamed
+from lowrank_kit.models.streamed import Streamed, weights_of
+from lowrank_kit.pipeline import execute
+
+STREAMED = "runtime.weights=streamed"
+
+
+def tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(run, other):
+    """Whether two runs left the same plan, results and weights, bit for bit."""
+    assert json.loads((run / "plan.json").read_text()) == json.loads((other / "plan.json").read_text())
+    found, expected = tensors(run / "checkpoint"), tensors(other / "checkpoint")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    configs = [json.loads((each / "checkpoint" / "config.json").read_text()) for each in (run, other)]
+    assert configs[0] == configs[1]
+
+
+@pytest.fixture
+def command(language_arguments, composed, tmp_path, monkeypatch):
+    """Run a command in a folder and with a cache of its own."""
+
+    def run(name, *words, method="svd_llm", **settings):
+        monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / name / "cache"))
+        stages = "run.stages=[calibrate,plan,apply]"
+        words = ["method.ratio=0.4", "method.rank_multiple=1", stages, f"run.root={tmp_path / name}", *words]
+        return execute(composed(language_arguments(*words, method=method, **settings)))
+
+    return run
+
+
+METHODS = ["svd", "svd_llm", "svd_llm_v2", "d_rank", "hisvd", "fwsvd", "kfac_svd", "zs_svd"]
+KEPT = "method.allocation.keep.influence=0.5"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_streamed_is_resident_bit_for_bit(method, command):
+    same(command("streamed", STREAMED, method=method), command("resident", method=method))
+
+
+@pytest.mark.parametrize("word", ["dtype=bfloat16", KEPT, "method.roles=[gate,up,down]"])
+def test_so_are_half_precision_floors_and_blocks_of_which_little_changes(word, command):
+    same(command("streamed", STREAMED, word), command("resident", word))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "opt", "gpt2"])
+def test_every_family_streams(family, command, checkpoint):
+    words = [f"model.path={checkpoint(family)}"]
+    same(command("streamed", STREAMED, *words), command("resident", *words))
+
+
+def test_what_is_left_loads_in_plain_transformers(command):
+    folder = command("streamed", STREAMED) / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert fingerprint(model, layout_of(model)) == fingerprint(*_loaded(folder))
+    assert {file.name for file in folder.glob("model*")} >= {"model.safetensors.index.json"}
+    assert not (folder.parent / ".checkpoint").exists()
+
+
+def _loaded(folder):
+    model = load_model(ModelSource(str(folder)), "causal").model
+    return model, layout_of(model)
+
+
+def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    written, write = [], Streamed.write
+
+    def dies(weights, index, made_of):
+        if index == 1 and 1 not in written:
+            written.append(1)
+            raise Killed
+        written.append(index)
+        write(weights, index, made_of)
+
+    monkeypatch.setattr(Streamed, "write", dies)
+    with pytest.raises(Killed):
+        command("streamed", STREAMED)
+    assert written == [0, 1]
+    run = command("streamed", STREAMED)
+    assert written == [0, 1, 1, 2][: len(written)]
+    assert written.count(0) == 1
+    same(run, command("resident"))
+
+
+def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
+    block, there = Streamed.block, []
+
+    @contextmanager
+    def watched(weights, index):
+        with block(weights, index):
+            modules = [weights._model.get_submodule(path) for path in weights._layout.blocks]
+            there.append(sum(any(not p.is_meta for p in module.parameters()) for module in modules))
+            yield
+
+    monkeypatch.setattr(Streamed, "block", watched)
+    command("streamed", STREAMED, method="kfac_svd")
+    assert set(there) == {1}
+
+
+def test_a_full_disk_is_said_and_loses_nothing(command, monkeypatch):
+    from lowrank_kit.models import streamed as module
+
+    save = module.save_tensors
+
+    def full(tensors, file, metadata=None):
+        if "00002" in file.name:
+            raise OSError(28, "No space left on device")
+        save(tensors, file, metadata)
+
+    monkeypatch.setattr(module, "save_tensors", full)
+    with pytest.raises(LowRankKitError, match=r"00002-of-.*No space left.*goes on at this block"):
+        command("streamed", STREAMED)
+    monkeypatch.setattr(module, "save_tensors", save)
+    same(command("streamed", STREAMED), command("resident"))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("grasp", [], "method=grasp needs the whole model in memory"),
+        (
+            "svd_llm",
+            ["method.correction=sequential", "method.rank_multiple=1"],
+            "method.correction=sequential is not made for that",
+        ),
+        ("swift", [], "measures the whole model"),
+        ("svd_llm", ["recovery=lora", "method.rank_multiple=1"], "recovery trains the whole model"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(method, words, message, composed, language_arguments):
+    with pytest.raises(ConfigError, match=message):
+        execute(composed(language_arguments(STREAMED, "method.ratio=0.4", *words, method=method)))
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
+    folder = checkpoint("llama")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(LowRankKitError, match=r"it lacks \d+ weights"):
+        open_streamed(ModelSource(str(tmp_path)), torch.float32, tmp_path / "out")
+
+
+def test_a_model_that_is_whole_says_so(tiny_model):
+    assert not weights_of(tiny_model("llama")).is_streamed
