@@ -12,6 +12,7 @@ from typing import Any
 
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, no_grad, torch
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.forward import forward_replaced
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.streamed import weights_of
@@ -30,6 +31,8 @@ stands above the blocks, and gives a scalar; None: nothing is to be learnt from 
 
 ACTIVATION_BYTES = 2 * 2**30
 """Activations of a batch, about, that may wait for the backward pass; blocks for which this has no room recompute."""
+
+BACKWARD = "backward pass block by block"
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class BlockWalk:
             lowest: the first block through which gradients are wanted.
             on_batch: called for every batch that is through.
         """
+        check_stand_alone(self.layout, BACKWARD)
         with frozen(self.model):
             # A batch at a time holds the least, unless a block's weights have to come for every one of them.
             groups = [list(self.numbers)] if self._weights.is_streamed else [[n] for n in self.numbers] or [[]]

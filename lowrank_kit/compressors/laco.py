@@ -89,8 +89,14 @@ class LaCo(Compressor):
     """Tokens read of such a window: the paper's sentences are short."""
 
     def check(self, layout: ModelLayout) -> None:
-        """Raise `ConfigError` where even accepting every merge would not reach the ratio."""
+        """Raise `ConfigError` where even accepting every merge would not reach the ratio, or blocks are not alike."""
         layout.select()
+        shapes = [(ref.block, (ref.role, ref.expert, ref.out_features, ref.in_features)) for ref in layout.linears]
+        if len({tuple(shape for b, shape in shapes if b == block) for block in range(len(layout.blocks))}) > 1:
+            raise ConfigError(
+                f"method={self.name} adds differences of blocks, and those of this {layout.model_type} differ in their "
+                "matrices: some have experts, or other widths"
+            )
         last, needed = len(layout.blocks) - 1, fewest_blocks(layout, self.budget(layout))
         if self.highest is not None and self.highest > last:
             raise ConfigError(f"method.highest={self.highest}: there is no such block; legal are 1 to {last}")

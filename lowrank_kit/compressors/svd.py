@@ -18,6 +18,7 @@ from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import largest, options_of
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
+from lowrank_kit.calibration.walk import BACKWARD
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.corrections.base import Correction, Factorisation
@@ -25,6 +26,7 @@ from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Plan
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.spectra import plot_spectra
@@ -88,6 +90,8 @@ class TruncatedSVD(Compressor):
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
         self.correction.check(self.truncation, self.targets(layout))
+        if self.request(layout).needs().gradient is not None:
+            check_stand_alone(layout, BACKWARD)
         if self.scope == "role" and self.allocation.crosses_roles:
             raise ConfigError(
                 f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
@@ -194,7 +198,7 @@ class TruncatedSVD(Compressor):
             chosen |= rule.ranks(part, budget, probe)
             unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
-        before = cost = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        before = cost = sum(ref.parameters for ref in layout.linears)
         for candidate in candidates:
             rank = chosen[candidate.name]
             cost += candidate.cost(rank) - candidate.dense_cost
@@ -210,7 +214,7 @@ class TruncatedSVD(Compressor):
 
         What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
         """
-        keep, total = self.allocation.keep, sum(ref.out_features * ref.in_features for ref in layout.linears)
+        keep, total = self.allocation.keep, sum(ref.parameters for ref in layout.linears)
         held: list[Candidate] = []
         free: list[Candidate] = []
         for candidate in candidates:

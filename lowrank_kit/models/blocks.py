@@ -5,6 +5,7 @@ from itertools import accumulate
 from math import floor
 
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.architectures import architecture_of
 from lowrank_kit.models.layout import ModelLayout
 
 
@@ -12,7 +13,7 @@ def block_sizes(layout: ModelLayout) -> list[int]:
     """Return the parameters of every block's linears, biases not counted."""
     sizes = [0] * len(layout.blocks)
     for ref in layout.linears:
-        sizes[ref.block] += ref.out_features * ref.in_features
+        sizes[ref.block] += ref.parameters
     return sizes
 
 
@@ -21,11 +22,21 @@ def ranks_with(layout: ModelLayout, kept: Collection[int]) -> dict[str, int]:
     return {ref.name: ref.full_rank if ref.block in kept else 0 for ref in layout.linears}
 
 
+def check_stand_alone(layout: ModelLayout, what: str) -> None:
+    """Raise `ConfigError` where blocks read more of earlier ones than hidden states, and so cannot have ``what``."""
+    if not architecture_of(layout.model_type).blocks_stand_alone:
+        raise ConfigError(
+            f"blocks of this {layout.model_type} read keys and values that earlier ones computed, so there is no "
+            f"{what}: choose a method without (svd_llm)"
+        )
+
+
 def fewest_blocks(layout: ModelLayout, budget: int) -> int:
     """Return how many blocks have to go until the others' linears have at most ``budget`` parameters.
 
-    Raises `ConfigError` where that is all of them.
+    Raises `ConfigError` where that is all of them, or none can go.
     """
+    check_stand_alone(layout, "removal of blocks")
     sizes = block_sizes(layout)
     # Smallest first: whichever blocks go, so many are enough.
     gone = accumulate(sorted(sizes))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lowrank_kit.deferred import PretrainedConfig, PreTrainedModel, nn, no_grad
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.architectures import architecture_of
+from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.layout import ModelLayout
 
 NUMBERS = ("mlp_only_layers", "moe_layers")
@@ -16,14 +16,13 @@ def drop_blocks(model: PreTrainedModel, layout: ModelLayout, kept: Sequence[int]
 
     The configuration's number of blocks and its lists of one entry a block are cut to match, and attention layers
     are renumbered for the key-value cache: saved, this is a stock checkpoint with fewer blocks.
-    Raises `ValueError` for indices that are not ascending, out of range or none, `LowRankKitError` for an
-    encoder-decoder model.
+    Raises `ValueError` for indices that are not ascending, out of range or none, `ConfigError` for blocks
+    that do not stand alone, `LowRankKitError` for an encoder-decoder model.
     """
     count = len(layout.blocks)
     if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
         raise ValueError(f"{kept} are not ascending indices of {count} blocks")
-    if not architecture_of(layout.model_type).blocks_stand_alone:
-        raise LowRankKitError(f"blocks of this {layout.model_type} use what earlier ones computed: none can be removed")
+    check_stand_alone(layout, "removal of blocks")
     if len(layout.stacks) != 1:
         raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks go from one stack")
     blocks = [model.get_submodule(layout.blocks[index]) for index in kept]

@@ -16,7 +16,9 @@ from lowrank_kit.models.layout import ModelLayout
 
 @no_grad
 def slice_layer(
-    layer: Any,
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    block: int,
     before: Float64[Tensor, "d width"],
     middle: Float64[Tensor, "d width"],
     after: Float64[Tensor, "d width"],
@@ -24,15 +26,19 @@ def slice_layer(
     """Rewrite a decoder layer, in place, for the bases of the residual stream before, inside and after it."""
     from lowrank_kit.models.portable import add_shortcuts
 
+    layer: Any = model.get_submodule(layout.blocks[block])
     scale = math.sqrt(before.shape[1] / before.shape[0])
-    attention, mlp = layer.self_attn, layer.mlp
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        _rotate_inputs(linear, layer.input_layernorm.weight, before / scale)
-    _rotate_outputs(attention.o_proj, middle * scale)
-    for linear in (mlp.gate_proj, mlp.up_proj):
-        _rotate_inputs(linear, layer.post_attention_layernorm.weight, middle / scale)
-    _rotate_outputs(mlp.down_proj, after * scale)
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+    norms: dict[str, Any] = {}
+    for ref in (ref for ref in layout.linears if ref.block == block):
+        linear: Any = model.get_submodule(ref.name)
+        read, written = (before, middle) if ref.kind == "attention" else (middle, after)
+        if ref.writes_residual:
+            _rotate_outputs(linear, written * scale)
+        else:
+            assert ref.norm is not None
+            norms[ref.norm] = model.get_submodule(ref.norm)
+            _rotate_inputs(linear, norms[ref.norm].weight, read / scale)
+    for norm in norms.values():
         _set(norm, "weight", torch.ones(before.shape[1]))
     add_shortcuts(layer)
     _set(layer.attention_shortcut, "weight", middle.T @ before)

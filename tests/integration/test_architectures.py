@@ -110,6 +110,17 @@ def test_methods_that_change_widths_refuse_them(method, job):
         execute(job(*more, method=method, family="mixtral"))
 
 
+@pytest.mark.parametrize("method", ["kfac_svd", "shortgpt", "grasp"])
+def test_blocks_that_read_keys_of_earlier_ones_stay_and_have_no_backward_pass(method, job):
+    with pytest.raises(ConfigError, match=r"gemma4_text read keys and values .*no (removal|backward)"):
+        execute(job(method=method, family="gemma4_text"))
+
+
+def test_blocks_that_are_not_alike_are_not_merged(job):
+    with pytest.raises(ConfigError, match=r"method=laco .*qwen3_moe differ"):
+        execute(job(method="laco", family="qwen3_moe"))
+
+
 def test_a_family_of_another_package_is_compressed(monkeypatch, job, tmp_path, checkpoint):
     """StarCoder2, as docs/own_family.md has it."""
     monkeypatch.setattr(base, "_REGISTERED", registered())

@@ -31,10 +31,9 @@ def bases(count, hidden, width):
 
 def sliced(model, width):
     layout = layout_of(model)
-    layers = [model.get_submodule(path) for path in layout.blocks]
-    found = bases(2 * len(layers) + 1, model.config.hidden_size, width)
-    for index, layer in enumerate(layers):
-        slice_layer(layer, *found[2 * index : 2 * index + 3])
+    found = bases(2 * len(layout.blocks) + 1, model.config.hidden_size, width)
+    for index in range(len(layout.blocks)):
+        slice_layer(model, layout, index, *found[2 * index : 2 * index + 3])
     slice_ends(model, layout, found[0], found[-1])
     return model
 
