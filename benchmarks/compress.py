@@ -47,6 +47,7 @@ from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.truncations.optimal import Optimal
 
 PERPLEXITY_WINDOW = 1024
@@ -199,7 +200,7 @@ def compress_as_published(model: PreTrainedModel, windows: Tensor, ratio: float,
             half = s[:rank].sqrt()
             up, down = u[:, :rank] * half, half[:, None] * (vh[:rank] @ inverse)
         with clock(FACTORS):
-            replace_linear(model, name, up, down)
+            replace_linear(model, name, LowRankFactors(up, down))
     return shifted
 
 

@@ -43,6 +43,7 @@ from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
+from lowrank_kit.spectral.factors import LowRankFactors
 
 PERPLEXITY_WINDOW = 1024
 REMOVED_SHARE = 0.9
@@ -165,7 +166,7 @@ def compress_as_published(model: PreTrainedModel, windows: Tensor, arguments: ar
                 kept = (layer.s * layer.s.grad).abs().topk(rank).indices
                 root = layer.s.detach()[kept].sqrt()
                 model.set_submodule(name, dense[name])
-                replace_linear(model, name, layer.u[:, kept] * root, root[:, None] * layer.vh[kept])
+                replace_linear(model, name, LowRankFactors(layer.u[:, kept] * root, root[:, None] * layer.vh[kept]))
     return set(blocks)
 
 

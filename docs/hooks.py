@@ -30,11 +30,13 @@ def _sections(section: type[BaseModel], key: str, values: Mapping[str, Any]) -> 
     for name, field in section.model_fields.items():
         path = f"{key}.{name}" if key else name
         value = values.get(name, field.get_default(call_default_factory=True))
-        for member, below in _models(field.annotation, path):
+        sections = list(_models(field.annotation, path))
+        for member, below in sections:
             given = value if isinstance(value, Mapping) and below == path and _is_kind(member, value) else {}
             inner.append((member, below, given))
         shown = "required" if field.is_required() and name not in values else f"`{yaml_value(value)}`"
-        default = "" if isinstance(value, Mapping) and value else shown
+        # Those of a section are in its own table.
+        default = "" if sections and value is not None else shown
         cells = [f"`{name}`", type_name(field), default, one_line(field.description)]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""

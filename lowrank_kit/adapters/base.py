@@ -63,7 +63,7 @@ class FineTuning(Method):
         trained: int,
         scores: dict[str, float] | None = None,
     ) -> Plan:
-        before = sum(part.in_features * part.out_features for ref in layout.linears for part in ref.parts)
+        before = sum(part.parameters for ref in layout.linears for part in ref.parts)
         blocks = tuple(range(len(layout.blocks)))
         return Plan(self.name, ranks, blocks, before, before + added, scores or {}, trained_parameters=trained)
 

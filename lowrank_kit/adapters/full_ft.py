@@ -24,5 +24,5 @@ class FullFineTuning(FineTuning):
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
         """No matrix has a rank; ``trained_parameters`` counts the linears in the blocks."""
-        trained = sum(ref.in_features * ref.out_features for ref in self.targets(layout))
+        trained = sum(ref.parameters for ref in self.targets(layout))
         return self._plan_with(layout, {}, trained=trained)

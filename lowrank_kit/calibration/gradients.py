@@ -108,7 +108,7 @@ def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest)
     held = 0
     for block, refs in wanted.items():
         grams, weights = 8 * request.moments, 4 * request.mean
-        size = sum(grams * ref.full_rank**2 + weights * ref.in_features * ref.out_features for ref in refs)
+        size = sum(grams * ref.full_rank**2 + weights * ref.parameters for ref in refs)
         if group and held + size > STATISTICS_BYTES:
             yield group
             group, held = [], 0

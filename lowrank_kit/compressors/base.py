@@ -77,7 +77,7 @@ class Compressor(Method):
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""
-        total = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        total = sum(ref.parameters for ref in layout.linears)
         # 1 - 0.9 is a hair less than a tenth in binary.
         return int(round((1 - self.ratio) * total, 6))
 

@@ -160,7 +160,7 @@ class Grasp(Compressor):
             return {ref.name: None for ref in refs}
         if self.selection == "removed":
             return dict(self._published_ranks(refs))
-        elsewhere = sum(ref.out_features * ref.in_features for ref in layout.linears if ref.block not in blocks)
+        elsewhere = sum(ref.parameters for ref in layout.linears if ref.block not in blocks)
         budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
         return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
 
@@ -232,13 +232,13 @@ class Grasp(Compressor):
     def decide(self, layout: ModelLayout, kept: Mapping[str, list[int]], influence: Sequence[float]) -> Plan:
         """The plan that keeps these components; ``influence`` as in `redundant`, empty where it was not measured."""
         ranks = {ref.name: len(kept[ref.name]) if ref.name in kept else ref.full_rank for ref in layout.linears}
-        before = sum(ref.out_features * ref.in_features for ref in layout.linears)
+        before = sum(ref.parameters for ref in layout.linears)
         after = sum(_candidate(ref).cost(ranks[ref.name]) for ref in layout.linears)
         scores = dict(zip(layout.blocks, influence, strict=False))
         return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, after, scores, dict(kept))
 
     def _published_ranks(self, refs: Sequence[LinearRef]) -> dict[str, int]:
-        break_even = {ref: ref.out_features * ref.in_features / (ref.out_features + ref.in_features) for ref in refs}
+        break_even = {ref: ref.parameters / (ref.out_features + ref.in_features) for ref in refs}
         # A share of 0.9 leaves a hair less than a tenth in binary.
         ranks = {ref.name: math.floor(even * (1 - self.removed_share) + 1e-9) for ref, even in break_even.items()}
         smallest = min(refs, key=lambda ref: break_even[ref])
@@ -364,14 +364,14 @@ def _change(
 ) -> Float64[Tensor, " r"]:
     """The loss's first-order change when a component is dropped, from ``dL/dW``."""
     weight = weight_of(context.model.get_submodule(name))
-    return drop_change(*decomposition.projection(name).components(weight), gradient.double())
+    return drop_change(decomposition.projection(name).components(weight), gradient.double())
 
 
 def _replace(context: Context, decomposition: Decomposition, name: str, kept: Sequence[int]) -> None:
     """Leave these components of a matrix."""
     weight = weight_of(context.model.get_submodule(name))
-    up, down = decomposition.projection(name).only(kept).factors(weight, len(kept))
-    replace_linear(context.model, name, up, down)
+    factors = decomposition.projection(name).only(kept).factors(weight, len(kept))
+    replace_linear(context.model, name, factors)
 
 
 def _batches(context: Context) -> list[dict[str, Tensor]]:

@@ -75,9 +75,9 @@ class LossProbe:
                 projection = self._decomposition.projection(group[0].name)
                 for ref in group:
                     module: Any = self._model.get_submodule(ref.name)
-                    up, down = projection.factors(weight_of(module), ranks[group[0].name])
+                    factors = projection.factors(weight_of(module), ranks[group[0].name])
                     stack.callback(set_weight, module, weight_of(module).detach().clone())
-                    set_weight(module, up @ down)
+                    set_weight(module, factors.dense())
             return self._loss(min(group[0].block for group in changed)) - self._dense
 
     def _loss(self, first: int) -> float:

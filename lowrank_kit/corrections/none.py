@@ -12,6 +12,7 @@ from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class Uncorrected(Correction):
@@ -46,7 +47,7 @@ class Uncorrected(Correction):
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
             ups, down = projection.factors(stacked, plan.ranks[first])
             for ref, up in zip(group, ups.split(group[0].out_features), strict=True):
-                replace_linear(model, ref.name, up, down)
+                replace_linear(model, ref.name, LowRankFactors(up, down))
             for ref in group[1:]:
                 share_down(model, ref.name, first)
 
@@ -57,7 +58,8 @@ def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
         for ref in group:
             rank = work.plan.ranks[ref.name]
             up = torch.empty(ref.out_features, rank, device="meta")
-            replace_linear(work.model, ref.name, up, torch.empty(rank, ref.in_features, device="meta"))
+            down = torch.empty(rank, ref.in_features, device="meta")
+            replace_linear(work.model, ref.name, LowRankFactors(up, down))
 
 
 def _digest(work: Factorisation) -> str:

@@ -134,7 +134,7 @@ class Refit(Correction):
             projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
-        replace_linear(work.model, ref.name, *projection.factors(corrected, rank))
+        replace_linear(work.model, ref.name, projection.factors(corrected, rank))
 
 
 @dataclass

@@ -13,7 +13,7 @@ def block_sizes(layout: ModelLayout) -> list[int]:
     """Return the parameters of every block's linears, biases not counted."""
     sizes = [0] * len(layout.blocks)
     for ref in layout.linears:
-        sizes[ref.block] += ref.out_features * ref.in_features
+        sizes[ref.block] += ref.parameters
     return sizes
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
-
-from lowrank_kit.deferred import Tensor, nn
+from lowrank_kit.deferred import nn
 from lowrank_kit.models.linear import check_linear, weight_of
+from lowrank_kit.spectral.factors import LowRankFactors
 
 if TYPE_CHECKING:
     from lowrank_kit.models.portable import LowRankLinear
@@ -14,9 +13,7 @@ else:
     LowRankLinear = Any
 
 
-def replace_linear(
-    model: "nn.Module", name: str, up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]
-) -> LowRankLinear:
+def replace_linear(model: "nn.Module", name: str, factors: LowRankFactors) -> LowRankLinear:
     """Put the factors in the place of the linear ``name``; its dtype, device, bias and mode are kept.
 
     Raises `LowRankKitError` where ``name`` is no plain linear layer, `ValueError` for factors that do not fit it.
@@ -25,9 +22,11 @@ def replace_linear(
 
     dense = check_linear(model.get_submodule(name), name)
     weight = weight_of(dense)
-    if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-        raise ValueError(f"factors {tuple(up.shape)} {tuple(down.shape)} do not fit '{name}' {tuple(weight.shape)}")
-    layer = portable.LowRankLinear.from_factors(up, down, dense.bias, device=weight.device, dtype=weight.dtype)
+    if factors.shape != tuple(weight.shape):
+        raise ValueError(f"factors of a {factors.shape} matrix do not fit '{name}' {tuple(weight.shape)}")
+    layer = portable.LowRankLinear.from_factors(
+        factors.up, factors.down, dense.bias, device=weight.device, dtype=weight.dtype
+    )
     model.set_submodule(name, layer.train(dense.training))
     return layer
 

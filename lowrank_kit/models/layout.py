@@ -47,6 +47,11 @@ class LinearRef:
         return self.product == "residual"
 
     @property
+    def parameters(self) -> int:
+        """Entries of the weight as a dense matrix; a bias does not count."""
+        return self.out_features * self.in_features
+
+    @property
     def full_rank(self) -> int:
         """The smaller side. As a rank in a compressor's plan it means: left dense."""
         return min(self.in_features, self.out_features)

@@ -42,7 +42,7 @@ class Units:
     @property
     def cost(self) -> int:
         """Weights of one unit, biases left out."""
-        return sum(ref.out_features * ref.in_features for ref in self.linears) // self.count
+        return sum(ref.parameters for ref in self.linears) // self.count
 
     def scores(self, elements: dict[str, Float[Tensor, "_ _"]]) -> Float[Tensor, " units"]:
         """Sum a score of every weight ``[out, in]``, by linear name, over the weights of each unit, in float64."""

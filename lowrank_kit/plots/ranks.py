@@ -57,4 +57,4 @@ def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: P
 def _kept(ref: LinearRef, rank: int) -> float:
     if rank == ref.full_rank:
         return 1.0
-    return rank * (ref.in_features + ref.out_features) / (ref.in_features * ref.out_features)
+    return rank * (ref.in_features + ref.out_features) / (ref.parameters)

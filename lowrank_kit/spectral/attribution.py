@@ -3,6 +3,7 @@
 from jaxtyping import Float
 
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 def sigma_gradient(
@@ -12,11 +13,9 @@ def sigma_gradient(
     return (u * (gradient @ v)).sum(0)
 
 
-def drop_change(
-    up: Float[Tensor, "out r"], down: Float[Tensor, "r in"], gradient: Float[Tensor, "out in"]
-) -> Float[Tensor, " r"]:
+def drop_change(components: LowRankFactors, gradient: Float[Tensor, "out in"]) -> Float[Tensor, " r"]:
     """First-order change of the loss when component k is dropped from `W = sum_k up_k down_k`: `-up_k^T G down_k^T`.
 
     Of a singular component that is `-sigma_k u_k^T G v_k`, of the projection on u_k `-(u_k^T W)(G^T u_k)`.
     """
-    return -sigma_gradient(up, down.T, gradient)
+    return -sigma_gradient(components.up, components.down.T, gradient)

@@ -1,5 +1,6 @@
 """A low-rank product as a value."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -33,6 +34,10 @@ class LowRankFactors:
         # |U D|^2 = tr(U^T U D D^T); two positive semi-definite matrices of r x r.
         square = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
         return float(square.clamp(min=0).sqrt())
+
+    def __iter__(self) -> Iterator[Float[Tensor, "_ _"]]:
+        """Up, then down, so that ``up, down = factors`` unpacks them."""
+        return iter((self.up, self.down))
 
     def __matmul__(self, inputs: Float[Tensor, "in n"]) -> Float[Tensor, "out n"]:
         """The product applied to columns, one factor after the other."""

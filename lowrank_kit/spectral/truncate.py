@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.decompose import eigh, numerical_rank, output_eigenpairs
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 
 
@@ -33,22 +34,22 @@ class Projection:
         index = torch.tensor(kept, dtype=torch.long, device=self.values.device)
         return Projection(self.side, self.values[index], self.expand[:, index], self.reduce[index])
 
-    def components(self, weight: Float[Tensor, "out in"]) -> tuple[Float64[Tensor, "out p"], Float64[Tensor, "p in"]]:
+    def components(self, weight: Float[Tensor, "out in"]) -> LowRankFactors:
         """The parts of W that stand for the directions, `W_k = up[:, k] down[k]`, in float64."""
         weight = weight.detach().double()
         expand, reduce = (part.to(weight.device, torch.float64) for part in (self.expand, self.reduce))
-        return (expand, reduce @ weight) if self.side == "output" else (weight @ expand, reduce)
+        if self.side == "output":
+            return LowRankFactors(expand, reduce @ weight)
+        return LowRankFactors(weight @ expand, reduce)
 
-    def factors(
-        self, weight: Float[Tensor, "out in"], rank: int
-    ) -> tuple[Float64[Tensor, "out k"], Float64[Tensor, "k in"]]:
-        """Return `up, down` of rank k in float64, their components equally long on both sides, zero beyond p."""
+    def factors(self, weight: Float[Tensor, "out in"], rank: int) -> LowRankFactors:
+        """Return the product of this rank in float64, its components equally long on both sides, zero beyond p."""
         up, down = self.only(range(min(rank, len(self.values)))).components(weight)
         # Half precision keeps the factors only where neither is much larger than the other.
         lengths = up.norm(dim=0), down.norm(dim=1)
         balance = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1.0)
         missing, pad = rank - up.shape[1], torch.nn.functional.pad
-        return pad(up * balance, (0, missing)), pad(down / balance[:, None], (0, 0, 0, missing))
+        return LowRankFactors(pad(up * balance, (0, missing)), pad(down / balance[:, None], (0, 0, 0, missing)))
 
 
 def output_projection(

@@ -101,7 +101,7 @@ class Change(Spectrum):
             gradient = layer.statistics.gradient
             assert gradient is not None
             assert gradient.mean is not None
-            changes += drop_change(*projection.components(layer.weight), gradient.mean.double())
+            changes += drop_change(projection.components(layer.weight), gradient.mean.double())
         return changes
 
 

@@ -32,6 +32,7 @@ from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.load import ModelSource, load_model
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.adapters import load_adapted
 from lowrank_kit.training.initialise import adapt, adapted
 
@@ -235,7 +236,7 @@ def factored_exports(tiny_model, tmp_path_factory):
     for ref in layout_of(model).linears:
         if ref.role in ("q", "o", "up", "down"):
             u, s, vh = torch.linalg.svd(weight_of(model.get_submodule(ref.name)).detach(), full_matrices=False)
-            replace_linear(model, ref.name, u[:, :12] * s[:12], vh[:12])
+            replace_linear(model, ref.name, LowRankFactors(u[:, :12] * s[:12], vh[:12]))
     save_compressed(model, folder / "base")
     return exported(FACTORED, {"factored": folder / "base"}, folder)
 

@@ -17,6 +17,7 @@ from lowrank_kit.models.factored import ranks_of, replace_linear, share_down, sh
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
+from lowrank_kit.spectral.factors import LowRankFactors
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
@@ -130,7 +131,7 @@ def factor(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
         up, down = (
             torch.randn(*shape, generator=draw) for shape in ((ref.out_features, rank), (rank, ref.in_features))
         )
-        replace_linear(model, ref.name, up / rank**0.5, down / ref.in_features**0.5)
+        replace_linear(model, ref.name, LowRankFactors(up / rank**0.5, down / ref.in_features**0.5))
     if share:
         first, second = (next(ref.name for ref in refs if ref.block == block) for block in (0, 1))
         share_down(model, second, first)
@@ -302,7 +303,7 @@ def test_a_real_model_goes_through(smollm2_path, tmp_path):
     model = load_model(source, "causal").model
     for ref in layout_of(model).linears[-7:]:
         left, values, right = torch.linalg.svd(model.get_submodule(ref.name).weight.detach(), full_matrices=False)
-        replace_linear(model, ref.name, left[:, :96] * values[:96], right[:96])
+        replace_linear(model, ref.name, LowRankFactors(left[:, :96] * values[:96], right[:96]))
     save_compressed(model, tmp_path / "half", dtype=torch.bfloat16)
     save_compressed(model, tmp_path / "whole")
     loaded = load_model(ModelSource(str(tmp_path / "whole")), "causal").model

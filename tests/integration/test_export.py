@@ -15,6 +15,7 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.portable import LowRankLinear
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.initialise import adapt
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -25,7 +26,9 @@ def run(tiny_model, checkpoint, tmp_path):
     """A run directory with a compressed model of bfloat16 weights, and that model."""
     model = tiny_model("llama", tie_word_embeddings=True, dtype="bfloat16")
     for ref in layout_of(model).linears[:9]:
-        replace_linear(model, ref.name, torch.randn(ref.out_features, 5), torch.randn(5, ref.in_features) / 32)
+        replace_linear(
+            model, ref.name, LowRankFactors(torch.randn(ref.out_features, 5), torch.randn(5, ref.in_features) / 32)
+        )
     save_compressed(model, tmp_path / "run/checkpoint", AutoTokenizer.from_pretrained(checkpoint("llama")))
     return tmp_path / "run"
 

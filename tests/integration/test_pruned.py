@@ -21,6 +21,7 @@ from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.rotate import sliced_layers
 from lowrank_kit.models.units import units_of
 from lowrank_kit.pipeline import execute
+from lowrank_kit.spectral.factors import LowRankFactors
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
 SLICEABLE = tuple(all_with(lambda architecture: architecture.plain_residual))
@@ -71,7 +72,7 @@ def factored(model, block):
     for ref in [ref for ref in layout_of(model).linears if ref.block == block and ref.role in ("q", "down")]:
         draw = torch.Generator().manual_seed(0)
         up, down = (torch.randn(*s, generator=draw) / 4 for s in ((ref.out_features, 3), (3, ref.in_features)))
-        replace_linear(model, ref.name, up, down)
+        replace_linear(model, ref.name, LowRankFactors(up, down))
     return model
 
 

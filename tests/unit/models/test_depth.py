@@ -12,6 +12,7 @@ from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.factored import ranks_of, replace_linear
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.factors import LowRankFactors
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
@@ -97,7 +98,9 @@ def saved(tmp_path_factory, tiny_model):
             if mixed:
                 ref = layout_of(model).linears[-1]
                 weight = weight_of(model.get_submodule(ref.name))
-                replace_linear(model, ref.name, torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1]))
+                replace_linear(
+                    model, ref.name, LowRankFactors(torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1]))
+                )
                 assert list(ranks_of(model)) == [ref.name]
                 assert ".2." in ref.name
             name = family + "-mixed" * mixed

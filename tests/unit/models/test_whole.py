@@ -14,6 +14,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.load import ModelSource, check_files, load_config, load_like, load_model, skeleton
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ NO_LOWRANK = [
 @pytest.mark.parametrize("lowrank", NO_LOWRANK, ids=repr)
 def test_a_compressed_configuration_that_describes_nothing_is_one_message(tiny_model, tmp_path, lowrank):
     model = tiny_model("llama")
-    replace_linear(model, LINEAR, torch.ones(48, 4), torch.ones(4, 32))
+    replace_linear(model, LINEAR, LowRankFactors(torch.ones(48, 4), torch.ones(4, 32)))
     save_compressed(model, tmp_path / "saved")
     file = tmp_path / "saved/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lowrank": lowrank}))

@@ -4,6 +4,7 @@ import torch
 
 from lowrank_kit.spectral.attribution import drop_change, sigma_gradient
 from lowrank_kit.spectral.decompose import random_orthonormal, svd
+from lowrank_kit.spectral.factors import LowRankFactors
 
 
 def layer(out=9, width=6):
@@ -33,7 +34,7 @@ def test_drop_change_is_the_slope_of_shrinking_a_component(shape):
     weight, loss = layer(*shape)
     u, s, vh = svd(weight)
     gradient = gradient_of(weight, loss)
-    changes = drop_change(u * s, vh, gradient)
+    changes = drop_change(LowRankFactors(u * s, vh), gradient)
     np.testing.assert_allclose(changes, -s * sigma_gradient(u, vh.T, gradient), rtol=1e-9)
     check_slopes(changes, u * s, vh, weight, loss)
 
@@ -42,7 +43,7 @@ def test_drop_change_is_the_slope_of_shrinking_a_component(shape):
 def test_drop_change_is_the_slope_of_shrinking_a_projection(shape):
     weight, loss = layer(*shape)
     u = random_orthonormal(shape[0], 4, 0)
-    check_slopes(drop_change(u, u.T @ weight, gradient_of(weight, loss)), u, u.T @ weight, weight, loss)
+    check_slopes(drop_change(LowRankFactors(u, u.T @ weight), gradient_of(weight, loss)), u, u.T @ weight, weight, loss)
 
 
 def check_slopes(changes, up, down, weight, loss):

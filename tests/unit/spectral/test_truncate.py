@@ -121,7 +121,7 @@ def test_a_joint_basis_is_the_truncation_of_the_stacked_weights():
     gram = moments_of(x).gram
     projection = input_projection(gram, first.T @ first + second.T @ second)
     stacked = torch.cat([first, second])
-    parts = [projection.factors(weight, 9) for weight in (first, second)]
+    parts = [tuple(projection.factors(weight, 9)) for weight in (first, second)]
     assert torch.allclose(*[p[1] / p[1].norm(dim=1, keepdim=True) for p in parts])
     joint = torch.cat([up @ down for up, down in parts])
     loss = float(((stacked - joint) @ x.T).square().sum())

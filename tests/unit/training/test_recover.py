@@ -13,6 +13,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.fit import Examples, Session
 from lowrank_kit.training.recover import distillation_loss, learner, recover, replaced_linears
 
@@ -32,7 +33,7 @@ def compressed(tiny_model):
     for ref in layout_of(model).linears:
         if ref.block == 1 and ref.role not in ("o", "down"):
             u, s, v = torch.linalg.svd(weight_of(model.get_submodule(ref.name)).detach(), full_matrices=False)
-            replace_linear(model, ref.name, u[:, :6] * s[:6], v[:6])
+            replace_linear(model, ref.name, LowRankFactors(u[:, :6] * s[:6], v[:6]))
     return model
 
 

@@ -24,6 +24,7 @@ from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.two_sided import TwoSided
 
@@ -310,7 +311,7 @@ def test_on_a_real_model_the_first_order_change_is_that_of_dropping_a_component(
     module = model.get_submodule(ref.name)
     weight = weight_of(module).detach().clone()
     u, s, vh = svd(weight)
-    predicted = drop_change(u * s, vh, gradient)
+    predicted = drop_change(LowRankFactors(u * s, vh), gradient)
 
     def loss(weight):
         set_weight(module, weight.float())

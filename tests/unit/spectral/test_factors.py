@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from lowrank_kit.spectral.factors import LowRankFactors
+
+
+@pytest.fixture
+def factors():
+    draw = torch.Generator().manual_seed(0)
+    return LowRankFactors(
+        torch.randn(7, 3, generator=draw, dtype=torch.float64), torch.randn(3, 5, generator=draw, dtype=torch.float64)
+    )
+
+
+def test_a_product_behaves_like_the_matrix_that_it_stands_for(factors):
+    dense, inputs = factors.dense(), torch.eye(5, dtype=torch.float64)
+    assert factors.shape == tuple(dense.shape) == (7, 5)
+    assert factors.rank == torch.linalg.matrix_rank(dense) == 3
+    assert factors.norm() == pytest.approx(float(torch.linalg.matrix_norm(dense)))
+    torch.testing.assert_close(factors @ inputs, dense)
+    up, down = factors
+    assert up is factors.up
+    assert down is factors.down
+
+
+def test_the_norm_of_nearly_nothing_is_no_root_of_a_negative_number():
+    up = torch.tensor([[1e-200, 1e-200]], dtype=torch.float64)
+    assert LowRankFactors(up, torch.tensor([[1.0], [-1.0]], dtype=torch.float64)).norm() == 0.0
