@@ -107,6 +107,11 @@ class Grasp(Compressor):
             raise ValueError("iterative=true chooses block after block: leave blocks null and choice=free")
         return self
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Scores are gradients, unless magnitudes are asked for."""
+        return self.metric != "magnitude"
+
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for blocks, or a ratio, that this layout cannot have. Reads shapes, no weights."""
         layout.select()

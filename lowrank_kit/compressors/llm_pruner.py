@@ -51,6 +51,11 @@ class LLMPruner(Compressor):
     protect_last: int = Field(default=2, ge=0)
     """Blocks at the top that are left whole."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Scores are gradients, unless magnitudes are asked for."""
+        return self.importance != "magnitude"
+
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` for a family without separate matrices, or a ratio that the open blocks cannot give."""
         self.removed(layout)

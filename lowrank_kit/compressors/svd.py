@@ -87,10 +87,15 @@ class TruncatedSVD(Compressor):
         """What to decompose. Neither ratio nor rule plays a part, so that a sweep decomposes once."""
         return Request(self.truncation, self.allocation.needs(), self.targets(layout))
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the truncation or a spectrum of the allocation does."""
+        return Request(self.truncation, self.allocation.needs(), ()).needs().gradient is not None
+
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
         self.correction.check(self.truncation, self.targets(layout))
-        if self.request(layout).needs().gradient is not None:
+        if self.reads_gradients:
             check_stand_alone(layout, BACKWARD)
         if self.scope == "role" and self.allocation.crosses_roles:
             raise ConfigError(

@@ -34,6 +34,11 @@ class Method(Section):
     """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
     included. What else is on the command line wins over them."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether calibration runs the whole model backward."""
+        return False
+
     def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
         """What of the rest of a run the method cannot work with, a sentence each. Reads settings alone."""
         yield from ()

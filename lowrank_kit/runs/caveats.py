@@ -15,8 +15,6 @@ BACKWARD = "needs a backward pass"
 
 # Of papers without code, made from what they say.
 _RECONSTRUCTED = ("hisvd",)
-# Their scores are gradients, whatever their settings.
-_WITH_GRADIENTS = ("grasp", "llm_pruner")
 
 
 def caveats_of(run: Path, config: Mapping[str, Any]) -> list[str]:
@@ -28,20 +26,18 @@ def caveats_of(run: Path, config: Mapping[str, Any]) -> list[str]:
     """
     method = config["method"]
     found = [RECONSTRUCTION] if method["name"] in _RECONSTRUCTED else []
-    if method.get("correction") == "residual":
+    if (method.get("correction") or {}).get("kind") == "residual":
         found.append(NOT_TEST_BLIND)
-    if method["name"] in _WITH_GRADIENTS or _reads_gradients(config):
+    if _reads_gradients(config):
         found.append(BACKWARD)
     return [*found, *_dense(run)]
 
 
 def _reads_gradients(config: Mapping[str, Any]) -> bool:
     try:
-        method: Any = load(allowing(config)).method
+        return load(allowing(config)).method.reads_gradients
     except LowRankKitError:
         return False
-    needs = getattr(method, "needs", None)
-    return callable(needs) and getattr(needs(), "gradient", None) is not None
 
 
 def _dense(run: Path) -> list[str]:

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from lowrank_kit.compose import Composer
+from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.runs.published import FILE, Published, published_for
 from lowrank_kit.runs.table import print_results
@@ -88,15 +88,15 @@ def words(method, *more):
     ],
 )
 def test_a_papers_figures_are_those_of_the_same_model_method_and_ratio(overrides, dense, final):
-    [config] = Composer().jobs(overrides, multirun=False)
+    [config] = Composer().jobs(force_dotted(overrides), multirun=False)
     found, line = published_for(config), ("wikitext2", "perplexity")
     assert (found.dense.get(line), found.final.get(line)) == (dense, final)
 
 
 def test_a_papers_average_is_that_of_the_same_benchmarks():
     overrides = ["method=grasp", "method.ratio=0.2", "model.path=meta-llama/Llama-3.1-8B-Instruct"]
-    [same] = Composer().jobs([*overrides, "task=commonsense7"], multirun=False)
-    [other] = Composer().jobs([*overrides, "task=commonsense"], multirun=False)
+    [same] = Composer().jobs(force_dotted([*overrides, "task=commonsense7"]), multirun=False)
+    [other] = Composer().jobs(force_dotted([*overrides, "task=commonsense"]), multirun=False)
     assert published_for(same).final == {("average", "mean"): 0.471}
     assert published_for(other) == Published()
 
