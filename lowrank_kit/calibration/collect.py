@@ -18,6 +18,7 @@ from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import Moments
 
 
@@ -129,7 +130,7 @@ def reduce_spans(
     blocks = sorted({ref.block for ref in refs})
     spans = [blocks[i : i + span] for i in range(0, len(blocks), span)]
     known = {block for members in spans if members[0] in skip for block in members}
-    task = progress.add_task("calibrate", total=len(blocks), completed=len(known)) if progress else None
+    bar = Bar(progress, "calibrate", len(blocks), len(known))
     if known == set(blocks):
         return
     batches = batches_of(model, samples, batch_size)
@@ -150,8 +151,7 @@ def reduce_spans(
             waiting = []
             yield members[0], results
         del statistics
-        if progress and task is not None:
-            progress.advance(task)
+        bar.advance()
 
 
 def _statistics(

@@ -14,6 +14,7 @@ from lowrank_kit.calibration.walk import Batch, BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.progress import Bar
 
 STATISTICS_BYTES = 4 * 2**30
 """Statistics held at once; a model whose blocks need more takes several passes."""
@@ -56,17 +57,12 @@ def stream_gradients(
     walk = BlockWalk(model, layout, distributed.share(batches))
     # Of a streamed model, a block's statistics are whole before those of the next one begin.
     passes = [list(wanted)] if weights_of(model).is_streamed else list(_passes(wanted, request))
-    task = progress.add_task("gradients", total=len(passes) * len(walk.batches)) if progress else None
-
-    def advance() -> None:
-        if progress and task is not None:
-            progress.advance(task)
-
+    bar = Bar(progress, "gradients", len(passes) * len(walk.batches))
     for blocks in passes:
         linears = [ref for block in blocks for ref in wanted[block]]
         collector = GradientCollector(model, linears, request, next_token_loss, opening)
         with walk.watching(writes=collector.writes):
-            for block in walk.backward(collector.loss, min(blocks), advance):
+            for block in walk.backward(collector.loss, min(blocks), bar.advance):
                 if block in blocks:
                     yield block, collector.statistics(wanted[block])
 

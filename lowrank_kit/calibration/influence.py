@@ -16,6 +16,7 @@ from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.progress import Bar
 
 
 def block_influence(
@@ -83,12 +84,11 @@ def _measured(
                 sums[index - span] += hidden_distance(earlier[key], state, mask, distance).sum().item()
             earlier[key] = state
 
-    task = progress.add_task("hidden states", total=len(layout.blocks)) if progress else None
+    bar = Bar(progress, "hidden states", len(layout.blocks))
     for block in walk.forward():
         measure(block.index)
         block.pass_on()
-        if progress and task is not None:
-            progress.advance(task)
+        bar.advance()
     measure(len(layout.blocks))
     influence = sums / samples.tokens
     if not influence.isfinite().all():

@@ -1,7 +1,7 @@
 """GRASP: in redundant blocks, keep the singular components on which the loss depends (arXiv 2501.00339)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.plots.influence import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
+from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.truncations.base import Truncation, check_tokens
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
@@ -220,10 +221,10 @@ class Grasp(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Replace every matrix of which components were chosen by these, in place."""
-        advance = _bar(context, "factorise", len(plan.kept))
+        bar = Bar(context.progress, "factorise", len(plan.kept))
         for name, kept in plan.kept.items():
             _replace(context, statistics.decomposition, name, kept)
-            advance()
+            bar.advance()
         return context.model
 
     def plot(self, plan: Plan, statistics: Statistics, context: Context, folder: Path) -> None:
@@ -282,17 +283,17 @@ class Grasp(Compressor):
             refs = [ref for ref in layout.linears if ref.block in missing]
             gradients = {}
             if refs:
-                bar = _bar(context, "gradients", len(batches))
+                bar = Bar(context.progress, "gradients", len(batches))
                 walk = BlockWalk(model, layout, batches)
-                gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=bar)
-            advance = _bar(context, "scores", len(refs))
+                gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=bar.advance)
+            bar = Bar(context.progress, "scores", len(refs))
             for block in sorted(missing, reverse=True):
                 found = {}
                 for ref in refs:
                     if ref.block == block:
                         change = _change(context, decomposition, ref.name, gradients.pop(ref.name))
                         found[ref.name] = {"change": change.cpu()}
-                        advance()
+                        bar.advance()
                 store.save(block, found)
         return store
 
@@ -320,7 +321,7 @@ class Grasp(Compressor):
             walk = BlockWalk(model, layout, batches)
             if not self.iterative:
                 walk.keep(order)
-            advance = _bar(context, "gradients", 2 * len(order) * len(batches))
+            bar = Bar(context.progress, "gradients", 2 * len(order) * len(batches))
             for turn in range(len(order)):
                 if self.iterative:
                     influence = _measured_influence(context) if turn else statistics.influence
@@ -329,7 +330,7 @@ class Grasp(Compressor):
                 for refs in _sublayers(_linears(layout, order[turn])):
                     gradients: dict[str, Tensor] = {}
                     if self.metric != "magnitude":
-                        gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=advance)
+                        gradients = weight_gradients(walk, refs, ahead=self.ahead, on_batch=bar.advance)
                     for ref in refs:
                         change = None
                         if gradients:
@@ -381,13 +382,6 @@ def _replace(context: Context, decomposition: Decomposition, name: str, kept: Se
 
 def _batches(context: Context) -> list[dict[str, Tensor]]:
     return batches_of(context.model, context.samples, context.batch_size)
-
-
-def _bar(context: Context, description: str, total: int) -> Callable[[], None]:
-    if context.progress is None:
-        return lambda: None
-    progress, task = context.progress, context.progress.add_task(description, total=total)
-    return lambda: progress.advance(task)
 
 
 def _outcome(plan: Plan, layout: ModelLayout) -> tuple[list[float], set[int]]:

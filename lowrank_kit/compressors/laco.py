@@ -27,6 +27,7 @@ from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -243,8 +244,7 @@ class MergeTrials:
     ) -> None:
         self._differences = differences
         self._norm = torch.nn.Identity() if layout.final_norm is None else model.get_submodule(layout.final_norm)
-        self._progress = progress
-        self._task = progress.add_task("merges tried", total=None) if progress else None
+        self._bar = Bar(progress, "merges tried")
         batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
         self._walk = BlockWalk(model, layout, batches)
         self._last = len(layout.blocks)
@@ -267,8 +267,7 @@ class MergeTrials:
                 hidden = self._walk.run(index, number, hidden, blocks[index])
             original = self._normed(self._walk.kept(self._last, number), mask)
             found += _text_similarities(original, self._normed(hidden, mask)).tolist()
-        if self._progress and self._task is not None:
-            self._progress.advance(self._task)
+        self._bar.advance()
         mean = sum(found) / len(found)
         if not math.isfinite(mean):
             raise LowRankKitError(

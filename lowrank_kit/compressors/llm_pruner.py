@@ -24,6 +24,7 @@ from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import Units, units_of
 from lowrank_kit.plots.units import plot_kept_units
+from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,15 +169,10 @@ def _first_order(
     walk = BlockWalk(context.model, context.layout, batches)
     at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
     passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]
-    bar = context.progress.add_task("gradients", total=len(passes) * len(batches)) if context.progress else None
-
-    def advance() -> None:
-        if context.progress and bar is not None:
-            context.progress.advance(bar)
-
+    bar = Bar(context.progress, "gradients", len(passes) * len(batches))
     for part in passes:
         refs = [ref for units in part for u in units for ref in u.linears]
-        gradients = weight_gradients(walk, refs, on_batch=advance)
+        gradients = weight_gradients(walk, refs, on_batch=bar.advance)
         for units in part:
             changes = {
                 ref.name: (gradients.pop(ref.name) * _weight(context, ref.name)).abs()

@@ -16,6 +16,7 @@ from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.progress import Bar
 from lowrank_kit.truncations.decompose import Decomposition
 
 
@@ -35,8 +36,7 @@ class LossProbe:
     ) -> None:
         """Measure the dense loss on `windows` and keep their hidden states before every block, as `Hidden` says."""
         self._model, self._decomposition, self._windows = model, decomposition, windows
-        self._bar = progress.add_task("probe", total=None) if progress else None
-        self._progress = progress
+        self._bar = Bar(progress, "probe")
         layout = layout_of(model)
         self._walk = BlockWalk(model, layout, [{"input_ids": window[None]} for window in windows])
         self._walk.keep(range(1, len(layout.blocks) + 1))
@@ -54,8 +54,7 @@ class LossProbe:
 
     def loss_change(self, ranks: Mapping[str, int]) -> float:
         """Mean token loss (nats) with these candidates cut to these ranks, minus that of the dense model."""
-        if self._progress and self._bar is not None:
-            self._progress.advance(self._bar)
+        self._bar.advance()
         key = json.dumps(ranks, sort_keys=True)
         if key not in self._known:
             self._known[key] = self._measured(ranks)

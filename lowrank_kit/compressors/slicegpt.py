@@ -21,6 +21,7 @@ from lowrank_kit.method import Plan
 from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.rotate import slice_ends, slice_layer
+from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import Moments
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def slice_model(
     walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
     first: Any = None
     before: Any = None
-    bar = progress.add_task("rotate and slice", total=len(layout.blocks)) if progress else None
+    bar = Bar(progress, "rotate and slice", len(layout.blocks))
     for block in walk.forward():
         layer: Any = block.module
         if block.index == 0:
@@ -152,8 +153,7 @@ def slice_model(
         after = _basis(walk, samples.opening, width, f"block {block.index}")
         slice_layer(model, layout, block.index, before, middle, after)
         before = after
-        if progress and bar is not None:
-            progress.advance(bar)
+        bar.advance()
     slice_ends(model, layout, first, before)
 
 

@@ -33,6 +33,7 @@ from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.base import Layer, Truncation
 
@@ -85,7 +86,7 @@ class Refit(Correction):
         has_experts = any(ref.expert is not None for ref in layout.linears)
         batches = batches_of(model, samples, work.batch_size)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
-        bar = work.progress.add_task("correct and factorise", total=len(layout.blocks)) if work.progress else None
+        bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
         for before, block in zip(original.forward(), compressed.forward(), strict=True):
             index = block.index
             if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
@@ -111,8 +112,7 @@ class Refit(Correction):
                 for ref in group:
                     self._replace(work, ref, correction, known.get(ref.name))
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
-            if work.progress and bar is not None:
-                work.progress.advance(bar)
+            bar.advance()
 
     def _replace(
         self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
