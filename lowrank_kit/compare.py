@@ -1,4 +1,4 @@
-"""Compare two runs on the benchmarks that both were judged by, row by row."""
+"""Compare two runs on the benchmarks that both were evaluated on, row by row."""
 
 import argparse
 import sys
@@ -37,7 +37,7 @@ def samples_in(path: Path) -> Path:
             return folder
     if not path.is_dir():
         raise ConfigError(f"there is no folder '{path}'")
-    raise ConfigError(f"'{path}' has no samples/final/NAME.jsonl: give a finished run that was judged by benchmarks")
+    raise ConfigError(f"'{path}' has no samples/final/NAME.jsonl: give a finished run that was evaluated on benchmarks")
 
 
 def _compare(first: Path, second: Path, seed: int) -> None:

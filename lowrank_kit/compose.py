@@ -168,7 +168,7 @@ class Composer:
                 config = self.point(search, [*first[:index], f"{names[index]}={value}", *first[index + 1 :]]).config
                 if config.eval.held_out is None:
                     raise ConfigError(
-                        "a search that reads the evaluation split chooses on the rows it is judged by: "
+                        "a search that reads the evaluation split chooses on the rows it is evaluated on: "
                         "add eval.held_out=N to choose on N training rows (or windows) that training does not see"
                     )
 
@@ -296,7 +296,7 @@ OmegaConf.register_new_resolver("by_ratio", _by_ratio_of_method, replace=True)
 
 
 def force_dotted(overrides: Sequence[str]) -> list[str]:
-    """Write `a.b=c` as `++a.b=c`, so that Hydra lets every key through and the schema alone judges them all.
+    """Write `a.b=c` as `++a.b=c`, so that Hydra lets every key through and the schema alone checks them all.
 
     The schema then lists a misspelt key together with every other problem, and open dictionaries such as
     `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`;

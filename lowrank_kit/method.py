@@ -1,12 +1,9 @@
-"""What every method is: a frozen configuration; and what it decides, the plan."""
+"""What every method decides, the plan; and the method that decides nothing."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import Field
-
-from lowrank_kit.config import Section
-from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.config import Method as Method
 
 
 @dataclass(frozen=True)
@@ -33,20 +30,6 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The fields by name; `starved` only where there is any, so that plans without experts are what they were."""
         return {name: value for name, value in asdict(self).items() if value or name != "starved"}
-
-
-class Method(Section):
-    """A method's settings. Subclasses add theirs; their fields are the keys of ``conf/method/NAME.yaml``."""
-
-    name: str
-    """Name in tables and run directories."""
-    # Left out where it says nothing, so that older run directories are found again.
-    preset: str = Field(default="default", exclude_if=lambda preset: preset == "default")
-    """`default`: the toolkit's own settings; `paper`: the published ones, of this method and its parts, calibration
-    included. What else is on the command line wins over them."""
-
-    def check(self, layout: ModelLayout) -> None:
-        """Raise `ConfigError` for settings that no model of this layout can meet. Reads shapes, no weights."""
 
 
 class Baseline(Method):

@@ -1,13 +1,14 @@
 """What an adapter is: a frozen configuration that says what it needs, plans, and computes factors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
+from lowrank_kit.config import ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError, did_you_mean
 from lowrank_kit.method import Method, Plan
@@ -23,7 +24,9 @@ Batches: TypeAlias = Sequence[dict[str, Tensor]]
 
 
 class FineTuning(Method):
-    """A method that trains: every adapter, and full fine-tuning. ``isinstance(method, FineTuning)`` tells."""
+    """A method that trains: every adapter, and full fine-tuning."""
+
+    trains: ClassVar[bool] = True
 
     roles: tuple[str, ...] | None = None
     """Roles to train (q k v o gate up down, or the family's own); null: every linear in the blocks."""
@@ -32,6 +35,17 @@ class FineTuning(Method):
     def calibrates(self) -> bool:
         """Whether the method reads calibration samples."""
         return False
+
+    def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
+        """A task that teaches something, and a model that is not spread over devices."""
+        if not task.teaches:
+            yield (
+                f"method={self.name} is trained, and task={task.name} has nothing to learn from (task.instructions): "
+                "choose a task that has, such as commonsense, math, code or glue/sst2, or a method that compresses, or "
+                "method=none"
+            )
+        if runtime.placement is not None:
+            yield runtime.not_for_training
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
         """The linears to train, of a factored one both halves; where all experts are one parameter, attention alone.
@@ -74,6 +88,7 @@ class Adapter(FineTuning):
     The scaling s is ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (arXiv 2312.03732).
     """
 
+    adapts: ClassVar[bool] = True
     takes_from_base: ClassVar[bool] = False
     """Whether PEFT's initialisation takes a product that is not zero out of the base weight."""
     rows_a_batch: ClassVar[int | None] = None

@@ -2,6 +2,7 @@
 
 import atexit
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Int64
 from pydantic import Field
 
 from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.config import ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.method import Method, Plan
@@ -54,8 +56,7 @@ class Compressor(Method):
     later stage calls `calibrate` again, which finds what was computed before in ``context.cache``.
     """
 
-    factorises: ClassVar[bool] = False
-    """Whether some linears become products of two, which recovery may train."""
+    compresses: ClassVar[bool] = True
 
     ratio: float = Field(default=0.2, gt=0, lt=1)
     """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
@@ -65,8 +66,15 @@ class Compressor(Method):
         """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
         return None
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for too few calibration tokens."""
+    def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
+        """A causal language model in a float format."""
+        if task.kind != "causal":
+            yield (
+                f"method={self.name} compresses causal language models, and task={task.name} is for classifiers: "
+                "choose task=perplexity, or a method that adapts"
+            )
+        if model.quantization != "none":
+            yield f"method={self.name} compresses float weights: use model.quantization=none"
 
     def check_streamed(self) -> None:
         """Raise `ConfigError` unless this works on a model of which one block is in memory at a time."""

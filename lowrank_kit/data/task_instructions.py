@@ -5,13 +5,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import Bos, CausalTask, RunConfig
+from lowrank_kit.config import Bos, CalibrationConfig, CausalTask, EvalConfig
 from lowrank_kit.data.benchmarks import Questions
 from lowrank_kit.data.instructions import Ask, Example, Instructions, encode, instructions_ref
+from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import Source, has
-from lowrank_kit.data.special_tokens import check_embedded, opening_of
 from lowrank_kit.data.task_rows import HELD_OUT_SEED
 from lowrank_kit.errors import ConfigError
 
@@ -23,18 +22,18 @@ class TaskInstructions:
 
     Sets marked as fallback take part where the source has none of the others. Raises `ConfigError` for a task without
     instructions, a source that has none of the sets, what `Instructions` raises, and an ``eval.held_out`` that leaves
-    nothing. ``model``: as for `TaskTexts`.
+    nothing. ``seed`` draws the order of the training rows, and which ``train_samples`` of them are read (None: all).
     """
 
     def __init__(
-        self, config: RunConfig, task: CausalTask, source: Source, model: PretrainedConfig | None = None
+        self, task: CausalTask, source: Source, settings: EvalConfig, *, seed: int, train_samples: int | None = None
     ) -> None:
-        self._config, self._task, self._model = config, task, model
-        names = _present(task, source, config.data.source)
+        self._task, self._bos = task, settings.bos
+        names = _present(task, source)
         self.sets = {name: Instructions(name, task.instructions[name], source, "task.instructions") for name in names}
         """The sets that are learnt from, by name."""
         rows = np.array([(i, j) for i, s in enumerate(self.sets.values()) for j in range(len(s.rows.dataset))])
-        held_out = config.eval.held_out or 0
+        held_out = settings.held_out or 0
         if held_out >= len(rows):
             raise ConfigError(
                 f"eval.held_out={held_out} leaves nothing to train on: {', '.join(names)} have {len(rows)} rows"
@@ -42,25 +41,24 @@ class TaskInstructions:
         # Fixed, so that every seed and every method is evaluated on the same held-out rows.
         apart = np.random.default_rng(HELD_OUT_SEED).permutation(rows) if held_out else rows
         self._held_out, rest = apart[:held_out], apart[held_out:]
-        self._train = np.random.default_rng(config.seed).permutation(rest)[: config.train.train_samples]
+        self._train = np.random.default_rng(seed).permutation(rest)[:train_samples]
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every set, for the manifest."""
         return {split: fact for instructions in self.sets.values() for split, fact in instructions.facts().items()}
 
-    def train(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
+    def train(self, reader: Reader, ask: Ask) -> datasets.Dataset:
         """``input_ids`` and ``labels`` of the training rows, in an order drawn by the seed."""
-        return self._encode(self._train, tokenizer, ask, self._config.eval.bos)
+        return self._encode(self._train, reader, ask, self._bos)
 
-    def calibration(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
+    def calibration(self, reader: Reader, settings: CalibrationConfig, ask: Ask) -> datasets.Dataset:
         """The first training rows, in words as in training but cut to ``calibration.seq_len``."""
-        settings = self._config.calibration
         length = min(settings.seq_len, self._task.max_length)
-        return self._encode(self._train[: settings.samples], tokenizer, ask, settings.bos, length)
+        return self._encode(self._train[: settings.samples], reader, ask, settings.bos, length)
 
-    def held_out(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset | None:
+    def held_out(self, reader: Reader, ask: Ask) -> datasets.Dataset | None:
         """The rows that ``eval.held_out`` keeps from training, encoded as those; None without it."""
-        return self._encode(self._held_out, tokenizer, ask, self._config.eval.bos) if len(self._held_out) else None
+        return self._encode(self._held_out, reader, ask, self._bos) if len(self._held_out) else None
 
     def held_out_questions(self) -> dict[str, Questions]:
         """Of the held-out rows those that a benchmark asks, by the names of their sets."""
@@ -72,14 +70,9 @@ class TaskInstructions:
         return found
 
     def _encode(
-        self, chosen: np.ndarray, tokenizer: PreTrainedTokenizerBase, ask: Ask, bos: Bos, length: int | None = None
+        self, chosen: np.ndarray, reader: Reader, ask: Ask, bos: Bos, length: int | None = None
     ) -> datasets.Dataset:
-        longest = min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-        if self._task.max_length > longest:
-            raise ConfigError(
-                f"{MAX_LENGTH}={self._task.max_length} is longer than the {longest} tokens that "
-                f"{self._config.model.name} reads"
-            )
+        reader.check_length(MAX_LENGTH, self._task.max_length)
         examples: list[Example | None] = [None] * len(chosen)
         for number, instructions in enumerate(self.sets.values()):
             [places] = np.nonzero(chosen[:, 0] == number)
@@ -89,13 +82,13 @@ class TaskInstructions:
                     examples[place] = example
         in_order: Sequence[Example] = [example for example in examples if example is not None]
         length = length or self._task.max_length
-        opening = opening_of(bos, tokenizer, self._model)
-        rows = encode(in_order, tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH, opening=opening)
-        check_embedded(rows["input_ids"], tokenizer, self._model, ", ".join(self.sets))
+        opening = reader.opening(bos)
+        rows = encode(in_order, reader.tokenizer, length, of=", ".join(self.sets), key=MAX_LENGTH, opening=opening)
+        reader.check_embedded(rows["input_ids"], ", ".join(self.sets))
         return rows
 
 
-def _present(task: CausalTask, source: Source, kind: str) -> list[str]:
+def _present(task: CausalTask, source: Source) -> list[str]:
     sets = task.instructions
     if not sets:
         raise ConfigError(f"task={task.name} has nothing to learn from: choose one with task.instructions")
@@ -106,7 +99,7 @@ def _present(task: CausalTask, source: Source, kind: str) -> list[str]:
             source.load(instructions_ref(first, sets[first]), sets[first].split)
         except ConfigError as error:
             raise ConfigError(
-                f"data={kind} has none of the sets that task={task.name} learns from ({', '.join(sets)}): {error}; "
-                "or rows of your own, task.instructions.NAME={}"
+                f"data={source.kind} has none of the sets that task={task.name} learns from ({', '.join(sets)}): "
+                f"{error}; or rows of your own, task.instructions.NAME={{}}"
             ) from error
     return [name for name in there if not sets[name].fallback] or there

@@ -17,7 +17,7 @@ from lowrank_kit.evaluation.perplexity import Perplexity
 def answer_perplexity(
     model: nn.Module,
     rows: datasets.Dataset,
-    collate: Callable[[Sequence[Any]], Any],
+    collate: Callable[[list[Any]], Any],
     batch_size: int,
     device: str,
 ) -> Perplexity:

@@ -16,7 +16,7 @@ class EvalRecord:
 
     ``checkpoint`` says which state was measured: the model as it came (the reference of a compressed one), a
     compressed one before its recovery, the first evaluation while training, the best one (the highest of several
-    looks at the evaluation split, so an optimistic figure), the end (the figure to quote), or the training set's
+    on the evaluation split, so an optimistic figure), the end (the figure to quote), or the training set's
     majority class without any model.
     ``n`` counts rows, of a text windows, of a speed repeats, of an average benchmarks. ``bos`` is the token that began
     every window or prompt, empty where none did; None where a tokenizer's own special tokens were read, or no text.

@@ -20,11 +20,11 @@ class Share:
 def plot_energy(shares: Mapping[str, Sequence[Share]], file: Path) -> Figure:
     """Draw the fractions over the steps, one panel a role; the dotted line is what random directions would hold."""
     figure, axes = panels(len(shares), sharey=True)
-    for (role, looks), panel in zip(shares.items(), axes, strict=True):
-        steps = [look.step for look in looks]
-        panel.plot(steps, [look.top for look in looks], "o-", color="tab:red", label="top directions", markersize=4)
-        panel.plot(steps, [look.tail for look in looks], "o-", color="tab:blue", label="tail directions", markersize=4)
-        panel.plot(steps, [look.chance for look in looks], ":", color="grey", label="chance")
+    for (role, measured), panel in zip(shares.items(), axes, strict=True):
+        steps = [one.step for one in measured]
+        panel.plot(steps, [one.top for one in measured], "o-", color="tab:red", label="top directions", markersize=4)
+        panel.plot(steps, [one.tail for one in measured], "o-", color="tab:blue", label="tail directions", markersize=4)
+        panel.plot(steps, [one.chance for one in measured], ":", color="grey", label="chance")
         panel.set(title=role, xlabel="step", ylabel="share of the update's energy")
         integer_ticks(panel)
     # The panels share their axis: a limit set before the last line is drawn would cut what comes after.

@@ -20,7 +20,7 @@ class Made:
 
 
 def notes(report: Report) -> list[str]:
-    """How to read the table: what ± and bold mean, which tests were made and what they could not judge."""
+    """How to read the table: what ± and bold mean, which tests were made and what they could not tell."""
     lines = ["Mean ± sample standard deviation over the seeds; a figure without ± is of one seed."]
     if any(column.is_fraction for column in report.columns):
         lines.append("Accuracies, correlations and the like in percent.")

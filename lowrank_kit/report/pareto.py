@@ -50,7 +50,7 @@ def plot_pareto(report: Report, folder: Path) -> list[Path]:
         everything = [
             (model, column, _rows(report, model, column, axis))
             for model in dict.fromkeys(block.model for block in report.blocks)
-            for column in _judged(report.columns)
+            for column in _quality(report.columns)
         ]
         drawn = [panel for panel in everything if len({axis.value(row) for row in panel[2]}) > 1][:MOST_PANELS]
         if drawn:
@@ -80,7 +80,7 @@ def front(points: Sequence[tuple[float, float]], small_x: bool, small_y: bool) -
     return sorted(p for p in set(points) if not any(beats(other, p) for other in points))
 
 
-def _judged(columns: Sequence[Column]) -> list[Column]:
+def _quality(columns: Sequence[Column]) -> list[Column]:
     averages = [column for column in columns if column.task == AVERAGE]
     quality = [column for column in columns if column.task != SPEED]
     return [c for c in quality if c.metric == "perplexity" or c in averages] if averages else quality

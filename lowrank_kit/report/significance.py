@@ -36,7 +36,7 @@ class Measured:
     folders: dict[int, Path]
 
 
-def judge(first: Measured, second: Measured, task: str, metric: str, level: float = LEVEL) -> Verdict:
+def verdict(first: Measured, second: Measured, task: str, metric: str, level: float = LEVEL) -> Verdict:
     """Compare two rows by the seeds that both have, paired; with fewer than three, by the rows of the benchmark.
 
     Seeds: a paired t-test of the differences. Rows: what both answered with the lowest common seed, by McNemar's

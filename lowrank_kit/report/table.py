@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.report.find import LeftOut, Run
-from lowrank_kit.report.significance import LEVEL, Measured, Verdict, judge
+from lowrank_kit.report.significance import LEVEL, Measured, Verdict, verdict
 from lowrank_kit.runs.caveats import caveats_of
 
 SPEED, AVERAGE = "speed", "average"
@@ -314,5 +314,5 @@ def _best(rows: Sequence[Row], columns: Iterable[Column], level: float) -> dict[
         there.sort(key=lambda row: row.cells[column].mean, reverse=not column.lower_is_better)
         if len(there) > 1 and column.task != SPEED:
             first, second = (row.cells[column].measured for row in there[:2])
-            found[column] = there[0], judge(first, second, column.task, column.metric, level)
+            found[column] = there[0], verdict(first, second, column.task, column.metric, level)
     return found

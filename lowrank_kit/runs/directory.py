@@ -46,7 +46,7 @@ WORK = (
     "results.json",
 )
 
-# Of the trainer, which judges its own halves; and what every process adds to.
+# Of the trainer, which tells its own halves; and what every process adds to.
 _NOT_SUMMED = ("checkpoints", MANIFEST_FILE)
 
 

@@ -13,6 +13,8 @@ from lowrank_kit import __version__
 from lowrank_kit.files import read_json
 
 PACKAGES = ("torch", "transformers", "peft", "datasets")
+VERSIONS = {"lowrank_kit": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+"""What every record says of the software that measured it."""
 # What studies write beside themselves changes no figure.
 _WRITTEN = ("*.results.json", "results.json", "*.table.md", "table.md", "*.png", "benchmarks/results")
 

@@ -83,7 +83,7 @@ def print_results(
 
 
 def _labelled(found: Found, lines: Sequence[Line], title: str) -> Table:
-    table = _table(title, ("task", "metric"), ("majority", "first look", "best look", "final ± s.e.", "rows"))
+    table = _table(title, ("task", "metric"), ("majority", "early", "best", "final ± s.e.", "rows"))
     for task, metric in lines:
         final = found.get((task, metric, "final"))
         if final is None:

@@ -26,7 +26,7 @@ DENSE: Checkpoint = "dense"
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks, and all that is the same for every model that they judge.
+    """Benchmarks, and all that is the same for every model that they are put to.
 
     Below ``folder`` lie ``benchmarks/CHECKPOINT/NAME.json``, figures with the key of all that they depend on, and
     ``samples/CHECKPOINT/NAME.jsonl``, one line a row. What lies there with the same key is not measured again.
@@ -42,7 +42,7 @@ class Suite:
     opening: Opening
     tokens: Tokens = field(default_factory=dict)
 
-    def judge(
+    def evaluate(
         self,
         model: PreTrainedModel,
         checkpoint: Checkpoint,
@@ -56,7 +56,7 @@ class Suite:
         leave and find answers of the dense model.
         """
         keys = {b.name: _key_of(b, key) for b in self.benchmarks}
-        shelves: dict[str, list[tuple[Path, Checkpoint]]] = {
+        places: dict[str, list[tuple[Path, Checkpoint]]] = {
             name: [(self.folder, checkpoint), *([(shared / whole.digest, DENSE)] if shared else [])]
             for name, whole in keys.items()
         }
@@ -64,7 +64,7 @@ class Suite:
         def known() -> dict[str, Answers]:
             found: dict[str, Answers] = {}
             for name, whole in keys.items():
-                kept = [answers for shelf in shelves[name] if (answers := _read(*shelf, name, whole))]
+                kept = [answers for place in places[name] if (answers := _read(*place, name, whole))]
                 if kept:
                     found[name] = kept[0]
                     _write(self.folder, checkpoint, kept[0], whole)
@@ -79,8 +79,8 @@ class Suite:
                     whole = keys[answers.name]
                     if shared:
                         open_entry(shared, whole.digest, whole.description)
-                    for shelf in shelves[answers.name]:
-                        _write(*shelf, answers, whole)
+                    for place in places[answers.name]:
+                        _write(*place, answers, whole)
             if shared and launcher.is_main():
                 make_room(shared)
         records = [

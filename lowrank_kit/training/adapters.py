@@ -194,6 +194,12 @@ def attach(
     return adapted
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model that PEFT has put its layers into, or the model itself."""
+    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return found
+
+
 def load_adapted(method: FineTuning, base_model: PreTrainedModel, folder: Path) -> nn.Module:
     """Read an export back: the adapter on ``base_model``, which is changed, or the checkpoint's own weights.
 

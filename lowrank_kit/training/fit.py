@@ -1,9 +1,6 @@
 """One training run: transformers.Trainer, resumable, and loud when the loss is lost."""
 
-import json
 import math
-import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +20,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.config import RuntimeConfig, TrainConfig
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.launcher import started
-from lowrank_kit.models.files import check_tensors, share
+from lowrank_kit.models.files import share
 from lowrank_kit.progress import StageProgress
+from lowrank_kit.training.checkpoints import whole_checkpoint
 from lowrank_kit.training.optimizer import adamw
 from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.reporting import TrainingProgress
@@ -167,7 +164,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     with StageProgress() as progress:
         trainer.add_callback(TrainingProgress(progress))
-        trainer.train(resume_from_checkpoint=on_main(lambda: _whole_checkpoint(session.folder)))
+        trainer.train(resume_from_checkpoint=on_main(lambda: whole_checkpoint(session.folder)))
     make_whole(model, trainer)
     return trainer.state.log_history
 
@@ -176,47 +173,6 @@ def _mixed_precision(settings: TrainConfig, device: str) -> str:
     if settings.mixed_precision != "auto":
         return settings.mixed_precision
     return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "none"
-
-
-def _whole_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint that was finished; halves of others, left by a killed process, are removed."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if _is_finished(path):
-            whole.append(path)
-        else:
-            shutil.rmtree(path)
-    latest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if latest is None:
-        return None
-    _check_undamaged(latest)
-    return str(latest)
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    # The Trainer writes its state file last, but not atomically.
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _check_undamaged(checkpoint: Path) -> None:
-    """Raise `LowRankKitError` for a file that is not as it was written, or gone."""
-    files = [path for path in sorted(checkpoint.iterdir()) if path.suffix in (".safetensors", ".pt", ".pth", ".bin")]
-    # Those of sharded trainings have folders, which are left to who wrote them.
-    if not any(path.is_dir() for path in checkpoint.iterdir()):
-        files += [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-    remedy = f"remove '{checkpoint}', and training starts over, or bring back what was there"
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                check_tensors(file)
-            except LowRankKitError as error:
-                raise LowRankKitError(f"{error}; or {remedy}") from error
-        elif not zipfile.is_zipfile(file):
-            raise LowRankKitError(f"'{file}' is gone or was not written to its end: {remedy}")
 
 
 def items_of(labels: Tensor, shifted: bool) -> Tensor:

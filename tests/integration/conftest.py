@@ -197,7 +197,7 @@ def questions_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def language_arguments(checkpoint, texts_folder, tmp_path, monkeypatch) -> Callable[..., list[str]]:
-    """A command line that compresses a tiny causal model, calibrated and judged on the local text `mine` alone."""
+    """A command line that compresses a tiny causal model, calibrated and evaluated on the local text `mine` alone."""
     monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
 
     def build(

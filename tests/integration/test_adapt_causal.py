@@ -64,7 +64,7 @@ def read(file):
 
 
 def windows_of(tokenizer):
-    """What a run is judged on, made apart from it."""
+    """What a run is evaluated on, made apart from it."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer)(TEXT)["input_ids"])
     return ids[: len(ids) // 32 * 32].view(-1, 32)[:4]
 
@@ -188,7 +188,7 @@ def test_stages_apart_judge_the_adapter_that_was_left(job, tmp_path, caplog):
     ],
 )  # fmt: skip
 def test_what_cannot_be_learnt_is_said_before_the_model_is_loaded(settings, where, error, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.instructions.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     more = ["~task.benchmarks"] if where.get("task") in ("math", "code") else []
     with pytest.raises(error, match=message):
         execute(job(*more, *settings, **where))

@@ -103,6 +103,19 @@ def test_other_methods_take_experts_too(method, job):
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoint")(IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("recovery", ["lora", "factors"])
+def test_compressed_experts_are_recovered_and_generate_with_their_cache(recovery, job):
+    training = (f"recovery={recovery}", "recovery.data=text", "train.max_steps=2", "train.batch_size=2")
+    run = execute(job(*training, family="qwen3_moe"))
+    model = AutoModelForCausalLM.from_pretrained(run / "recovered")
+    compressed = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, compressed.get_parameter(n))]
+    assert any(".experts." in name for name in changed)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache, without = (model.generate(IDS[:1], use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(with_cache, without)
+
+
 @pytest.mark.parametrize("method", ["llm_pruner", "slicegpt"])
 def test_methods_that_change_widths_refuse_them(method, job):
     more = ("method.protect_first=1", "method.protect_last=0") if method == "llm_pruner" else ()

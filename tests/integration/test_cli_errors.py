@@ -24,8 +24,8 @@ from lowrank_kit.run import main
 main()
 """
 METHOD = """
-from lowrank_kit.config import Section
-class Fake(Section):
+from lowrank_kit.config import Method
+class Fake(Method):
     name: str = "fake"
     rank: int = 8
 """

@@ -114,7 +114,7 @@ def test_a_compressed_checkpoint_can_be_judged_again(job, words):
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(settings, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(ConfigError, match=message):
         execute(job(*settings))
 
@@ -169,7 +169,7 @@ def test_a_stage_asked_for_alone_makes_what_it_needs(job, tmp_path):
 
 
 def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(ConfigError, match=r"method\.allocation\.probe_windows"):
         execute(job("method.allocation.probe_windows=500", method="loss_svd"))
 

@@ -80,7 +80,7 @@ def test_stages_apart_give_what_one_run_gives(method, job, tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(method, settings, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(ConfigError, match=message):
         execute(job(method, *settings))
 

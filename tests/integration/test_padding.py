@@ -77,14 +77,14 @@ def written(tmp_path, tiny_model):
 
 @pytest.fixture
 def run(tmp_path, composed, monkeypatch):
-    """Train an adapter for one step, all rows in one batch, at no learning rate; what was judged, and the loss."""
+    """Train an adapter for one step, all rows in one batch, at no learning rate; what was evaluated, and the loss."""
     monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / "cache"))
-    judged = {}
+    found = {}
     predict = glue.predict
 
     def note(model, rows, its_tokenizer, *rest):
-        judged.update({size: predict(model, rows, its_tokenizer, size, "cpu") for size in (1, 4, 64)}, model=model)
-        return judged[64]
+        found.update({size: predict(model, rows, its_tokenizer, size, "cpu") for size in (1, 4, 64)}, model=model)
+        return found[64]
 
     monkeypatch.setattr(glue, "predict", note)
 
@@ -96,8 +96,8 @@ def run(tmp_path, composed, monkeypatch):
             *("train.head_learning_rate=1e-12", "train.eval_every=null", f"run.root={tmp_path / 'runs'}", *more),
         ]
         path = execute(composed(words))
-        judged["loss"] = json.loads((path / "history.json").read_text())[0]["loss"]
-        return judged
+        found["loss"] = json.loads((path / "history.json").read_text())[0]["loss"]
+        return found
 
     return start
 
@@ -218,7 +218,7 @@ def test_a_row_that_cannot_be_read_is_answered_with_its_line_before_the_model_is
     good = {"sentence": "w1 w2", "label": 1}
     file = tmp_path / "rows/glue/sst2/validation.jsonl"
     file.write_text("".join(json.dumps(found) + "\n" for found in (good, good, row, good)))
-    monkeypatch.setattr("lowrank_kit.stages.classification.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(Exception, match=message):
         run(folder)
 

@@ -200,7 +200,7 @@ def test_a_method_runs_to_a_checkpoint_that_is_what_was_judged(method, family, j
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(words, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(ConfigError, match=message):
         execute(job(*words))
 

@@ -141,7 +141,7 @@ def test_stages_apart_start_from_the_compressed_checkpoint(job, tmp_path, caplog
     ],
 )
 def test_what_cannot_be_learnt_from_is_said_before_the_model_is_loaded(settings, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         execute(job(*settings))
 

@@ -1,4 +1,4 @@
-"""Models that are judged while most of their weights lie elsewhere."""
+"""models that are evaluated while most of their weights lie elsewhere."""
 
 import json
 
@@ -45,5 +45,5 @@ def test_a_spread_model_is_judged_as_a_whole_one(
 
 
 def test_what_is_trained_is_not_spread(arguments, composed):
-    with pytest.raises(ConfigError, match="runtime=spread is for models that are judged"):
+    with pytest.raises(ConfigError, match="runtime=spread is for models that are evaluated"):
         execute(composed(arguments("runtime=spread")))

@@ -203,7 +203,7 @@ def test_figures_of_other_weights_are_not_taken_for_ones_own(job, answered, tmp_
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(words, error, message, job, monkeypatch):
-    monkeypatch.setattr("lowrank_kit.stages.perplexity.load_model", None)
+    monkeypatch.setattr("lowrank_kit.stages.models.load_model", None)
     with pytest.raises(error, match=message):
         execute(job(*words))
 

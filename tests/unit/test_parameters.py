@@ -11,7 +11,6 @@ STILL_MORE = {
     "cache/key.py of",
     "calibration/collect.py calibrate",
     "calibration/collect.py reduce_spans",
-    "calibration/gradients.py _passed",
 }
 
 

@@ -7,9 +7,9 @@ import pytest
 METHODS = '''
 from typing import Literal
 from pydantic import Field
-from lowrank_kit.config import Section
+from lowrank_kit.config import Method
 
-class Fake(Section):
+class Fake(Method):
     name: str = "fake"
     """Name in tables."""
     rank: int = Field(default=8, ge=1)

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_kit.config import load
+from lowrank_kit.config import CalibrationConfig, ClassificationTask, EvalConfig
+from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import open_source
 from lowrank_kit.data.task_rows import TaskRows
 from lowrank_kit.errors import ConfigError
@@ -20,7 +21,7 @@ TASK = {
 }
 
 
-def tokenizer(separates: bool) -> PreTrainedTokenizerFast:
+def reader(separates: bool, limit: int | None = None) -> Reader:
     """Row number n is the word n, token n + 10; CLS 1, SEP 2, the line break 3."""
     words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "\n": 3, "x": 4} | {str(i): i + 10 for i in range(200)}
     made = Tokenizer(models.WordLevel(words, unk_token="x"))
@@ -34,7 +35,8 @@ def tokenizer(separates: bool) -> PreTrainedTokenizerFast:
             special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
         )
     names = ["input_ids", "token_type_ids", "attention_mask"][:: 1 if separates else 2]
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", model_input_names=names)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", model_input_names=names)
+    return Reader(fast, limit=limit)
 
 
 @pytest.fixture
@@ -45,17 +47,10 @@ def rows(tmp_path, monkeypatch):
         lines = (json.dumps({"left": f"{i} x x", "right": "x", "label": i % 2}) for i in numbers)
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
-    def build(seed: int = 0, task: dict | None = None, **sections) -> TaskRows:
-        plain = {
-            "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
-            "model": {"name": "m", "path": "m"},
-            "task": {**TASK, **(task or {})},
-            "data": {"source": "local", "root": str(tmp_path)},
-            "seed": seed,
-            **sections,
-        }
-        config = load(plain)
-        return TaskRows(config, config.task, open_source("local", tmp_path))
+    def build(seed: int = 0, task: dict | None = None, train_samples=None, eval=None, calibration=None) -> TaskRows:
+        whole = ClassificationTask.model_validate({**TASK, **(task or {})}, strict=False)
+        settings = EvalConfig(**(eval or {})), CalibrationConfig(**(calibration or {}))
+        return TaskRows(whole, open_source("local", tmp_path), *settings, seed=seed, train_samples=train_samples)
 
     build.folder = folder
     return build
@@ -65,7 +60,7 @@ def numbers(encoded) -> list[int]:
     return [ids[1] - 10 for ids in encoded["input_ids"]]
 
 
-ENCODER = tokenizer(separates=True)
+ENCODER = reader(separates=True)
 
 
 def test_held_out_rows_are_the_same_for_every_seed_and_never_learned_or_calibrated(rows):
@@ -82,16 +77,16 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_learned_or_calibrat
 
 
 def test_calibration_takes_rows_that_are_trained_on(rows):
-    made = rows(3, train={"train_samples": 20}, calibration={"samples": 8, "seq_len": 5})
+    made = rows(3, train_samples=20, calibration={"samples": 8, "seq_len": 5})
     assert len(made.train(ENCODER)) == 20
     assert numbers(made.calibration(ENCODER)) == numbers(made.train(ENCODER))[:8]
     assert max(map(len, made.calibration(ENCODER)["input_ids"])) == 5
-    assert len(rows(train={"train_samples": 1000}).train(ENCODER)) == 100
+    assert len(rows(train_samples=1000).train(ENCODER)) == 100
 
 
 def test_evaluation_takes_the_first_rows_up_to_the_limit(rows):
-    [judged] = rows(eval={"limit": 7}).evaluation(ENCODER)
-    assert (judged.name, numbers(judged.rows)) == ("mine/pairs", list(range(100, 107)))
+    [evaluated] = rows(eval={"limit": 7}).evaluation(ENCODER)
+    assert (evaluated.name, numbers(evaluated.rows)) == ("mine/pairs", list(range(100, 107)))
     assert len(rows(eval={"limit": 1000}).evaluation(ENCODER)[0].rows) == 30
 
 
@@ -109,13 +104,13 @@ def test_pairs_are_joined_by_the_separator_where_there_is_one(rows):
         "token_type_ids": [0, 0, 0, 0, 0, 1, 1],
         "labels": 0,
     }
-    [first] = rows(eval={"limit": 1}).evaluation(tokenizer(separates=False))
+    [first] = rows(eval={"limit": 1}).evaluation(reader(separates=False))
     assert first.rows[0]["input_ids"] == [110, 4, 4, 3, 4]
 
 
 def test_long_rows_are_cut_to_the_models_length(rows):
-    short = rows(model={"name": "m", "path": "m", "max_length": 5})
-    assert short.train(ENCODER)["input_ids"][0] == [1, numbers(short.train(ENCODER))[0] + 10, 2, 4, 2]
+    [first, *_] = rows().train(reader(separates=True, limit=5))["input_ids"]
+    assert first == [1, numbers(rows().train(ENCODER))[0] + 10, 2, 4, 2]
 
 
 def test_regression_labels_are_floats(rows):

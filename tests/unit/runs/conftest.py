@@ -8,9 +8,9 @@ import pytest
 from lowrank_kit.config import RunConfig, load
 
 METHOD = """
-from lowrank_kit.config import Section
+from lowrank_kit.config import Method
 
-class Tiny(Section):
+class Tiny(Method):
     name: str = "tiny"
     rank: int = 4
 """

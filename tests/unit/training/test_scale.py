@@ -13,7 +13,7 @@ from lowrank_kit.adapters.dora import Dora
 from lowrank_kit.adapters.full_ft import FullFineTuning
 from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compose import Composer
+from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.config import TrainConfig, load
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
@@ -238,7 +238,7 @@ def test_what_cannot_be_is_said_before_anything_is_opened(words, processes, mess
     if processes:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ConfigError, match=message):
-        execute(load(Composer().compose(["device=cpu", *words])))
+        execute(load(Composer().compose(force_dotted(["device=cpu", *words]))))
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is there")

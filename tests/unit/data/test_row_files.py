@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from lowrank_kit.data.files import read_jsonl, read_text
+from lowrank_kit.data.row_files import read_jsonl, read_text
 from lowrank_kit.data.sources import DatasetRef, open_source
 from lowrank_kit.errors import LowRankKitError
 

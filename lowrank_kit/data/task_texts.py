@@ -5,18 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import datasets
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowrank_kit.config import CausalTask, RecoveryConfig, RunConfig, TextSet
+from lowrank_kit.config import CalibrationConfig, CausalTask, EvalConfig, TextSet
 from lowrank_kit.data.benchmarks import check_allowed, load_benchmarks
 from lowrank_kit.data.encode import check_texts
-from lowrank_kit.data.instructions import Ask, Instructions, encode
+from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import TEXT, DatasetRef, Rows, Source, has
-from lowrank_kit.data.special_tokens import Opening, check_embedded, opening_of, plain_ids
+from lowrank_kit.data.special_tokens import Opening, plain_ids
 from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.errors import ConfigError
 
@@ -25,8 +23,8 @@ log = logging.getLogger(__name__)
 # What the papers on compression use; longer windows give lower figures.
 USUAL_WINDOW = 2048
 
-_Of = Literal["eval", "calibration"]
-_OPENINGS: tuple[_Of, ...] = get_args(_Of)
+Purpose = Literal["eval", "calibration"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 Windows = Int64[Tensor, "windows window"]
 
@@ -47,39 +45,37 @@ def text_ref(name: str, text: TextSet) -> DatasetRef:
 
 
 class TaskTexts:
-    """The texts of a task that the data source has, loaded once each.
+    """The texts and benchmarks of a task that the data source has, loaded once each, and what is learnt beside them.
 
     A text takes part if the source has the split it is evaluated on; those left out are named in a warning. Raises
     `ConfigError` where none is left, where the text to calibrate on is not there, for rows without text, and for
     benchmarks that run programs without `eval.allow_code_execution`.
-    With ``learns`` the task's instructions are loaded too, and raise what `TaskInstructions` does. ``model`` is the
-    configuration of the model that reads the texts, whose family may have a rule for BOS: where it is given, tokens
-    without embedding are a `ConfigError` too.
+    ``instructions`` are what a method learns of the task; where there are some, they are calibrated on, too.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         task: CausalTask,
         source: Source,
-        learns: bool = False,
-        model: PretrainedConfig | None = None,
+        settings: EvalConfig,
+        calibration: CalibrationConfig,
+        instructions: TaskInstructions | None = None,
     ) -> None:
-        self._config, self._task, self._model = config, task, model
-        self.instructions = TaskInstructions(config, task, source, model) if learns else None
+        self._task, self._settings, self._calibration, self._kind = task, settings, calibration, source.kind
+        self.instructions = instructions
         """What is learnt of the task."""
-        if self.instructions and config.eval.held_out:
-            self.benchmarks = self.instructions.held_out_questions()
+        if instructions and settings.held_out:
+            self.benchmarks = instructions.held_out_questions()
         else:
-            self.benchmarks = load_benchmarks(task.benchmarks, source, config.eval.limit)
-            if task.benchmarks and config.eval.held_out:
+            self.benchmarks = load_benchmarks(task.benchmarks, source, settings.limit)
+            if task.benchmarks and settings.held_out:
                 raise ConfigError(
                     "eval.held_out: benchmarks are evaluated on splits of their own; choose hyper-parameters with "
                     "task=perplexity, or drop eval.held_out"
                 )
         """Rows of the benchmarks that the data source has, by their names."""
         for name, questions in self.benchmarks.items():
-            check_allowed(name, questions.benchmark, config.eval.allow_code_execution)
+            check_allowed(name, questions.benchmark, settings.allow_code_execution)
         is_evaluated_on_texts = bool(task.texts) and task.perplexity
         names = self._present(source) if is_evaluated_on_texts else ()
         splits = {(name, self._evaluated_on(name)) for name in names}
@@ -96,7 +92,6 @@ class TaskTexts:
             rows = source.load(text_ref(name, text), split)
             _check(rows, text, f"'{split}' of {name}")
             self._rows[name, split] = rows
-        self._recovery_set = _recovery_set(config.recovery, source)
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size of every split by ``text:split``, for the manifest.
@@ -112,32 +107,26 @@ class TaskTexts:
         }
         for questions in self.benchmarks.values():
             texts |= questions.facts()
-        texts |= self._recovery_set.facts() if self._recovery_set else {}
         return texts | (self.instructions.facts() if self.instructions else {})
 
-    def opening(self, of: _Of, tokenizer: PreTrainedTokenizerBase) -> Opening:
+    def opening(self, of: Purpose, reader: Reader) -> Opening:
         """What begins the windows, prompts and instructions that are evaluated on or learnt, or calibrated on."""
-        choice = self._config.eval.bos if of == "eval" else self._config.calibration.bos
-        return opening_of(choice, tokenizer, self._model, f"{of}.bos")
+        choice = self._settings.bos if of == "eval" else self._calibration.bos
+        return reader.opening(choice, f"{of}.bos")
 
-    def openings(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def openings(self, reader: Reader) -> dict[str, Any]:
         """What a manifest says of both."""
-        return {of: self.opening(of, tokenizer).facts() for of in _OPENINGS}
+        return {of: self.opening(of, reader).facts() for of in PURPOSES}
 
-    @property
-    def learnt_as(self) -> _Of:
-        """Whose opening `recovery` has: windows are those calibrated on, instructions are asked as in evaluation."""
-        return "calibration" if self.instructions is None and self._recovery_set is None else "eval"
-
-    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "samples seq_len"]:
+    def calibration(self, reader: Reader) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
 
         ``calibration.bos`` says whether BOS is the first of them. Raises `ConfigError` where the text is too short.
         """
-        settings, name = self._config.calibration, self._calibration_text()
-        self._check_length("calibration.seq_len", settings.seq_len, tokenizer)
+        settings, name = self._calibration, self._calibration_text()
+        reader.check_length("calibration.seq_len", settings.seq_len)
         split = self._task.texts[name].calibration_split
-        windows = self._windows(self._encode(name, split, tokenizer), "calibration", settings.seq_len, tokenizer)
+        windows = self._windows(self._encode(name, split, reader), "calibration", settings.seq_len, reader)
         if len(windows) < settings.samples:
             raise ConfigError(
                 f"calibration.samples={settings.samples}: '{split}' of {name} has {len(windows)} windows of "
@@ -145,55 +134,27 @@ class TaskTexts:
             )
         return windows[: settings.samples]
 
-    def recovery(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> datasets.Dataset:
-        """What a compressed model learns from, at most ``train.train_samples`` rows, drawn by the seed.
-
-        The rows of ``recovery.data``, or the windows of `calibration`: ``input_ids`` and ``labels``. Raises
-        `ConfigError` where the text is too short, a row is longer than the model reads, or no row is left.
-        """
-        recovery = self._config.recovery
-        if self.instructions is not None:
-            return self.instructions.train(tokenizer, ask)
-        if self._recovery_set is None:
-            windows = self.calibration(tokenizer).tolist()
-            rows = datasets.Dataset.from_dict({"input_ids": windows, "labels": windows})
-        else:
-            self._check_length("recovery.max_length", recovery.max_length, tokenizer)
-            examples = self._recovery_set.examples(self._recovery_set.rows.dataset)
-            rows = encode(
-                examples,
-                tokenizer,
-                recovery.max_length,
-                of=recovery.data,
-                key="recovery.max_length",
-                train_on_prompt=recovery.train_on_prompt,
-                opening=self.opening("eval", tokenizer),
-            )
-            check_embedded(rows["input_ids"], tokenizer, self._model, recovery.data)
-        count = min(self._config.train.train_samples or len(rows), len(rows))
-        return rows.shuffle(seed=self._config.seed).select(range(count))
-
-    def held_out(self, count: int, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> Windows:
+    def held_out(self, count: int, reader: Reader, window: int | None = None) -> Windows:
         """``count`` windows of the text calibrated on, behind those of `calibration`: to choose hyper-parameters.
 
         ``window``: tokens of each, by default the task's. Raises `ConfigError` where the text is too short.
         """
-        name, window = self._calibration_text(), window or self.window(tokenizer)
-        return self._behind_calibration(name, count, window, "calibration", tokenizer)
+        name, window = self._calibration_text(), window or self.window(reader)
+        return self._behind_calibration(name, count, window, "calibration", reader)
 
     def _behind_calibration(
         self,
         name: str,
         count: int,
         window: int,
-        of: _Of,
-        tokenizer: PreTrainedTokenizerBase,
+        of: Purpose,
+        reader: Reader,
     ) -> Windows:
-        settings, split = self._config.calibration, self._task.texts[name].calibration_split
+        settings, split = self._calibration, self._task.texts[name].calibration_split
         # What learns instructions is calibrated on those.
-        read = settings.seq_len - len(self.opening("calibration", tokenizer))
+        read = settings.seq_len - len(self.opening("calibration", reader))
         start = 0 if self.instructions else settings.samples * read
-        windows = self._windows(self._encode(name, split, tokenizer)[start:], of, window, tokenizer)
+        windows = self._windows(self._encode(name, split, reader)[start:], of, window, reader)
         if len(windows) < count:
             raise ConfigError(
                 f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
@@ -202,21 +163,21 @@ class TaskTexts:
             )
         return windows[:count]
 
-    def evaluation(self, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationText]:
+    def evaluation(self, reader: Reader) -> list[EvaluationText]:
         """Whole windows of every text, at most ``eval.limit``; with ``eval.held_out``, so many held-out ones.
 
         Raises `ConfigError` for a text shorter than one window.
         """
         found = []
         for name in self.names:
-            split, held_out = self._evaluated_on(name), self._config.eval.held_out
+            split, held_out = self._evaluated_on(name), self._settings.held_out
             if held_out:
                 count = min(held_out, self._task.max_windows or held_out)
-                windows = self._behind_calibration(name, count, self.window(tokenizer), "eval", tokenizer)
+                windows = self._behind_calibration(name, count, self.window(reader), "eval", reader)
             else:
-                tokens, window = self._encode(name, split, tokenizer), self.window(tokenizer)
-                windows = self._windows(tokens, "eval", window, tokenizer)
-                windows = windows[: self._task.max_windows or self._config.eval.limit]
+                tokens, window = self._encode(name, split, reader), self.window(reader)
+                windows = self._windows(tokens, "eval", window, reader)
+                windows = windows[: self._task.max_windows or self._settings.limit]
                 if not len(windows):
                     raise ConfigError(
                         f"'{split}' of {name} has {len(tokens)} tokens, less than one window: "
@@ -225,50 +186,41 @@ class TaskTexts:
             rows = self._rows[name, split]
             note = f", {rows.note}" if rows.note else ""
             remark = "held out of calibration; " if held_out else ""
-            opening = self.opening("eval", tokenizer)
+            opening = self.opening("eval", reader)
             size = f"{len(windows)} windows of {windows.shape[1]} tokens, {opening}"
             found.append(EvaluationText(name, windows, f"{remark}{rows.source}, {split}{note}, {size}", opening))
         return found
 
-    def window(self, tokenizer: PreTrainedTokenizerBase) -> int:
+    def window(self, reader: Reader) -> int:
         """Tokens per window; raises `ConfigError` for more than the model has positions."""
-        window = self._task.window or min(USUAL_WINDOW, self._longest(tokenizer))
-        self._check_length("task.window", window, tokenizer)
+        window = self._task.window or min(USUAL_WINDOW, reader.longest)
+        reader.check_length("task.window", window)
         return window
 
     def _windows(
         self,
         tokens: Int64[Tensor, " tokens"],
-        of: _Of,
+        of: Purpose,
         window: int,
-        tokenizer: PreTrainedTokenizerBase,
+        reader: Reader,
     ) -> Windows:
-        opening = self.opening(of, tokenizer)
+        opening = self.opening(of, reader)
         if window <= len(opening):
             raise ConfigError(f"{of}.bos={opening.choice}: windows of {window} tokens have room for BOS alone")
         return opening.windows(tokens, window)
-
-    def _longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return min(self._config.model.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-
-    def _check_length(self, key: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        if length > (longest := self._longest(tokenizer)):
-            raise ConfigError(
-                f"{key}={length} is longer than the {longest} tokens that {self._config.model.name} reads"
-            )
 
     def _calibration_text(self) -> str:
         if self.calibrated_on is None:
             wanted = ", ".join(f"'{text.calibration_split}' of {name}" for name, text in self._task.texts.items())
             raise ConfigError(
-                f"there is no text to calibrate on: data={self._config.data.source} lacks {wanted or 'texts'}; "
+                f"there is no text to calibrate on: data={self._kind} lacks {wanted or 'texts'}; "
                 "name one that it has, for example 'task.texts.wikipedia={}'"
             )
         return self.calibrated_on
 
     def _evaluated_on(self, name: str) -> str:
         text = self._task.texts[name]
-        return text.calibration_split if self._config.eval.held_out else text.eval_split
+        return text.calibration_split if self._settings.held_out else text.eval_split
 
     def _present(self, source: Source) -> tuple[str, ...]:
         texts = self._task.texts
@@ -279,13 +231,13 @@ class TaskTexts:
             source.load(text_ref(absent[0], texts[absent[0]]), self._evaluated_on(absent[0]))
         if not there and not self.benchmarks:
             raise ConfigError(
-                f"data={self._config.data.source} has none of the texts {', '.join(absent)}; add your own: "
+                f"data={self._kind} has none of the texts {', '.join(absent)}; add your own: "
                 f"data=local data.root=DIR 'task.texts.NAME={{}}' with DIR/NAME/{{validation,test}}.jsonl or .txt"
             )
         if absent:
             log.warning(
                 "data=%s has %s and not %s; name a text alone to insist on it",
-                self._config.data.source, ", ".join(there) or "no text", ", ".join(absent),
+                self._kind, ", ".join(there) or "no text", ", ".join(absent),
             )  # fmt: skip
         return tuple(there)
 
@@ -295,26 +247,15 @@ class TaskTexts:
             return wanted
         return next((n for n in names if has(source, text_ref(n, texts[n]), [texts[n].calibration_split])), None)
 
-    def _encode(self, name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " tokens"]:
+    def _encode(self, name: str, split: str, reader: Reader) -> Int64[Tensor, " tokens"]:
         """Tokenise a split as one text, once; BOS, if it is wanted, begins the windows that are cut from it."""
         if (name, split) not in self._tokens:
             text, rows = self._task.texts[name], self._rows[name, split].dataset
             lines = rows[_column(rows.column_names, text)]
-            [ids] = plain_ids([text.separator.join(lines)], tokenizer)
-            check_embedded([ids], tokenizer, self._model, f"'{split}' of {name}")
+            [ids] = plain_ids([text.separator.join(lines)], reader.tokenizer)
+            reader.check_embedded([ids], f"'{split}' of {name}")
             self._tokens[name, split] = torch.tensor(ids, dtype=torch.int64)
         return self._tokens[name, split]
-
-
-def _recovery_set(recovery: RecoveryConfig, source: Source) -> Instructions | None:
-    if recovery.instructions is None:
-        return None
-    try:
-        return Instructions(recovery.data, recovery.instructions, source)
-    except ConfigError as error:
-        raise ConfigError(
-            f"recovery.data={recovery.data}: {error}. Without instructions: recovery.data=text"
-        ) from error
 
 
 def _column(columns: list[str], text: TextSet) -> str:

@@ -1,4 +1,4 @@
-"""What an adapter does to a model: where in activation space its update lies, and how far hidden states move."""
+"""Where in activation space the update of a training lies."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ USUAL_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """The update of one linear at one step of the training.
 
     ``norm`` is the Frobenius norm of dW = W_now - W_original over that of W_original. ``top`` and ``tail`` are
@@ -45,19 +45,19 @@ class Look:
 
 @dataclass(frozen=True)
 class EnergyLog:
-    """Where `Look`s are kept, and how many times a training is looked at. A resumed training goes on in its file."""
+    """Where `Measurement`s are kept, and how many a training has. A resumed training goes on in its file."""
 
     file: Path
-    looks: int
+    count: int
 
-    def read(self) -> list[Look]:
-        """The looks so far."""
-        return list(read_as(self.file, tuple[Look, ...]) or ())
+    def read(self) -> list[Measurement]:
+        """The measurements so far."""
+        return list(read_as(self.file, tuple[Measurement, ...]) or ())
 
-    def write(self, looks: Sequence[Look]) -> None:
+    def write(self, found: Sequence[Measurement]) -> None:
         """Replace them, whole or not at all."""
         temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(look) for look in looks]))
+        temporary.write_text(json.dumps([asdict(one) for one in found]))
         temporary.replace(self.file)
 
 
@@ -70,7 +70,7 @@ class _Original:
 
 
 class UpdateEnergy(TrainerCallback):
-    """Looks, a few times along a training, at what share of the update lies in the top and the tail directions."""
+    """Measures, a few times along a training, what share of the update lies in the top and the tail directions."""
 
     def __init__(self, model: PreTrainedModel, originals: Sequence[_Original], log: EnergyLog) -> None:
         self._model, self._originals, self._log = model, originals, log
@@ -119,23 +119,23 @@ class UpdateEnergy(TrainerCallback):
         ]
         return cls(model, originals, log)
 
-    def look(self, step: int) -> list[Look]:
+    def measure(self, step: int) -> list[Measurement]:
         """The update of every linear now."""
-        return [_look(self._model.get_submodule(original.ref.name), original, step) for original in self._originals]
+        return [_measured(self._model.get_submodule(original.ref.name), original, step) for original in self._originals]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Forget what was seen after the checkpoint that the training goes on from."""
-        self._log.write([look for look in self._log.read() if look.step <= state.global_step])
+        self._log.write([one for one in self._log.read() if one.step <= state.global_step])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look in equal distances, the last time at the end."""
+        """Measure in equal distances, the last time at the end."""
         # Not after the first step: in a warm-up its learning rate is zero, and the update nothing but rounding.
-        wanted = {round(state.max_steps * i / self._log.looks) for i in range(1, self._log.looks + 1)}
+        wanted = {round(state.max_steps * i / self._log.count) for i in range(1, self._log.count + 1)}
         if state.global_step in wanted:
-            self._log.write([*self._log.read(), *self.look(state.global_step)])
+            self._log.write([*self._log.read(), *self.measure(state.global_step)])
 
 
-def looked_at(targets: Sequence[LinearRef], blocks: int) -> list[LinearRef]:
+def sampled(targets: Sequence[LinearRef], blocks: int) -> list[LinearRef]:
     """Of these linears those of so many blocks, evenly spaced from the first to the last."""
     there = sorted({ref.block for ref in targets})
     count = min(blocks, len(there))
@@ -154,38 +154,6 @@ def weight_now(layer: nn.Module, in_features: int) -> Float[Tensor, "out in"]:
     return (twin(units) - twin(torch.zeros_like(units[:1]))).T
 
 
-@torch.no_grad()
-def hidden_states(
-    model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Tensor]]
-) -> list[Float[Tensor, "tokens n"]]:
-    """What comes out of every block over all tokens of unpadded inputs (one row each), float32 on the CPU."""
-    found: list[list[Tensor]] = [[] for _ in blocks]
-
-    def keep(number: int, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        found[number].append(hidden.flatten(0, -2).float().cpu())
-
-    handles = [
-        block.register_forward_hook(lambda module, args, output, number=number: keep(number, output))
-        for number, block in enumerate(blocks)
-    ]
-    was_training = model.training
-    model.eval()
-    try:
-        for row in inputs:
-            model(**row)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts) for parts in found]
-
-
-def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
-    """Relative change ``|h' - h| / |h|`` (Frobenius) of the hidden states behind every block."""
-    return [float((new - old).norm() / old.norm()) for old, new in zip(before, after, strict=True)]
-
-
 def _directions(statistics: LayerStatistics, module: nn.Module, count: int, which: Which) -> Tensor:
     moments = statistics.moments
     if statistics.side == "input":
@@ -194,7 +162,7 @@ def _directions(statistics: LayerStatistics, module: nn.Module, count: int, whic
     return range_eigenpairs(moments.gram, count, which, rank_bound=moments.count).vectors
 
 
-def _look(layer: nn.Module, original: _Original, step: int) -> Look:
+def _measured(layer: nn.Module, original: _Original, step: int) -> Measurement:
     ref, weight = original.ref, original.weight.double()
     update = weight_now(layer, ref.in_features) - weight
     energy = float(update.square().sum())
@@ -203,4 +171,4 @@ def _look(layer: nn.Module, original: _Original, step: int) -> Look:
         for side in (original.top, original.tail)
     )
     norm, chance = energy**0.5 / float(weight.norm()), original.top.shape[1] / ref.out_features
-    return Look(step, ref.name, ref.role, ref.block, norm, top, tail, chance)
+    return Measurement(step, ref.name, ref.role, ref.block, norm, top, tail, chance)

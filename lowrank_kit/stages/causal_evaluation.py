@@ -1,4 +1,4 @@
-"""How causal models are judged: perplexity on texts and answers to benchmarks, the original's measured only once."""
+"""What is measured on causal models: perplexity on texts, answers to benchmarks; the original's only once."""
 
 import json
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lowrank_kit import distributed
-from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.figures import content_hash, shared_figures
 from lowrank_kit.cache.key import StatisticsKey, tokenizer_fingerprint
-from lowrank_kit.config import CausalTask, RunConfig
-from lowrank_kit.data.texts import EvaluationText, TaskTexts
+from lowrank_kit.config import CausalTask, EvalConfig
+from lowrank_kit.data.task_texts import EvaluationText, TaskTexts
 from lowrank_kit.evaluation.perplexity import Perplexity, perplexity
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
-from lowrank_kit.stages.base import VERSIONS
+from lowrank_kit.runs.provenance import VERSIONS
+from lowrank_kit.stages.models import Models
 
 if TYPE_CHECKING:
     from lowrank_kit.stages.suite import Suite
@@ -30,29 +30,34 @@ WINDOWS = "windows"
 """Folder below the run directory: ``windows/CHECKPOINT/TEXT.json`` has a text's mean loss (nats) window by window."""
 
 
-class CausalJudge:
-    """What a task asks of causal models: texts and benchmarks, the same for every model.
+class CausalEvaluator:
+    """What a task measures on causal models: perplexity on texts and answers to benchmarks, the same for every model.
 
-    ``folder`` is the run directory, where answers to benchmarks lie. `texts` and `suite` read no weights and raise
-    `ConfigError` for what cannot be asked; see `TaskTexts.evaluation` and `PreparedBenchmark`.
+    ``folder`` is the run directory, where answers to benchmarks lie; ``cache`` is the root of all caches, None: what
+    the original answers is not shared. `texts` and `suite` read no weights and raise `ConfigError` for what cannot be
+    measured; see `TaskTexts.evaluation` and `PreparedBenchmark`.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         task: CausalTask,
         data: TaskTexts,
-        tokenizer: PreTrainedTokenizerBase,
+        settings: EvalConfig,
+        models: Models,
         folder: Path,
-        device: str,
+        cache: Path | None,
     ) -> None:
-        self._config, self._task, self._data, self._device = config, task, data, device
-        self._tokenizer, self._folder = tokenizer, folder
+        self._task, self._data, self._settings, self._models = task, data, settings, models
+        self._folder, self._cache = folder, cache
+
+    def check(self) -> None:
+        """Find out what is wrong with the texts and benchmarks, before a model is loaded."""
+        _ = self.texts, self.suite
 
     @cached_property
     def texts(self) -> list[EvaluationText]:
-        """The windows to judge on."""
-        return self._data.evaluation(self._tokenizer)
+        """The windows to evaluate on."""
+        return self._data.evaluation(self._models.reader)
 
     @cached_property
     def suite(self) -> "Suite | None":
@@ -63,14 +68,13 @@ class CausalJudge:
         from lowrank_kit.evaluation.harness import PreparedBenchmark
         from lowrank_kit.stages.suite import Suite
 
-        allowed = self._config.eval.allow_code_execution
+        allowed = self._settings.allow_code_execution
         benchmarks = [PreparedBenchmark(questions, allowed) for questions in self._data.benchmarks.values()]
-        tokenizer, limit = self._tokenizer, self._config.model.max_length
-        longest = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
-        opening = self._data.opening("eval", tokenizer)
-        return Suite(benchmarks, tokenizer, self._config.eval.batch_size, longest, VERSIONS, self._folder, opening)
+        reader, batch_size = self._models.reader, self._settings.batch_size
+        opening = self._data.opening("eval", reader)
+        return Suite(benchmarks, reader.tokenizer, batch_size, reader.longest, VERSIONS, self._folder, opening)
 
-    def judge(
+    def evaluate(
         self,
         model: PreTrainedModel,
         layout: ModelLayout,
@@ -79,7 +83,7 @@ class CausalJudge:
         as_it_came: bool = False,
     ) -> list[EvalRecord]:
         """The records of one model; ``layout`` is its own, without adapters. ``as_it_came``: once for all runs."""
-        cache = cache_dir() if as_it_came and self._config.calibration.cache else None
+        cache = self._cache if as_it_came else None
         key = StatisticsKey.of(
             model, layout, reads="loss", text="", batch_size=self._task.batch_size, request={"quantity": "perplexity"}
         )
@@ -105,10 +109,10 @@ class CausalJudge:
                 "bos": self.suite.opening.ids,
                 "generation": generation,
             },
-            tokenizer=tokenizer_fingerprint(self._tokenizer),
+            tokenizer=tokenizer_fingerprint(self._models.tokenizer),
         )
         shared = None if cache is None else cache / "benchmarks"
-        return figures + self.suite.judge(model, checkpoint, asks, progress, shared)
+        return figures + self.suite.evaluate(model, checkpoint, asks, progress, shared)
 
     def _keep_windows(self, text: EvaluationText, found: Perplexity, checkpoint: Checkpoint) -> None:
         """The figure of every window: what a spread, or a comparison with another model's, is computed from."""
@@ -125,7 +129,7 @@ class CausalJudge:
         self, model: PreTrainedModel, text: EvaluationText, checkpoint: Checkpoint, progress: StageProgress
     ) -> Perplexity:
         description = f"{checkpoint} perplexity of {text.name}"
-        return perplexity(model, text.windows, self._task.batch_size, self._device, progress, description)
+        return perplexity(model, text.windows, self._task.batch_size, self._models.device, progress, description)
 
 
 def _shared(root: Path, key: StatisticsKey, what: str, measure: Callable[[], Perplexity]) -> Perplexity:

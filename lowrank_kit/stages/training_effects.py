@@ -11,19 +11,19 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.adapters.base import FineTuning
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import EffectsConfig
-from lowrank_kit.data.texts import EvaluationText
+from lowrank_kit.data.task_texts import EvaluationText
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
-from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.plots.effects import Share, plot_drift, plot_energy
 from lowrank_kit.runs.directory import RunDirectory
-from lowrank_kit.training.effects import EnergyLog, Look, UpdateEnergy, drift, hidden_states, looked_at
+from lowrank_kit.training.adapters import unwrapped
+from lowrank_kit.training.drift import drift, hidden_states
+from lowrank_kit.training.update_energy import EnergyLog, Measurement, UpdateEnergy, sampled
 
 EFFECTS_FILE, ENERGY_FILE = "effects.json", "energy.json"
 
@@ -40,14 +40,14 @@ class Effects:
     def energy(
         self,
         model: PreTrainedModel,
-        method: FineTuning,
+        targets: Sequence[LinearRef],
         ranks: Mapping[str, int],
         samples: CalibrationSamples,
         batch_size: int,
         cache: Path | None,
     ) -> UpdateEnergy:
-        """What looks at the update of the method's targets while they learn; ``model`` is still without adapter."""
-        refs = looked_at(method.targets(layout_of(model)), self.settings.blocks)
+        """What measures the update of some ``targets`` while they learn; ``model`` is still without adapter."""
+        refs = sampled(targets, self.settings.blocks)
         few = samples.first(self.settings.samples)
         return UpdateEnergy.of(model, refs, ranks, few, self._log, batch_size, cache)
 
@@ -58,7 +58,7 @@ class Effects:
         before = hidden_states(original, [original.get_submodule(name) for name in names], inputs)
 
         def measure(model: nn.Module) -> list[float]:
-            base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+            base = unwrapped(model)
             return drift(before, hidden_states(model, [base.get_submodule(name) for name in names], inputs))
 
         return measure
@@ -72,7 +72,7 @@ class Effects:
         before: Checkpoint = "dense",
     ) -> None:
         """Write ``effects.json`` and plots; ``rows`` says on what hidden states were compared, with ``before``'s."""
-        looks = self._log.read()
+        measured = self._log.read()
         figures = {(r.task, r.metric, r.checkpoint): r for r in records}
         forgetting = [
             {"text": task, "before": old.value, "after": new.value, "nats": math.log(new.value / old.value)}
@@ -84,7 +84,7 @@ class Effects:
             {
                 "forgetting": forgetting,
                 "drift": {"by_block": list(moved), "on": rows},
-                "energy": [asdict(look) for look in looks],
+                "energy": [asdict(one) for one in measured],
                 "initialisation": initialisation,
             },
         )
@@ -94,8 +94,8 @@ class Effects:
                 # Of a plan.
                 shutil.copytree(there, plots, dirs_exist_ok=True)
             plot_drift(moved, plots / "drift.png")
-            if looks:
-                plot_energy(_shares(looks), plots / "energy.png")
+            if measured:
+                plot_energy(_shares(measured), plots / "energy.png")
 
     @property
     def _log(self) -> EnergyLog:
@@ -109,13 +109,13 @@ def windows_or_rows(texts: Sequence[EvaluationText], rows: datasets.Dataset, cou
     return [{"input_ids": torch.tensor(ids)} for ids in rows[:count]["input_ids"]]
 
 
-def _shares(looks: Sequence[Look]) -> dict[str, list[Share]]:
+def _shares(measured: Sequence[Measurement]) -> dict[str, list[Share]]:
     """The mean over the linears of a role, step by step."""
-    groups: dict[tuple[str, int], list[Look]] = defaultdict(list)
-    for look in looks:
-        groups[look.role, look.step].append(look)
+    groups: dict[tuple[str, int], list[Measurement]] = defaultdict(list)
+    for one in measured:
+        groups[one.role, one.step].append(one)
     shares: dict[str, list[Share]] = defaultdict(list)
     for (role, step), found in groups.items():
-        top, tail, chance = (fmean(getattr(look, name) for look in found) for name in ("top", "tail", "chance"))
+        top, tail, chance = (fmean(getattr(one, name) for one in found) for name in ("top", "tail", "chance"))
         shares[role].append(Share(step, top, tail, chance))
     return shares

@@ -8,16 +8,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_kit.config import load
+from lowrank_kit.config import CalibrationConfig, CausalTask, EvalConfig, TextSet
 from lowrank_kit.data import sources
+from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import open_source
-from lowrank_kit.data.texts import TaskTexts, text_ref
+from lowrank_kit.data.task_texts import TaskTexts, text_ref
 from lowrank_kit.errors import ConfigError
 
 BREAK = 999
 
 
-def tokenizer(bos: bool = False, longest: int = 64) -> PreTrainedTokenizerFast:
+def reader(bos: bool = False, longest: int = 64) -> Reader:
     """The word n is token n; every line break is one token, BREAK; BOS 998."""
     words = {str(i): i for i in range(998)} | {"<s>": 998, "\n": BREAK}
     made = Tokenizer(models.WordLevel(words, unk_token="0"))
@@ -26,7 +27,7 @@ def tokenizer(bos: bool = False, longest: int = 64) -> PreTrainedTokenizerFast:
     )
     if bos:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 998)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=longest)
+    return Reader(PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=longest))
 
 
 def numbers(start: int, stop: int) -> str:
@@ -50,19 +51,12 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make(folder):
-    def build(texts=("first", "second"), task=None, **sections) -> TaskTexts:
+    def build(texts=("first", "second"), task=None, eval=None, calibration=None) -> TaskTexts:
         texts = texts if isinstance(texts, dict) else {name: {} for name in texts}
-        config = load(
-            {
-                "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
-                "model": {"name": "m", "path": "m"},
-                "task": {"kind": "causal", "name": "p", "texts": texts, "window": 8, **(task or {})},
-                "data": {"source": "local", "root": str(folder)},
-                "calibration": {"samples": 3, "seq_len": 5},
-                **sections,
-            }
-        )
-        return TaskTexts(config, config.task, open_source("local", folder))
+        texts = {name: TextSet(**text) for name, text in texts.items()}
+        whole = CausalTask(kind="causal", name="p", texts=texts, **{"window": 8, **(task or {})})
+        settings = CalibrationConfig(**(calibration or {"samples": 3, "seq_len": 5}))
+        return TaskTexts(whole, open_source("local", folder), EvalConfig(**(eval or {})), settings)
 
     return build
 
@@ -70,7 +64,7 @@ def make(folder):
 def test_texts_are_found_with_and_without_the_prefix_as_rows_and_as_plain_text(make):
     texts = make()
     assert texts.names == ("first", "second")
-    first, second = texts.evaluation(tokenizer())
+    first, second = texts.evaluation(reader())
     assert first.windows.tolist() == [list(range(100 + 8 * i, 108 + 8 * i)) for i in range(3)]
     assert second.windows.shape == (5, 8)
     assert second.windows.flatten().tolist() == list(range(200, 240))
@@ -79,26 +73,26 @@ def test_texts_are_found_with_and_without_the_prefix_as_rows_and_as_plain_text(m
 
 
 def test_rows_are_joined_once_by_the_separator_without_special_tokens_inside(make):
-    windows = make(texts={"first": {}}).calibration(tokenizer())
+    windows = make(texts={"first": {}}).calibration(reader())
     assert windows.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [BREAK, BREAK, 10, 11, 12]]
-    windows = make(texts={"first": {"separator": " "}}).calibration(tokenizer(bos=True))
+    windows = make(texts={"first": {"separator": " "}}).calibration(reader(bos=True))
     assert windows.tolist() == [[998, *range(n, n + 4)] for n in (0, 4, 8)]
 
 
 def test_held_out_windows_lie_behind_those_calibrated_on(make):
     texts = make()
     assert texts.calibrated_on == "first"
-    assert texts.held_out(2, tokenizer()).flatten().tolist() == list(range(13, 29))
-    assert texts.held_out(1, tokenizer()).dtype == torch.int64
+    assert texts.held_out(2, reader()).flatten().tolist() == list(range(13, 29))
+    assert texts.held_out(1, reader()).dtype == torch.int64
     with pytest.raises(ConfigError, match=r"5 held-out windows .* 'validation' of first has 4 of 8 tokens"):
-        texts.held_out(5, tokenizer())
+        texts.held_out(5, reader())
 
 
-def test_hyper_parameters_are_judged_on_calibration_splits_only(make, folder):
+def test_hyper_parameters_are_chosen_on_calibration_splits_only(make, folder):
     (folder / "text/first/test.jsonl").unlink()
     (folder / "second/test.txt").unlink()
     texts = make(eval={"held_out": 2})
-    first, second = texts.evaluation(tokenizer())
+    first, second = texts.evaluation(reader())
     assert first.windows.flatten().tolist() == list(range(13, 29))
     assert second.windows.flatten().tolist() == list(range(315, 331))
     assert first.source.startswith("held out of calibration; ")
@@ -106,35 +100,35 @@ def test_hyper_parameters_are_judged_on_calibration_splits_only(make, folder):
 
 
 def test_the_limit_counts_windows(make):
-    assert [len(text.windows) for text in make(eval={"limit": 4}).evaluation(tokenizer())] == [3, 4]
+    assert [len(text.windows) for text in make(eval={"limit": 4}).evaluation(reader())] == [3, 4]
 
 
 def test_too_little_text_to_calibrate_on_says_how_much_there_is(make):
     texts = make(calibration={"samples": 11, "seq_len": 5})
     with pytest.raises(ConfigError, match=r"samples=11: 'validation' of first has 10 windows of calibration.seq_len=5"):
-        texts.calibration(tokenizer())
-    assert make(calibration={"samples": 10, "seq_len": 5}).calibration(tokenizer()).numel() == 50
+        texts.calibration(reader())
+    assert make(calibration={"samples": 10, "seq_len": 5}).calibration(reader()).numel() == 50
 
 
 def test_less_text_than_one_window_is_refused(make):
     with pytest.raises(ConfigError, match=r"'test' of first has 30 tokens, less than one window: lower task.window=31"):
-        make(task={"window": 31}).evaluation(tokenizer())
-    assert len(make(task={"window": 30}, texts=["first"]).evaluation(tokenizer())[0].windows) == 1
+        make(task={"window": 31}).evaluation(reader())
+    assert len(make(task={"window": 30}, texts=["first"]).evaluation(reader())[0].windows) == 1
 
 
 def test_windows_are_as_long_as_the_model_reads_but_no_longer(make):
-    assert make(task={"window": None}).window(tokenizer(longest=20)) == 20
-    assert make(task={"window": None}).window(tokenizer(longest=10**30)) == 2048
+    assert make(task={"window": None}).window(reader(longest=20)) == 20
+    assert make(task={"window": None}).window(reader(longest=10**30)) == 2048
     with pytest.raises(ConfigError, match=r"task\.window=8 is longer than the 7 tokens"):
-        make().evaluation(tokenizer(longest=7))
+        make().evaluation(reader(longest=7))
     with pytest.raises(ConfigError, match=r"calibration\.seq_len=5 is longer than the 4 tokens"):
-        make().calibration(tokenizer(longest=4))
+        make().calibration(reader(longest=4))
 
 
 def test_a_long_text_is_tokenised_without_a_warning(make, caplog):
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        make(texts=["first"]).evaluation(tokenizer(longest=8))
+        make(texts=["first"]).evaluation(reader(longest=8))
     assert not caplog.records
 
 
@@ -153,21 +147,21 @@ def test_no_text_at_all_is_an_error(make):
 
 
 def test_the_text_to_calibrate_on_may_be_named_and_must_be_there(make, folder):
-    assert make(task={"calibrate_on": "second"}).calibration(tokenizer())[0].tolist() == list(range(300, 305))
+    assert make(task={"calibrate_on": "second"}).calibration(reader())[0].tolist() == list(range(300, 305))
     (folder / "second/validation.txt").unlink()
     with pytest.raises(ConfigError, match="no split 'validation' of 'text/second'"):
         make(task={"calibrate_on": "second"})
     assert make(texts=["second", "first"]).calibrated_on == "first"
     lonely = make(texts=["second"])
-    assert len(lonely.evaluation(tokenizer())) == 1
+    assert len(lonely.evaluation(reader())) == 1
     with pytest.raises(ConfigError, match="lacks 'validation' of second"):
-        lonely.calibration(tokenizer())
+        lonely.calibration(reader())
 
 
 def test_facts_tell_source_hash_and_tokens_once_known(make):
     texts = make()
     assert "tokens" not in texts.facts()["first:test"]
-    texts.evaluation(tokenizer())
+    texts.evaluation(reader())
     fact = texts.facts()["first:test"]
     assert (fact["source"], fact["rows"], fact["tokens"]) == ("local: text/first/test.jsonl", 1, 30)
     assert len({fact["sha256"] for fact in texts.facts().values()}) == 3
@@ -176,7 +170,7 @@ def test_facts_tell_source_hash_and_tokens_once_known(make):
 def test_the_hubs_column_or_text_is_read_and_nothing_else(make, folder):
     write(folder / "text/first/test.jsonl", numbers(0, 8), numbers(8, 16), column="sentence")
     column = {"first": {"text_column": "sentence", "separator": " ", "max_rows": 1}}
-    [text] = make(texts=column).evaluation(tokenizer())
+    [text] = make(texts=column).evaluation(reader())
     assert text.windows.tolist() == [list(range(8))]
     with pytest.raises(ConfigError, match=r"'test' of first have no column 'text'; they have sentence"):
         make(texts=["first"])
@@ -199,33 +193,14 @@ def test_one_file_of_a_set_on_the_hub_is_enough(make, monkeypatch):
         return datasets.Dataset.from_list([{"text": "a"}])
 
     monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
-    config = load(
-        {
-            "method": {"_target_": "lowrank_kit.method.Baseline", "name": "none"},
-            "model": {"name": "m", "path": "m"},
-            "task": {
-                "kind": "causal",
-                "name": "p",
-                "texts": {
-                    "big": {
-                        "hub_path": "a/big",
-                        "hub_files": {"test": "x.gz"},
-                        "hub_revision": "converted",
-                        "max_rows": 7,
-                    },
-                    "ours": {},
-                },
-                "calibrate_on": "big",
-            },
-            "data": {"source": "hub"},
-        }
-    )
-    texts = TaskTexts(config, config.task, open_source("hub"))
+    big = TextSet(hub_path="a/big", hub_files={"test": "x.gz"}, hub_revision="converted", max_rows=7)
+    task = CausalTask(kind="causal", name="p", texts={"big": big, "ours": TextSet()}, calibrate_on="big")
+    texts = TaskTexts(task, open_source("hub"), EvalConfig(), CalibrationConfig())
     assert texts.names == ("big",)
     options = {"split": "test[:7]", "revision": "converted", "data_files": {"test": "x.gz"}}
     assert ("a/big", None, options) in asked
     assert texts.facts()["big:test"]["source"] == "hub: a/big/x.gz@converted"
-    assert open_source("hub").splits(text_ref("big", config.task.texts["big"])) == ("test",)
+    assert open_source("hub").splits(text_ref("big", big)) == ("test",)
 
 
 @pytest.mark.assets
@@ -234,7 +209,7 @@ def test_packaged_paragraphs_are_cut_in_two(asset):
     from lowrank_kit.compose import Composer
 
     [config] = Composer().jobs(["method=none", "task=perplexity"], multirun=False)
-    texts = TaskTexts(config, config.task, open_source("packaged"))
+    texts = TaskTexts(config.task, open_source("packaged"), config.eval, config.calibration)
     assert texts.names == ("wikipedia", "openwebtext")
     facts = texts.facts()
     assert facts["wikipedia:validation"]["rows"] == 3 * facts["wikipedia:test"]["rows"]

@@ -1,0 +1,26 @@
+"""All that a run of a causal model reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_kit.data.reader import Reader
+from lowrank_kit.data.recovery_rows import RecoveryRows
+from lowrank_kit.data.task_texts import TaskTexts
+
+
+@dataclass(frozen=True)
+class CausalData:
+    """What the task has, and what a compressed model learns from (None: it is not recovered)."""
+
+    texts: TaskTexts
+    recovery: RecoveryRows | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Source, note, content hash and size of every split, for the manifest."""
+        return self.texts.facts() | (self.recovery.facts() if self.recovery else {})
+
+    def check_lengths(self, reader: Reader, *, calibrates: bool) -> None:
+        """Raise `ConfigError` for texts that are too short, and for windows that are longer than the model reads."""
+        self.texts.evaluation(reader)
+        if calibrates:
+            self.texts.calibration(reader)
