@@ -212,27 +212,27 @@ class BlockWalk:
     def _go_up(self, stack: int, ways: Mapping[int, "_Way"], lowest: int) -> None:
         """Pass a stack, keeping the hidden states before the blocks from ``lowest`` on, and graphs of the last."""
         blocks, start = self._blocks_of(stack), self._start(lowest)
-        states: dict[int, Tensor] = {}
-        for number, way in ways.items():
-            below = (way.ends[-1], way.entries[-1]) if stack else None
-            with torch.set_grad_enabled(lowest < blocks[0]), self._weights.block(blocks[0]):
+        with torch.set_grad_enabled(lowest < blocks[0]), self._weights.block(blocks[0]):
+            for number, way in ways.items():
+                below = (way.ends[-1], way.entries[-1]) if stack else None
                 hidden, entry = self._recorded(stack, way.batch, below)
-            way.entries.append(entry)
-            states[number] = hidden if start is None else self._kept[start, number]
+                way.entries.append(entry)
+                self.states[number] = hidden if start is None else self._kept[start, number]
         for index in blocks[start or 0 :]:
             with self._weights.block(index):
                 for number, way in ways.items():
                     if index >= lowest:
-                        self._before[index, number] = states[number]
+                        self._before[index, number] = self.states[number]
                     if index >= max(lowest, len(self._modules) - self._blocks_with_room(way.batch)):
                         way.graphs[index] = self._graph(index, number, way, lowest)
-                        states[number] = way.graphs[index][1].detach()
+                        self.states[number] = way.graphs[index][1]
                     else:
                         with torch.no_grad():
                             call = way.entries[-1].calls[index - blocks[0]]
-                            states[number] = self._run(index, number, call, states[number])
+                            self.states[number] = self._run(index, number, call, self.states[number])
         for number, way in ways.items():
-            way.ends.append(states[number].detach().requires_grad_())
+            # A copy: the states of the next stack take its place.
+            way.ends.append(self.states[number].clone().requires_grad_())
 
     def _graph(self, index: int, number: int, way: "_Way", lowest: int) -> tuple[Tensor, Tensor]:
         """The hidden state before a block, as a leaf, and behind it."""
@@ -251,11 +251,11 @@ class BlockWalk:
 
     def _enter(self, stack: int) -> None:
         """Bring all batches before the first block of a stack."""
-        for number in self.numbers:
-            below = (self.states[number], self._entries[number]) if stack else None
-            with torch.no_grad(), self._weights.block(self._blocks_of(stack)[0]):
+        with torch.no_grad(), self._weights.block(self._blocks_of(stack)[0]):
+            for number in self.numbers:
+                below = (self.states[number], self._entries[number]) if stack else None
                 hidden, self._entries[number] = self._recorded(stack, self._on_device(number), below)
-            self.states[number] = hidden
+                self.states[number] = hidden
 
     def _recorded(self, stack: int, batch: Batch, below: tuple[Tensor, Entry] | None) -> tuple[Tensor, Entry]:
         """The hidden states before a stack, and how the model calls its blocks.
