@@ -28,8 +28,8 @@ class Section(BaseModel):
 class Choice(Section):
     """A part of which there are several classes; `kind` says which one.
 
-    A direct subclass is what a field is annotated with: `Truncation`, `Allocation`. A subclass of that one with a
-    default `kind` registers itself under it when its module is imported, be it ours or another package's.
+    A direct subclass is what a field is annotated with: `Truncation`, `Allocation`. A subclass of that one that says
+    its `kind` registers itself under it when its module is imported, be it ours or another package's.
     """
 
     known: ClassVar[dict[str, type["Choice"]]] = {}
@@ -46,7 +46,7 @@ class Choice(Section):
             cls.known = {}
             return
         kind = cls.model_fields["kind"].default
-        if not isinstance(kind, str):
+        if "kind" not in cls.__dict__.get("__annotations__", {}) or not isinstance(kind, str):
             return
         other = cls.known.setdefault(kind, cls)
         if _place(other) != _place(cls):
