@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import lowrank_kit
+from lowrank_kit.runs.provenance import in_words, parse_study
 
 WORDS = [f"w{i}" for i in range(1000)]
 
@@ -43,11 +44,12 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child is not None:
-        measure(options.child)
+    if "--child" in sys.argv:
+        # The fresh process of a measurement that this script started.
+        measure(json.loads(sys.argv[sys.argv.index("--child") + 1]))
         return
+    options = parse_study(parser)
+    print(in_words(options.provenance))
     found = [compress(options, blocks) for blocks in options.blocks]
     print(json.dumps(found, indent=1))
     if len(found) > 1:

@@ -104,7 +104,7 @@ class Composer:
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """Compose one configuration, not yet checked against the schema; `ConfigError` if it cannot be."""
-        return self._compose(overrides, return_hydra_config=False)
+        return self._compose(force_dotted(overrides), return_hydra_config=False)
 
     def jobs(self, overrides: Sequence[str], multirun: bool) -> list[RunConfig]:
         """Check and return every configuration that this command line stands for; of a search, where it begins.
@@ -122,8 +122,9 @@ class Composer:
         A sweep (`multirun`, or `hydra.mode: MULTIRUN` in an experiment) is expanded as by Hydra's sweeper. A list:
         one run, or what a launcher or sweeper that is not ours makes its jobs of.
         """
+        overrides = force_dotted(overrides)
         with self._readable_errors():
-            parsed = OverridesParser.create().parse_overrides(list(overrides))
+            parsed = OverridesParser.create().parse_overrides(overrides)
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
         hydra = composed.hydra
