@@ -8,11 +8,11 @@ from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
-from lowrank_kit.config import ModelConfig, RuntimeConfig, SingleTask
+from lowrank_kit.config import Method, ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError, did_you_mean
-from lowrank_kit.method import Method, Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.factors import LowRankFactors
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from lowrank_kit.adapters.base import Adapter, Batches
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.deferred import torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.plan import Plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from lowrank_kit.adapters.base import FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.plan import Plan
 
 
 class FullFineTuning(FineTuning):

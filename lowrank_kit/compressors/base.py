@@ -13,11 +13,11 @@ from jaxtyping import Int64
 from pydantic import Field
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.config import ModelConfig, RuntimeConfig, SingleTask
+from lowrank_kit.config import Method, ModelConfig, RuntimeConfig, SingleTask
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.method import Method, Plan
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.plan import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -21,10 +21,10 @@ from lowrank_kit.calibration.walk import BlockWalk, frozen
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.plan import Plan
 from lowrank_kit.plots.influence import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.progress import Bar

@@ -17,12 +17,12 @@ from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.architectures import LOWRANK_PREFIX
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import Units, units_of
+from lowrank_kit.plan import Plan
 from lowrank_kit.plots.units import plot_kept_units
 from lowrank_kit.progress import Bar
 

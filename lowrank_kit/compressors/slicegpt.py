@@ -17,10 +17,10 @@ from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.base import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.rotate import slice_ends, slice_layer
+from lowrank_kit.plan import Plan
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import Moments
 

@@ -25,9 +25,9 @@ from lowrank_kit.corrections.base import Correction, Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.plan import Plan
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.spectra import plot_spectra
 from lowrank_kit.truncations.base import Truncation, groups_of

@@ -52,3 +52,7 @@ class Method(Section):
 
     def check_tokens(self, layout: "ModelLayout", tokens: int) -> None:
         """Raise `ConfigError` for fewer calibration tokens, of running text, than the method needs."""
+
+
+class Baseline(Method):
+    """No method: the model as it is, evaluated."""

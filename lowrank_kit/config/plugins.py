@@ -17,7 +17,7 @@ from lowrank_kit.errors import LowRankKitError
 GROUP = "lowrank_kit.plugins"
 """Entry points of this group name packages of methods, parts of methods and families: ``mylab = "mylab"``."""
 
-OURS = ("lowrank_kit.adapters", "lowrank_kit.compressors", "lowrank_kit.method")
+OURS = ("lowrank_kit.adapters", "lowrank_kit.compressors", "lowrank_kit.config.method")
 
 
 def installed() -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What every part of the configuration is made of."""
 
+from inspect import get_annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
@@ -46,7 +47,7 @@ class Choice(Section):
             cls.known = {}
             return
         kind = cls.model_fields["kind"].default
-        if "kind" not in cls.__dict__.get("__annotations__", {}) or not isinstance(kind, str):
+        if "kind" not in get_annotations(cls) or not isinstance(kind, str):
             return
         other = cls.known.setdefault(kind, cls)
         if _place(other) != _place(cls):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
-from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.plan import Plan
 from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition
 

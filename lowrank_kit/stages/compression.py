@@ -25,12 +25,12 @@ from lowrank_kit.evaluation.examples import ask
 from lowrank_kit.evaluation.records import Checkpoint, EvalRecord
 from lowrank_kit.evaluation.speed import measure_speed, speed_records
 from lowrank_kit.files import read_as
-from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel
+from lowrank_kit.plan import Plan
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.provenance import VERSIONS
 from lowrank_kit.stages.causal_evaluation import CausalEvaluator

@@ -20,10 +20,10 @@ from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RunConfig
 from lowrank_kit.evaluation.records import EvalRecord
-from lowrank_kit.method import Plan
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel, local_path
+from lowrank_kit.plan import Plan
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.stages.ledger import Ledger
 from lowrank_kit.stages.models import Models, Opened, loaded

@@ -13,9 +13,9 @@ from lowrank_kit.calibration.collect import calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import dense_weight
+from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.adapters import Adapted, AdaptedModel, attach
 from lowrank_kit.training.full import unfreeze

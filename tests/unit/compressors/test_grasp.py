@@ -17,11 +17,11 @@ from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
+from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.spectral.decompose import svd
 from lowrank_kit.spectral.factors import LowRankFactors

@@ -10,8 +10,8 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compressors.base import Compression, Context
 from lowrank_kit.compressors.laco import LaCo, Merge, MergeTrials
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.method import Plan
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.plan import Plan
 
 BLOCKS = 8
 IDS = torch.arange(3, 15)[None]

@@ -1,9 +1,7 @@
-"""What every method decides, the plan; and the method that decides nothing."""
+"""What every method decides: the plan."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from lowrank_kit.config import Method as Method
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,3 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The fields by name; `starved` only where there is any, so that plans without experts are what they were."""
         return {name: value for name, value in asdict(self).items() if value or name != "starved"}
-
-
-class Baseline(Method):
-    """No method: the model as it is, evaluated."""
