@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_kit.plots.figure import PANEL_INCHES, Figure, integer_ticks, save
+from lowrank_kit.plots.figure import PANEL_INCHES, Figure, integer_ticks, new_figure, save
 
 Points = Sequence[tuple[int, float]]
 
 
 def plot_loss(training: Points, evaluation: Points, file: Path) -> Figure:
     """Draw pairs of step and loss, in nats; ``evaluation`` may be empty."""
-    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+    figure = new_figure(*PANEL_INCHES)
     panel = figure.subplots()
     panel.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1, label="training")
     if evaluation:

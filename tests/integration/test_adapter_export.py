@@ -260,7 +260,7 @@ def test_an_adapter_does_not_go_onto_another_base(tiny_model, tiny_exports):
 
 def test_full_fine_tuning_leaves_a_checkpoint_of_transformers(tiny_model, tmp_path):
     model, method = tiny_model("bert", "classification"), FullFineTuning(name="full_ft")
-    plan = method.decide(layout_of(model), {})
+    plan = method.plan(layout_of(model), {})
     ready = adapted(method, model, plan, {}, None, new_modules=("classifier",), task_type="SEQ_CLS", batch_size=2)
     model(input_ids=token_ids(), labels=torch.arange(4) % 2).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()

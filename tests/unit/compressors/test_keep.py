@@ -29,7 +29,7 @@ def layout_of(shapes, blocks):
         for role, (out, width) in shapes.items()
     )
     names = tuple(str(block) for block in range(blocks))
-    return ModelLayout("tiny", (names,), names, refs, "embed", None, None, (), 8)
+    return ModelLayout("llama", (names,), names, refs, "embed", None, None, (), 8)
 
 
 LAYOUT = layout_of(SHAPES, BLOCKS)
