@@ -85,9 +85,7 @@ def class_of(group, config):
     return SECTIONS[group]
 
 
-@pytest.mark.parametrize(
-    "choice", [c for c in CHOICES if c.partition("=")[0] in {"method", *PARTS, *SECTIONS}]
-)
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.partition("=")[0] in {"method", *PARTS, *SECTIONS}])
 def test_a_yaml_repeats_no_default_of_the_class(choice):
     group, _, name = choice.partition("=")
     needed = NEEDED.get(choice) or NEEDED.get(group, [])
