@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Float
 
-from lowrank_kit.deferred import Tensor
+from lowrank_kit.deferred import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class LowRankFactors:
 
     def norm(self) -> float:
         """Frobenius norm of the product, without multiplying it out."""
-        # |U D|^2 = tr(U^T U D D^T); two positive semi-definite matrices of r x r.
-        square = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
-        return float(square.clamp(min=0).sqrt())
+        # Of the triangular parts: the product of the Grams would lose what is left where components cancel.
+        left, right = torch.linalg.qr(self.up).R, torch.linalg.qr(self.down.T).R
+        return float(torch.linalg.matrix_norm(left @ right.T))
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ _"]]:
         """Up, then down, so that ``up, down = factors`` unpacks them."""

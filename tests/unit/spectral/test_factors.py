@@ -23,6 +23,8 @@ def test_a_product_behaves_like_the_matrix_that_it_stands_for(factors):
     assert down is factors.down
 
 
-def test_the_norm_of_nearly_nothing_is_no_root_of_a_negative_number():
-    up = torch.tensor([[1e-200, 1e-200]], dtype=torch.float64)
-    assert LowRankFactors(up, torch.tensor([[1.0], [-1.0]], dtype=torch.float64)).norm() == 0.0
+def test_the_norm_is_right_where_components_nearly_cancel():
+    """1 x (1 + 2^-30) - 1 x 1 = 2^-30, whose square is lost beside 1."""
+    down = torch.tensor([[1.0 + 2.0**-30], [-1.0]], dtype=torch.float64)
+    factors = LowRankFactors(torch.ones(1, 2, dtype=torch.float64), down)
+    assert factors.norm() == pytest.approx(2.0**-30, rel=1e-3, abs=0)
