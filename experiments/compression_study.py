@@ -8,8 +8,8 @@ A study is a YAML file: `common` overrides, `ratios`, `at` (further overrides of
 where they name no method). FOLDER holds WikiText-2 as validation.jsonl and test.jsonl, an article a row (key `text`);
 the second text, which nothing is calibrated on, is the packaged Wikipedia text. An arm's ratios run one after another
 in a process of its own. Every run has a directory of its own, found again by its configuration: a killed study
-continues where it was. Writes `results.json`, `table.md` and a picture, named like the study and beside it, of all
-runs there are.
+continues where it was. After every arm it writes `results.json`, `table.md` and a picture, named like the study and
+beside it, of all runs there are.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ TEXTS = {"wikitext2": "WikiText-2 (± s.e.)", "wikipedia": "Wikipedia (not calib
 def main() -> None:
     arguments = _arguments()
     study = yaml.safe_load(arguments.study.read_text())
+    if unknown := set(arguments.only or ()) - set(study["arms"]):
+        raise SystemExit(
+            f"--only: the study has no arm {', '.join(sorted(unknown))}; it has {', '.join(study['arms'])}"
+        )
     data = prepare(arguments.wikitext, study.get("benchmarks", {}), Path(arguments.runs) / "data")
     extra = [*arguments.overrides, f"run.root={arguments.runs}", f"data.root={data}"]
     at = study.get("at", {})
@@ -49,20 +53,25 @@ def main() -> None:
     ]
     # A process for each: peak memory is the process's.
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), _single_threaded, max_tasks_per_child=1) as pool:
-        rows = [row for found in pool.map(run, *zip(*jobs, strict=True)) for row in found]
-    file = arguments.study.with_suffix(".results.json")
+        for done in as_completed([pool.submit(run, arm, ratios) for arm, ratios in jobs]):
+            write(arguments.study, study, done.result(), arguments.provenance)
+
+
+def write(path: Path, study: dict[str, Any], rows: list[Row], provenance: dict[str, Any]) -> None:
+    """Put an arm's rows among those of earlier runs, and make the table and the picture anew."""
+    file = path.with_suffix(".results.json")
     known = json.loads(file.read_text())["rows"] if file.is_file() else []
     done = {(row["arm"], row["asked"]) for row in rows}
     order = {arm: place for place, arm in enumerate(study["arms"])}
-    rows += [row for row in known if (row["arm"], row["asked"]) not in done]
+    rows = rows + [row for row in known if (row["arm"], row["asked"]) not in done]
     rows.sort(key=lambda row: (row["asked"], order[row["arm"]]))
-    file.write_text(json.dumps({"provenance": arguments.provenance, "study": study, "rows": rows}, indent=1) + "\n")
+    file.write_text(json.dumps({"provenance": provenance, "study": study, "rows": rows}, indent=1) + "\n")
     table = "\n".join(
-        [*markdown(rows), "", *calibrations(rows), *revisions(rows), f"Written with {in_words(arguments.provenance)}."]
+        [*markdown(rows), "", *calibrations(rows), *revisions(rows), f"Written with {in_words(provenance)}."]
     )
-    arguments.study.with_suffix(".table.md").write_text(table + "\n")
-    plot(rows, arguments.study.with_suffix(".png"))
-    print(table)
+    path.with_suffix(".table.md").write_text(table + "\n")
+    plot(rows, path.with_suffix(".png"))
+    print(table, flush=True)
 
 
 def prepare(wikitext: Path, benchmarks: dict[str, list[str]], root: Path) -> Path:

@@ -71,7 +71,8 @@ def parse_study(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         action="store_true",
         help="run although the revision is unknown or files differ from it; the results are marked as tried out",
     )
-    options = parser.parse_args(arguments)
+    # Intermixed: overrides may stand behind the options.
+    options = parser.parse_intermixed_args(arguments)
     found = software()
     git = found["git"]
     if git is None or git["dirty"]:

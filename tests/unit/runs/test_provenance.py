@@ -36,6 +36,16 @@ def test_a_clean_revision_is_recorded_with_versions_and_command(monkeypatch):
     assert in_words(found).startswith("revision abababababab;")
 
 
+def test_overrides_may_stand_behind_the_options(monkeypatch):
+    monkeypatch.setattr("lowrank_kit.runs.provenance.git_revision", lambda _: {"revision": "ab" * 20, "dirty": False})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("overrides", nargs="*")
+    found = parse_study(parser, ["a.yaml", "--workers", "1", "model.path=folder"])
+    assert (found.study, found.workers, found.overrides) == ("a.yaml", 1, ["model.path=folder"])
+
+
 def test_what_a_study_writes_does_not_make_its_revision_dirty(tmp_path):
     def git(*words):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
