@@ -88,10 +88,11 @@ class Candidate:
         return self.dense_cost if rank == self.full_rank else self.storage.cost(*self.shape, rank)
 
     def rank_at(self, parameters: float) -> float:
-        """The rank that costs so many parameters, not rounded: between whole ones in proportion."""
+        """The rank that costs so many parameters, between whole ones in proportion."""
         cost = partial(self.storage.cost, *self.shape)
         rank = bisect_right(range(1, self.members[0].full_rank), parameters, key=cost)
-        return rank + (parameters - cost(rank)) / (cost(rank + 1) - cost(rank))
+        # 0.7 of 90000 is a hair less than 63000 in binary, and must not count as less than what they buy.
+        return round(rank + (parameters - cost(rank)) / (cost(rank + 1) - cost(rank)), 6)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class TruncatedSVD(Compressor):
         linears = context.layout.linears
         singular = {name: values.sqrt().tolist() for name, values in statistics.decomposition.values.items()}
         plot_spectra(linears, singular, folder / "spectra.png", f"singular value ({self.truncation.kind})")
-        plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
+        plot_rank_map(linears, plan.ranks, self.storage, folder / "rank_map.png")
         plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
 
     def decide(
