@@ -120,3 +120,14 @@ def test_half_precision_keeps_the_index():
     plain = holder("linear", 9, 14)
     Factors().put(plain, ["block.a"], factors(9, 14, 5))
     assert pivot_rows_of(plain) == {}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_quantiser_of_plain_linears_takes_its_halves(storage):
+    model, x = holder("linear", 96, 64).float(), torch.randn(256, 64)
+    STORAGES[storage]().put(model, ["block.a"], factors(96, 64, 24))
+    expected = model.block.a(x)
+    found = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8).block.a
+    assert not isinstance(found.down, nn.Linear)
+    assert not isinstance(found.up, nn.Linear)
+    assert (found(x) - expected).norm() < 0.1 * expected.norm()
