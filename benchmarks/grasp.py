@@ -122,8 +122,8 @@ def compress(model: PreTrainedModel, windows: Tensor, arguments: argparse.Namesp
     method = Grasp(
         name="grasp", ratio=ratio, selection="removed", removed_share=REMOVED_SHARE, propagate=propagate
     )  # fmt: skip
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows))
-    work = Compression(method, Context(model, layout, samples, arguments.batch_size))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows), batch_size=arguments.batch_size)
+    work = Compression(method, Context(model, layout, samples))
     work.calibrate()
     plan = work.plan()
     work.apply(plan)

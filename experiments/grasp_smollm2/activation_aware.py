@@ -34,11 +34,11 @@ def main() -> None:
     print(in_words(arguments.provenance))
     calibration = windows(arguments.wikitext, "validation", 16, 512)
     test = windows(arguments.wikitext, "test", 16, 1024)
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration), batch_size=1)
     method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=0.2)
     for file in arguments.plans:
         model = load_model(SOURCE, "causal").model
-        context = Context(model, layout_of(model), samples, 1, cache_dir() / "calibration")
+        context = Context(model, layout_of(model), samples, cache_dir() / "calibration")
         found = method.calibrate(context)
         plan = method.decide(layout_of(model), found.candidates, None)
         ranks = json.loads(file.read_text())["ranks"]

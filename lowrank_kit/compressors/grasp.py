@@ -200,7 +200,6 @@ class Grasp(Compressor):
             context.model,
             Request(self.truncation, frozenset(), context.layout.select()),
             context.samples,
-            batch_size=context.batch_size,
             cache=context.cache,
             # Every block may be chosen where influence is measured again in every turn.
             blocks=range(len(context.layout.blocks)) if self.iterative else redundant,
@@ -277,7 +276,7 @@ class Grasp(Compressor):
         model, layout = context.model, context.layout
         asked = {"quantity": "drop change", "ahead": self.ahead, "truncation": self.truncation.model_dump(mode="json")}
         makers = (type(self), type(self.truncation))
-        key = calibration_key(model, layout, context.samples, context.batch_size, "loss", asked, makers, layout.linears)
+        key = calibration_key(model, context.samples, "loss", asked, makers, layout.linears)
         store, batches = CalibrationStore(context.cache, key), _batches(context)
         with store.missing(blocks) as missing:
             refs = [ref for ref in layout.linears if ref.block in missing]
@@ -350,15 +349,8 @@ def _candidate(ref: LinearRef) -> Candidate:
 
 def _measured_influence(context: Context, span: int = 1, cache: Path | None = None) -> list[float]:
     """That of the model as it is; one that changes in every turn is not kept on disk."""
-    return block_influence(
-        context.model,
-        context.layout,
-        context.samples,
-        context.batch_size,
-        span=span,
-        cache=cache,
-        progress=context.progress,
-    ).tolist()
+    found = block_influence(context.model, context.samples, span=span, cache=cache, progress=context.progress)
+    return found.tolist()
 
 
 def _sigma(decomposition: Decomposition, name: str) -> Float64[Tensor, " r"]:
@@ -381,7 +373,7 @@ def _replace(context: Context, decomposition: Decomposition, name: str, kept: Se
 
 
 def _batches(context: Context) -> list[dict[str, Tensor]]:
-    return batches_of(context.model, context.samples, context.batch_size)
+    return batches_of(context.model, context.samples)
 
 
 def _outcome(plan: Plan, layout: ModelLayout) -> tuple[list[float], set[int]]:

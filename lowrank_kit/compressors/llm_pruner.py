@@ -144,9 +144,7 @@ class LLMPruner(Compressor):
     def _store(self, context: Context, units: Sequence[Units]) -> CalibrationStore:
         key = calibration_key(
             context.model,
-            context.layout,
             context.samples,
-            context.batch_size,
             "loss",
             {"quantity": "scores of units", "importance": self.importance},
             (type(self),),
@@ -165,7 +163,7 @@ def _first_order(
     """Score block by block; one backward pass over the calibration set gives as many as fit in memory."""
     if not blocks:
         return
-    batches = batches_of(context.model, context.samples, context.batch_size)
+    batches = batches_of(context.model, context.samples)
     walk = BlockWalk(context.model, context.layout, batches)
     at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
     passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]

@@ -125,9 +125,7 @@ class ShortGPT(Compressor):
     def _measured(self, context: Context, span: int) -> Float64[Tensor, " starts"]:
         return block_influence(
             context.model,
-            context.layout,
             context.samples,
-            context.batch_size,
             distance=self.distance,
             span=span,
             cache=context.cache,

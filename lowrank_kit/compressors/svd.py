@@ -136,20 +136,11 @@ class TruncatedSVD(Compressor):
 
     def calibrate(self, context: Context) -> Statistics:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
-        model, layout, samples, batch_size = context.model, context.layout, context.samples, context.batch_size
-        found = decompose(
-            model,
-            self.request(layout),
-            samples,
-            batch_size=batch_size,
-            cache=context.cache,
-            progress=context.progress,
-        )
+        model, samples = context.model, context.samples
+        found = decompose(model, self.request(context.layout), samples, cache=context.cache, progress=context.progress)
         influence = None
         if self.allocation.keep.influence:
-            influence = block_influence(
-                model, layout, samples, batch_size, cache=context.cache, progress=context.progress
-            )
+            influence = block_influence(model, samples, cache=context.cache, progress=context.progress)
         return Statistics(found, influence)
 
     def plan(self, statistics: Statistics, context: Context) -> Plan:
@@ -168,9 +159,7 @@ class TruncatedSVD(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""
-        work = Factorisation(
-            context.model, plan, statistics.decomposition, context.samples, context.batch_size, context.progress
-        )
+        work = Factorisation(context.model, plan, statistics.decomposition, context.samples, context.progress)
         self.correction.factorise(work)
         return context.model
 

@@ -24,7 +24,6 @@ class Factorisation:
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
-    batch_size: int
     progress: "Progress | None" = None
 
 

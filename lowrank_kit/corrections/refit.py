@@ -84,7 +84,7 @@ class Refit(Correction):
                     writers[ref.block].append(ref.name)
         # What experts write is weighted before.
         has_experts = any(ref.expert is not None for ref in layout.linears)
-        batches = batches_of(model, samples, work.batch_size)
+        batches = batches_of(model, samples)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
         for before, block in zip(original.forward(), compressed.forward(), strict=True):

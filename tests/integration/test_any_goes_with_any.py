@@ -67,8 +67,8 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     layout = layout_of(model)
     if refused(method, layout):
         return
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)))
-    work = Compression(method, Context(copy.deepcopy(model), layout, samples, 4, cache, windows(1, seed=1)))
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=4)
+    work = Compression(method, Context(copy.deepcopy(model), layout, samples, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
     compressed = work.apply(plan)

@@ -17,14 +17,14 @@ def method(**settings):
 @pytest.fixture
 def samples():
     ids = torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(0))
-    return CalibrationSamples(tuple({"input_ids": row} for row in ids))
+    return CalibrationSamples(tuple({"input_ids": row} for row in ids), batch_size=4)
 
 
 @pytest.fixture
 def work(samples):
     def build(model, cache=None, **settings):
         shared = {} if cache is None else {"cache": cache}
-        return Compression(method(**settings), Context(model, layout_of(model), samples, 4, **shared))
+        return Compression(method(**settings), Context(model, layout_of(model), samples, **shared))
 
     return build
 

@@ -45,7 +45,6 @@ def test_every_file_that_is_saved_has_the_mode_of_a_new_one(mode, tiny_model, tm
         None,
         new_modules=[],
         task_type="CAUSAL_LM",
-        batch_size=1,
     )
     full.export(tmp_path / "full", "base")
     found = modes(tmp_path)
