@@ -27,7 +27,7 @@ from lowrank_kit.calibration.collect import load_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
-from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.factored import replace_linear
@@ -35,7 +35,7 @@ from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
-from lowrank_kit.truncations.base import Layer, Truncation
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 if TYPE_CHECKING:
     pass
