@@ -22,14 +22,14 @@ from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.calibration.walk import Block, BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.blocks import block_sizes, check_joining, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import drop_blocks, scale_outputs
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import influence_table, plot_influence
+from lowrank_kit.plots.block_scores import influence_table, plot_influence
 from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class PruneComp(Compressor):
     def calibrate(self, context: Context) -> Removal:
         """Find the blocks to go and their scales; every round is cached, and serves every ratio that needs it."""
         needed = fewest_blocks(context.layout, self.budget(context.layout))
-        walk = BlockWalk(context.model, context.layout, batches_of(context.model, context.samples, context.batch_size))
+        walk = BlockWalk(context.model, context.layout, batches_of(context.model, context.samples))
         bar = Bar(context.progress, "rounds", needed if self.iterative else 1)
         influence: list[float] = []
         scales: dict[int, float] = {}
@@ -106,9 +106,7 @@ class PruneComp(Compressor):
     ) -> dict[str, Float64[Tensor, " blocks"]]:
         """Influence and scale of every block in the model without those ``gone``; theirs are infinite and 1."""
         asked = {"quantity": "magnitudes", "distance": self.distance, "gone": sorted(gone.items())}
-        key = calibration_key(
-            context.model, context.layout, context.samples, context.batch_size, "blocks", asked, (type(self),)
-        )
+        key = calibration_key(context.model, context.samples, "blocks", asked, (type(self),))
         store = CalibrationStore(context.cache, key)
         with store.missing([0]) as missing:
             if missing:

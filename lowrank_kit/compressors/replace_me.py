@@ -22,7 +22,7 @@ from lowrank_kit.calibration.statistics import Distance
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.blocks import block_sizes, check_joining, fewest_blocks, ranks_with
@@ -30,7 +30,7 @@ from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import map_outputs
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.block_scores import plot_influence
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import Moments
 
@@ -89,9 +89,7 @@ class ReplaceMe(Compressor):
         span = fewest_blocks(layout, self.budget(layout))
         found = block_influence(
             context.model,
-            layout,
             context.samples,
-            context.batch_size,
             distance=self.distance,
             span=span,
             cache=context.cache,
@@ -99,16 +97,9 @@ class ReplaceMe(Compressor):
         )
         distances = {first: float(value) for first, value in enumerate(found) if first > 0}
         first = min(distances, key=lambda block: distances[block])
-        asked = {"quantity": "replacement", "first": first, "span": span, "objective": self.objective}
-        key = calibration_key(
-            context.model,
-            layout,
-            context.samples,
-            context.batch_size,
-            "blocks",
-            asked | {"ridge": self.ridge},
-            (type(self),),
-        )
+        run = {"first": first, "span": span}
+        asked = {"quantity": "replacement", "objective": self.objective, "ridge": self.ridge, **run}
+        key = calibration_key(context.model, context.samples, "blocks", asked, (type(self),))
         store = CalibrationStore(context.cache, key)
         with store.missing([first]) as missing:
             if missing:
@@ -196,7 +187,7 @@ def _pairs(
     """
     model, samples = context.model, context.samples
     down = _down(context.layout, first - 1).name
-    walk = BlockWalk(model, context.layout, batches_of(model, samples, context.batch_size))
+    walk = BlockWalk(model, context.layout, batches_of(model, samples))
     bar = Bar(context.progress, "fit the map", len(walk.batches))
     written: list[Tensor] = []
     writes = {down: lambda _number, _read, output: written.append(output)}

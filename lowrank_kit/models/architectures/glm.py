@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import ATTENTION, DOWN, GATE_UP
 
 _MLP = Group({GATE_UP: "mlp.gate_up_proj"}, norm="post_attention_layernorm"), Group({DOWN: "mlp.down_proj"})

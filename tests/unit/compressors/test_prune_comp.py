@@ -3,7 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.prune_comp import PruneComp
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import registered
@@ -33,7 +33,7 @@ def test_the_merged_scale_is_the_one_that_multiplies_the_stream(family, tiny_mod
             setattr(module, name, 1e-30)
     small = deepcopy(model)
     layout = layout_of(small)
-    compression = Compression(method(), Context(small, layout, samples, batch_size=4))
+    compression = Compression(method(), Context(small, layout, samples))
     plan = compression.plan()
     scales = {name: value for name, value in plan.scores.items() if name.startswith("scale")}
     compression.apply(plan)
@@ -58,7 +58,7 @@ def test_a_block_that_only_magnifies_is_made_up_for(tiny_model, samples):
     with torch.no_grad():
         for part in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
             part.weight.zero_()
-    context = Context(model, layout_of(model), samples, batch_size=4)
+    context = Context(model, layout_of(model), samples)
     model.model.layers[1].register_forward_hook(lambda _m, _x, y: y * 1.5)
     expected = logits(model)
     compression = Compression(method(), context)
@@ -71,7 +71,7 @@ def test_a_block_that_only_magnifies_is_made_up_for(tiny_model, samples):
 
 def test_rounds_are_found_in_the_cache_by_every_ratio(tiny_model, samples, tmp_path, monkeypatch):
     model = tiny_model("llama", num_hidden_layers=6)
-    context = Context(model, layout_of(model), samples, batch_size=4, cache=tmp_path)
+    context = Context(model, layout_of(model), samples, cache=tmp_path)
     three = method(ratio=0.5).calibrate(context)
     monkeypatch.setattr(PruneComp, "_measured", None)
     two = method(ratio=0.3).calibrate(context)
@@ -80,7 +80,7 @@ def test_rounds_are_found_in_the_cache_by_every_ratio(tiny_model, samples, tmp_p
 
 def test_all_at_once_takes_the_blocks_of_least_influence_with_their_own_scales(tiny_model, samples):
     model = tiny_model("llama", num_hidden_layers=6)
-    found = method(ratio=0.5, iterative=False).calibrate(Context(model, layout_of(model), samples, batch_size=4))
+    found = method(ratio=0.5, iterative=False).calibrate(Context(model, layout_of(model), samples))
     ascending = sorted(range(6), key=lambda block: found.influence[block])
     assert list(found.scales) == ascending[:3]
 
@@ -90,4 +90,4 @@ def test_a_channel_that_is_zero_has_no_magnitude_to_compare(tiny_model, samples)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 0
     with pytest.raises(LowRankKitError, match=r"around model.layers.0 .* or one of their channels is zero"):
-        method().calibrate(Context(model, layout_of(model), samples, batch_size=4))
+        method().calibrate(Context(model, layout_of(model), samples))

@@ -3,7 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.replace_me import ReplaceMe
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.architectures import registered
@@ -24,7 +24,7 @@ def method(**settings):
 
 def compressed(model, samples, chosen):
     copy = deepcopy(model)
-    compression = Compression(chosen, Context(copy, layout_of(copy), samples, batch_size=4))
+    compression = Compression(chosen, Context(copy, layout_of(copy), samples))
     plan = compression.plan()
     return plan, compression.apply(plan)
 
@@ -107,7 +107,7 @@ def test_too_few_tokens_for_a_map_are_refused(tiny_model):
 
 def test_another_process_finds_the_map_in_the_cache(tiny_model, samples, tmp_path, monkeypatch):
     model = tiny_model("llama")
-    context = Context(model, layout_of(model), samples, batch_size=4, cache=tmp_path)
+    context = Context(model, layout_of(model), samples, cache=tmp_path)
     found = method().calibrate(context)
     monkeypatch.setattr(ReplaceMe, "_fitted", None)
     again = method().calibrate(context)

@@ -51,7 +51,7 @@ def test_a_preset_is_valid_and_shows_in_the_resolved_configuration(method):
     ("words", "settings"),
     [
         ("method=svd_llm", {"method.rank_multiple": 1, "calibration.samples": 256, "calibration.seq_len": 2048}),
-        ("method=zs_svd method.ratio=0.2", {"method.allocation.floor": 0.0}),
+        ("method=zs_svd method.ratio=0.2", {"method.allocation.floor": 0.0, "method.stages": 6}),
         ("method=zs_svd method.ratio=0.4", {"method.allocation.floor": 0.0}),
         ("method=zs_svd method.ratio=0.6", {"method.allocation.floor": 0.3}),
         ("method=asvd", {"method.allocation.grid": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "calibration.samples": 32}),
