@@ -30,7 +30,7 @@ from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.pivots import pivoted
 from lowrank_kit.spectral.truncate import output_projection
-from lowrank_kit.storages.base import Storage
+from lowrank_kit.storages.storage import Storage
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096)]
 TOKENS = {"decode": 1, "prefill": 512}

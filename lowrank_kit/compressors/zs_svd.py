@@ -11,7 +11,7 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import Statistics, TruncatedSVD
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError
@@ -119,7 +119,7 @@ class ZeroSumSVD(TruncatedSVD):
         model, samples = context.model, context.samples
         [chosen] = torch.randint(len(samples.sequences), (1,), generator=order).tolist()
         window = {name: ids[-self.pull_tokens :] for name, ids in samples.sequences[chosen].items()}
-        walk = BlockWalk(model, context.layout, batches_of(model, replace(samples, sequences=(window,)), 1))
+        walk = BlockWalk(model, context.layout, batches_of(model, replace(samples, sequences=(window,))))
         refs = [ref for ref in context.layout.linears if ref.name in originals and plan.ranks[ref.name] < ref.full_rank]
         gone = pulled = 0.0
         for name, gradient in weight_gradients(walk, refs).items():

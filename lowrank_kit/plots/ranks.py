@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plots.figure import Figure, integer_ticks, new_figure, panels, save
-from lowrank_kit.storages.base import Storage
+from lowrank_kit.storages.storage import Storage
 
 
 def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], storage: Storage, file: Path) -> Figure:

@@ -8,7 +8,7 @@ from lowrank_kit.models.factored import replace_by_pivots, share_down
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.pivots import PivotFactors, pivoted
-from lowrank_kit.storages.base import Storage
+from lowrank_kit.storages.storage import Storage
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,8 +18,8 @@ from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.factors import Factors
 from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")

@@ -15,8 +15,8 @@ from lowrank_kit.models.portable import LowRankLinear, PivotLinear
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.factors import Factors
 from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.training.initialise import adapt
 
 IDS = torch.arange(3, 15).reshape(2, 6)

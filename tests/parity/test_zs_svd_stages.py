@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.zs_svd import ZeroSumSVD
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.errors import ConfigError
@@ -61,10 +61,10 @@ def test_what_is_left_dense_has_its_original_weight(model, work):
 
 def test_a_later_process_goes_through_the_same_stages(model, rows, tmp_path):
     """It finds the statistics of each in the cache, and ends at the same factors."""
-    samples, found = CalibrationSamples(tuple({"input_ids": row} for row in rows)), []
+    samples, found = CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=3), []
     for _ in range(2):
         copy = deepcopy(model)
-        context = Context(copy, layout_of(copy), samples, batch_size=3, cache=tmp_path)
+        context = Context(copy, layout_of(copy), samples, cache=tmp_path)
         compression = Compression(settings(stages=3), context)
         found.append(compression.apply(compression.plan()).state_dict())
     assert found[0].keys() == found[1].keys()

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.factors import Factors
+from lowrank_kit.storages.two_factors import Factors
 
 
 class Rounded(Factors):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowrank_kit.allocations.allocation import Allocation, Budget
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Allocation, Budget
 from lowrank_kit.allocations.budget import options_of
 from lowrank_kit.allocations.d_rank import DRank
 from lowrank_kit.allocations.hisvd import HiSvd
@@ -15,8 +15,8 @@ from lowrank_kit.allocations.loss import Loss
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.storages.base import Storage
 from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.storage import Storage
 
 RULES = [
     *(rule() for rule in Allocation.known.values()),

@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.models.factored import pivot_rows_of, ranks_of, shared_downs
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.base import Storage
-from lowrank_kit.storages.factors import Factors
 from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 
 STORAGES = Storage.known
 SHAPES = [(9, 14), (14, 9), (8, 8), (2, 9)]

@@ -14,8 +14,8 @@ from lowrank_kit.models.factored import share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.factors import Factors
 from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.training.fit import Examples, Session
 from lowrank_kit.training.recover import distillation_loss, learner, recover, replaced_linears
 

@@ -14,8 +14,8 @@ from lowrank_kit.config import Choice
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.architectures import Kind, Product
 from lowrank_kit.models.layout import LinearRef
-from lowrank_kit.storages.base import Storage
-from lowrank_kit.storages.factors import Factors
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.spectra import Spectrum
 
 

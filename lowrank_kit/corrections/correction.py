@@ -8,10 +8,10 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plan import Plan
-from lowrank_kit.storages.base import Storage
-from lowrank_kit.storages.factors import Factors
-from lowrank_kit.truncations.base import Truncation
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,7 +29,6 @@ class Factorisation:
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
-    batch_size: int
     progress: "Progress | None" = None
     storage: Storage = field(default_factory=Factors)
 
