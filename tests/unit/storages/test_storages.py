@@ -122,6 +122,8 @@ def test_half_precision_keeps_the_index():
     assert pivot_rows_of(plain) == {}
 
 
+# torch's own quantiser is deprecated in favour of torchao, and is here without it.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_quantiser_of_plain_linears_takes_its_halves(storage):
     model, x = holder("linear", 96, 64).float(), torch.randn(256, 64)
