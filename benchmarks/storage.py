@@ -1,7 +1,7 @@
 """Two factors against pivot rows: products of equal bytes, and what bfloat16 rounds off at equal rank.
 
     python benchmarks/storage.py [--repeats 9] [--threads 1] [--dtype float32]
-    python benchmarks/storage.py --rounding packaged://smollm2_135m TEXT_FILE
+    python benchmarks/storage.py --rounding packaged://smollm2_135m TEXT_FILE [--blocks 0 10 20]
 
 The first takes turns between the dense matrix and both storages of it, all with random weights: a shape, the share of
 its parameters that is kept, and one token (decode) or 512 (prefill). The ratios are to the dense matrix of the same
@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     if arguments.rounding:
-        report_rounding(*arguments.rounding)
+        report_rounding(*arguments.rounding, arguments.blocks)
     else:
         report_speed(arguments.dtype, arguments.repeats)
 
@@ -98,14 +98,14 @@ def _enough(work: Callable[[], Tensor]) -> int:
 
 
 @torch.no_grad()
-def report_rounding(path: str, text: str) -> None:
-    """Print the rounding of every form over all matrices of a model, at two shares kept."""
+def report_rounding(path: str, text: str, blocks: list[int] | None) -> None:
+    """Print the rounding of every form over the matrices of these blocks (None: all), at two shares kept."""
     model = load_model(ModelSource(path), "causal").model
     tokenizer = AutoTokenizer.from_pretrained(local_path(ModelSource(path)))
     ids = tokenizer(Path(text).read_text(), return_tensors="pt").input_ids[0]
     ids = ids[: min(len(ids) // 512, 8) * 512].view(-1, 512)
     reads: dict[str, list[Tensor]] = defaultdict(list)
-    refs = layout_of(model).linears
+    refs = [ref for ref in layout_of(model).linears if blocks is None or ref.block in blocks]
     for ref in refs:
         module = model.get_submodule(ref.name)
         module.register_forward_pre_hook(lambda _, read, name=ref.name: reads[name].append(read[0].flatten(0, 1)))
@@ -159,6 +159,7 @@ def _spread(values: list[float]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounding", nargs=2, metavar=("MODEL", "TEXT_FILE"))
+    parser.add_argument("--blocks", type=int, nargs="+")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
