@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lowrank_kit.calibration.batches import Batch
-from lowrank_kit.calibration.entry import BlockCall, Entry
+from lowrank_kit.calibration.entrance import BlockCall, Entry
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import Tensor, torch

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from lowrank_kit.calibration.batches import Batch
-from lowrank_kit.calibration.entry import BlockCall, Entrance, Entry
+from lowrank_kit.calibration.entrance import BlockCall, Entrance, Entry
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, no_grad, torch
 from lowrank_kit.models.layout import ModelLayout
