@@ -360,6 +360,20 @@ class Block:
         """The hidden state of a batch behind the block; the batch stays where it is."""
         return self.walk.run(self.index, number, self.walk.states[number])
 
+    def recorded(self, number: int) -> Tensor:
+        """As `run`, in the dtype of the block's parameters, and with a graph to them where gradients are enabled."""
+        walk = self.walk
+        dtype = next(self.module.parameters()).dtype
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        from torch.utils._pytree import tree_map
+
+        call = walk.call(self.index, number)
+        args, kwargs = tree_map(cast, (call.args, call.kwargs))
+        return walk._run(self.index, number, BlockCall(args, kwargs), cast(walk.states[number]))
+
     def pass_on(self) -> None:
         """Take all batches to the next block."""
         states = self.walk.states

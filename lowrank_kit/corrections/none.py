@@ -1,9 +1,6 @@
 """No correction: every matrix is replaced by its own truncation."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Literal
 
 from lowrank_kit.corrections.base import Correction, Factorisation
@@ -29,10 +26,11 @@ class Uncorrected(Correction):
         for group in work.decomposition.groups:
             if plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
-        weights, made_of = weights_of(model), _digest(work)
+        weights, made_of = weights_of(model), work.made_of
         for index, of_block in groups.items():
             if weights.is_written(index, made_of):
-                _shape(work, of_block)
+                for ref in (ref for group in of_block for ref in group):
+                    work.outline(ref)
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block)
@@ -50,19 +48,3 @@ class Uncorrected(Correction):
                 replace_linear(model, ref.name, LowRankFactors(up, down))
             for ref in group[1:]:
                 share_down(model, ref.name, first)
-
-
-def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
-    """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
-    for group in groups:
-        for ref in group:
-            rank = work.plan.ranks[ref.name]
-            up = torch.empty(ref.out_features, rank, device="meta")
-            down = torch.empty(rank, ref.in_features, device="meta")
-            replace_linear(work.model, ref.name, LowRankFactors(up, down))
-
-
-def _digest(work: Factorisation) -> str:
-    """What the factors are made of: the plan, the decomposition, the model."""
-    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()

@@ -11,6 +11,8 @@ Two walks go through the blocks together, of the original and of the compressed 
 linears that share an input are visited in order. What the original block's linears read waits on the CPU.
 """
 
+import hashlib
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,10 +26,12 @@ from pydantic import Field
 
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import load_gradients
+from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
 from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.factored import replace_linear
@@ -87,6 +91,7 @@ class Refit(Correction):
         batches = batches_of(model, samples)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
+        finished = FinishedBlocks(work.folder, self._digest(work))
         for before, block in zip(original.forward(), compressed.forward(), strict=True):
             index = block.index
             if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
@@ -96,7 +101,8 @@ class Refit(Correction):
                     layout.model_type, " and ".join(roles),
                 )  # fmt: skip
                 writers.clear()
-            groups = list(blocks[index].values())
+            is_finished = index in finished
+            groups = [] if is_finished else list(blocks[index].values())
             with _noted(original, [group[0].name for group in groups], writers[index]) as reads:
                 before.pass_on()
             gradients = decomposition.gradients if groups else None
@@ -111,8 +117,31 @@ class Refit(Correction):
                 correction = sums.correction(self.anchor, self.ridge)
                 for ref in group:
                     self._replace(work, ref, correction, known.get(ref.name))
+            if is_finished:
+                for ref in (ref for group in blocks[index].values() for ref in group):
+                    if work.plan.ranks[ref.name] < ref.full_rank:
+                        work.outline(ref)
+                finished.restore(index, block.module, model.device)
+            elif groups:
+                self.finish(block, original.states, samples.opening, finished)
+                finished.keep(index, block.module)
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             bar.advance()
+
+    def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
+        """Work on a block whose matrices are replaced.
+
+        Args:
+            block: reached by all batches of the compressed model, and not yet passed on.
+            targets: what the original block gives in the original model, by batch.
+            opening: tokens at the beginning of every row at which nothing is measured.
+            finished: keeps what is begun of the block.
+        """
+
+    def _digest(self, work: Factorisation) -> str:
+        """What the blocks are made of."""
+        settings = [self.model_dump(mode="json"), work.samples.fingerprint()]
+        return hashlib.sha256(json.dumps([work.made_of, settings]).encode()).hexdigest()
 
     def _replace(
         self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
