@@ -20,8 +20,8 @@ import time
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 
+from lowrank_kit.adapters.adapter import Adapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import Adapter
 from lowrank_kit.adapters.corda import Corda
 from lowrank_kit.adapters.dora import Dora
 from lowrank_kit.adapters.eva import Eva

@@ -39,7 +39,7 @@ from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity

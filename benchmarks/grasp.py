@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity

@@ -15,7 +15,7 @@ import torch
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from jaxtyping import Float, Float64
 from pydantic import Field, model_validator
 
-from lowrank_kit.allocations.base import Budget, Candidate
+from lowrank_kit.allocations.allocation import Budget, Candidate
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
@@ -18,20 +18,20 @@ from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.walk import BlockWalk, frozen
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import influence_table, plot_influence
+from lowrank_kit.plots.block_scores import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.attribution import drop_change
-from lowrank_kit.truncations.base import Truncation, check_tokens
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
+from lowrank_kit.truncations.truncation import Truncation, check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,14 +20,14 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.block_scores import plot_influence
 from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.architectures import LOWRANK_PREFIX
@@ -23,7 +23,7 @@ from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import Units, units_of
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.units import plot_kept_units
+from lowrank_kit.plots.kept_units import plot_kept_units
 from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:

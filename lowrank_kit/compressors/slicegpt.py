@@ -14,7 +14,7 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of

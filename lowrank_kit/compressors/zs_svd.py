@@ -11,7 +11,7 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import Statistics, TruncatedSVD
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.files import save_tensors
+from lowrank_kit.models.weight_files import save_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float, Float64
 from pydantic import Field
@@ -30,7 +30,7 @@ from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
-from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -39,10 +39,7 @@ from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
-from lowrank_kit.truncations.base import Layer, Truncation
-
-if TYPE_CHECKING:
-    pass
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +47,15 @@ log = logging.getLogger(__name__)
 class Refit(Correction):
     """In order of execution, every matrix is refitted to its original outputs on the compressed model's inputs."""
 
-    to_stream: ClassVar[bool] = False
-    """Whether what writes to the residual stream makes up for what the stream lacks."""
-
     anchor: float = Field(default=1.0, ge=0)
     """Weight of the error on the original inputs against that on the compressed ones."""
     ridge: float = Field(default=0.001, gt=0)
     """Pull towards the original weight, as a share of the inputs' mean energy."""
+
+    @property
+    def to_stream(self) -> bool:
+        """Whether what writes to the residual stream makes up for what the stream lacks."""
+        return False
 
     def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
         """Raise `ConfigError` for a truncation that joins blocks, and for experts, which may read other tokens."""

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.adapter import Adapter
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.config import CausalTask, RunConfig
 from lowrank_kit.data.causal import CausalData
 from lowrank_kit.data.padding import RightPadded, padding_id

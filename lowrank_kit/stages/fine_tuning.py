@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.adapters.base import FineTuning
+from lowrank_kit.adapters.adapter import FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RunConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lowrank_kit.adapters.base import Adapter, Batches, FineTuning, InitialisedAdapter
+from lowrank_kit.adapters.adapter import Adapter, Batches, FineTuning, InitialisedAdapter
 from lowrank_kit.adapters.full_ft import FullFineTuning
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import Reduction, calibrate

@@ -18,7 +18,7 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.files import read_as
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
-from lowrank_kit.spectral.decompose import Which, output_eigenpairs, range_eigenpairs
+from lowrank_kit.spectral.eigenpairs import Which, output_eigenpairs, range_eigenpairs
 
 # Directions a side, of a linear that has no rank because all of it is trained.
 USUAL_DIRECTIONS = 8

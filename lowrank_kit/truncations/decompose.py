@@ -16,8 +16,8 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.truncate import Projection
-from lowrank_kit.truncations.base import Layer, Truncation, check_tokens, groups_of
 from lowrank_kit.truncations.spectra import Spectrum
+from lowrank_kit.truncations.truncation import Layer, Truncation, check_tokens, groups_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress

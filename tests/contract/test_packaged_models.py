@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
 from lowrank_kit.evaluation.perplexity import perplexity

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import InitialisedAdapter
 from lowrank_kit.adapters.corda import Corda
 from lowrank_kit.adapters.dora import Dora
 from lowrank_kit.adapters.eva import Eva

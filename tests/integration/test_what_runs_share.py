@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.compressors.probe import LossProbe

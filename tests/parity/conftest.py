@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.models.layout import layout_of
 
 ROWS, TOKENS = 8, 40

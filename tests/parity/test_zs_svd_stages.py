@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.zs_svd import ZeroSumSVD
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.errors import ConfigError

@@ -6,7 +6,7 @@ The only place with names of families and roles. A package of one's own adds a f
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lowrank_kit.models.architectures.base import (
+from lowrank_kit.models.architectures.architecture import (
     LOWRANK_PREFIX,
     Architecture,
     Experts,

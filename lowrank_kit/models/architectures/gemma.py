@@ -5,7 +5,7 @@ The fourth has layers that take keys and values, or values, from others, and a s
 
 from dataclasses import replace
 
-from lowrank_kit.models.architectures.base import Architecture, Group, OneOf, Role, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, OneOf, Role, Stack, register
 from lowrank_kit.models.architectures.roles import ATTENTION, K, O, Q, V, gated_mlp
 
 _GEMMA = Architecture(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lowrank_kit.models.architectures.base import Architecture, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Stack, register
 from lowrank_kit.models.architectures.roles import ATTENTION, gated_mlp
 
 _LLAMA = Architecture(

@@ -8,7 +8,7 @@ from lowrank_kit.calibration.influence import block_influence, hidden_distance
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.block_scores import plot_influence
 
 LENGTHS = (9, 12, 5, 20, 3)
 

@@ -8,7 +8,7 @@ from lowrank_kit.allocations.energy_svd import EnergySvd
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity

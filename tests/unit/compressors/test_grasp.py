@@ -13,7 +13,7 @@ from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors import grasp as module
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, PackagedSource
 from lowrank_kit.errors import LowRankKitError
@@ -23,7 +23,7 @@ from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import ModelSource, load_model, load_tokenizer
 from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.attribution import drop_change
-from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.spectral.eigenpairs import svd
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.truncations.optimal import Optimal
 from lowrank_kit.truncations.two_sided import TwoSided

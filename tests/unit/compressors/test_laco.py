@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.laco import LaCo, Merge, MergeTrials
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import layout_of

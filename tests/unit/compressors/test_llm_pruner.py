@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of

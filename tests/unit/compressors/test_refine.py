@@ -7,7 +7,7 @@ from math import cos, pi
 import pytest
 import torch
 
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.corrections.refine import Refine
 from lowrank_kit.corrections.residual import Residual

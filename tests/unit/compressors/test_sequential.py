@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from lowrank_kit.compressors.base import Context
-from lowrank_kit.corrections.base import Factorisation
+from lowrank_kit.compressors.compressor import Context
+from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.corrections.sequential import Sequential

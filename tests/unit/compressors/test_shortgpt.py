@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.shortgpt import ShortGPT
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of

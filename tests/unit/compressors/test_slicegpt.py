@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.slicegpt import SliceGPT, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import all_with

@@ -6,8 +6,8 @@ from datasets import Dataset
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import InitialisedAdapter
 from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples

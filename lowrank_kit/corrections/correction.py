@@ -14,8 +14,8 @@ from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -11,8 +11,8 @@ from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
-from lowrank_kit.models.files import save_tensors
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.weight_files import save_tensors
 from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 
