@@ -15,6 +15,7 @@ from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.corrections.refit import Refit
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.spectral.factors import LowRankFactors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +51,10 @@ class Refine(Refit):
     def to_stream(self) -> bool:
         """See `Refit`."""
         return self.residual
+
+    def started(self, factors: LowRankFactors) -> LowRankFactors:
+        """See `Refit`; the authors balance by the singular values that the metric sees, which depend on the tokens."""
+        return factors.balanced()
 
     def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
         """Train the block, from the last pass that a killed run has left of it."""

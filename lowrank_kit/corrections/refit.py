@@ -38,6 +38,7 @@ from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.truncation import Layer, Truncation
 
@@ -127,6 +128,10 @@ class Refit(Correction):
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             bar.advance()
 
+    def started(self, factors: LowRankFactors) -> LowRankFactors:
+        """The form in which factors go into the model."""
+        return factors
+
     def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
         """Work on a block whose matrices are replaced.
 
@@ -162,7 +167,7 @@ class Refit(Correction):
             projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
-        replace_linear(work.model, ref.name, projection.factors(corrected, rank))
+        replace_linear(work.model, ref.name, self.started(projection.factors(corrected, rank)))
 
 
 @dataclass
@@ -229,7 +234,7 @@ class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
     def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: "torch.device") -> None:
-        self._opening = opening
+        self._ref, self._opening = ref, opening
         self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
         self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
         self._difference = torch.zeros_like(self._new.gram)
@@ -255,7 +260,12 @@ class _Sums:
         gram = self._new.gram + anchor * self._old.gram
         damped = gram.clone()
         damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
-        root = torch.linalg.cholesky(damped)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            raise LowRankKitError(
+                f"{self._ref.name} cannot be refitted: its inputs do not determine a weight, and a ridge of {ridge:g} "
+                "is too little beside them; raise method.correction.ridge, to 1e-5 or more"
+            )
         inputs = torch.cholesky_solve(self._difference.T, root).T
         inputs.diagonal().add_(1)
         residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T

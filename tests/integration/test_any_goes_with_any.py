@@ -17,6 +17,8 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
+# One window is held out of three.
+REFINE = {"refine": {"passes": 1}}
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
 
@@ -60,14 +62,14 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         name="any",
         ratio=0.4,
         rank_multiple=1,
-        correction=CORRECTIONS[correction](),
+        correction=CORRECTIONS[correction](**REFINE.get(correction, {})),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
     )
     layout = layout_of(model)
     if refused(method, layout):
         return
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=4)
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=3)
     work = Compression(method, Context(copy.deepcopy(model), layout, samples, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
@@ -105,4 +107,4 @@ def test_what_is_refused_is_known(model):
             layout,
         )
     }
-    assert found == {("joint", "sequential"), ("joint", "residual")}
+    assert found == {("joint", correction) for correction in ("sequential", "residual", "refine")}
