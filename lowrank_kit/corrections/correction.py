@@ -3,17 +3,16 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
-from lowrank_kit.deferred import torch
-from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plan import Plan
-from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition
 from lowrank_kit.truncations.truncation import Truncation
 
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factorisation:
-    """What there is to factorise, and by which means: the original model, changed in place, and its decomposition."""
+    """What there is to factorise, and by which means: the original model, changed in place, and its decomposition.
+
+    A correction hands what it has made of a matrix to ``storage.put``, so that later ones see what is stored.
+    """
 
     model: "PreTrainedModel"
     plan: Plan
@@ -33,19 +35,18 @@ class Factorisation:
     folder: Path | None = None
     """Where finished blocks are kept for a killed run to go on from; None: nowhere."""
     progress: "Progress | None" = None
+    storage: Storage = field(default_factory=Factors)
 
     @property
     def made_of(self) -> str:
-        """A digest of what the factors are made of: the plan, the decomposition, the model."""
-        facts = json.dumps([asdict(self.plan), self.decomposition.store.key.digest], sort_keys=True)
+        """A digest of what the factors are made of: the plan, the decomposition, the model; and how they are stored."""
+        storage = self.storage.model_dump(mode="json")
+        facts = json.dumps([asdict(self.plan), self.decomposition.store.key.digest, storage], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def outline(self, ref: LinearRef) -> None:
         """Give a linear that is factored in a block on disk its form, without any values."""
-        rank = self.plan.ranks[ref.name]
-        device = self.model.get_submodule(ref.name).weight.device
-        up, down = (torch.empty(*shape, device=device) for shape in ((ref.out_features, rank), (rank, ref.in_features)))
-        replace_linear(self.model, ref.name, LowRankFactors(up, down))
+        self.storage.outline(self.model, ref.name, self.plan.ranks[ref.name])
 
 
 class Correction(Choice):
@@ -55,5 +56,5 @@ class Correction(Choice):
         """Raise `ConfigError` for a truncation, or linears, that it does not go with."""
 
     def factorise(self, work: Factorisation) -> None:
-        """Replace every matrix whose planned rank is below full by its factors, in place."""
+        """Replace every matrix whose planned rank is below full by its factors as they are stored, in place."""
         raise NotImplementedError

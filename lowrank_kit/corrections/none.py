@@ -5,11 +5,9 @@ from typing import Literal
 
 from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import torch
-from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.streamed import weights_of
-from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class Uncorrected(Correction):
@@ -43,8 +41,4 @@ class Uncorrected(Correction):
             projection = work.decomposition.projection(first)
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
-            ups, down = projection.factors(stacked, plan.ranks[first])
-            for ref, up in zip(group, ups.split(group[0].out_features), strict=True):
-                replace_linear(model, ref.name, LowRankFactors(up, down))
-            for ref in group[1:]:
-                share_down(model, ref.name, first)
+            work.storage.put(model, [ref.name for ref in group], projection.factors(stacked, plan.ranks[first]))

@@ -34,7 +34,6 @@ from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
@@ -167,7 +166,8 @@ class Refit(Correction):
             projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
-        replace_linear(work.model, ref.name, self.started(projection.factors(corrected, rank)))
+        factors = self.started(projection.factors(corrected, rank))
+        work.storage.put(work.model, [ref.name], factors)
 
 
 @dataclass

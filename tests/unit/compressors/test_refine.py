@@ -15,6 +15,8 @@ from lowrank_kit.corrections.sequential import Sequential
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.factored import factored_linears
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 
 from .test_sequential import logits_of, run
 
@@ -83,8 +85,9 @@ def test_what_gains_nothing_on_held_out_windows_is_left(tiny_model, samples, met
     torch.testing.assert_close(logits_of(models[1], samples), logits_of(models[0], samples), rtol=0, atol=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model, samples, method, tmp_path, monkeypatch):
-    original, settings = tiny_model("llama"), method(correction=Refine(passes=3, held_out=0))
+@pytest.mark.parametrize("storage", [Factors(), Pivot()], ids=lambda storage: storage.kind)
+def test_a_killed_run_goes_on_to_the_same_bytes(storage, tiny_model, samples, method, tmp_path, monkeypatch):
+    original, settings = tiny_model("llama"), method(correction=Refine(passes=3, held_out=0), storage=storage)
     whole = copy.deepcopy(original)
     plan = run(whole, settings, samples)
     kept, begun = [], FinishedBlocks.begin
@@ -111,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_model, samples, method, tmp
     for name, tensor in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     # Blocks of another plan or other settings are not taken for these.
-    other = method(correction=Refine(passes=3, held_out=0, learning_rate=1e-4))
+    other = method(correction=Refine(passes=3, held_out=0, learning_rate=1e-4), storage=storage)
     model = copy.deepcopy(original)
     monkeypatch.setattr(FinishedBlocks, "begin", begun)
     context = Context(model, layout_of(model), samples, tmp_path / "cache", unfinished=tmp_path / "unfinished")
