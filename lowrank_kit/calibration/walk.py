@@ -177,17 +177,9 @@ class Block:
 
     def recorded(self, number: int) -> Tensor:
         """As `run`, in the dtype of the block's parameters, and with a graph to them where gradients are enabled."""
-        walk = self.walk
-        dtype = next(self.module.parameters()).dtype
-
-        def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-        from torch.utils._pytree import tree_map
-
-        call = walk.call(self.index, number)
-        args, kwargs = tree_map(cast, (call.args, call.kwargs))
-        return walk._run(self.index, number, BlockCall(args, kwargs), cast(walk.states[number]))
+        walk, dtype = self.walk, next(self.module.parameters()).dtype
+        call = walk.call(self.index, number).in_dtype(dtype)
+        return walk.run_with(self.index, number, call, walk.states[number].to(dtype))
 
     def pass_on(self) -> None:
         """Take all batches to the next block."""
