@@ -19,6 +19,15 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def in_dtype(self, dtype: "torch.dtype") -> "BlockCall":
+        """The same, its floating-point tensors (rotary embeddings, masks) in this dtype."""
+        from torch.utils._pytree import tree_map
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return BlockCall(*tree_map(cast, (self.args, self.kwargs)))
+
 
 @dataclass(frozen=True)
 class Entry:

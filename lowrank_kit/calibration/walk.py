@@ -175,6 +175,12 @@ class Block:
         """The hidden state of a batch behind the block; the batch stays where it is."""
         return self.walk.run(self.index, number, self.walk.states[number])
 
+    def recorded(self, number: int) -> Tensor:
+        """As `run`, in the dtype of the block's parameters, and with a graph to them where gradients are enabled."""
+        walk, dtype = self.walk, next(self.module.parameters()).dtype
+        call = walk.call(self.index, number).in_dtype(dtype)
+        return walk.run_with(self.index, number, call, walk.states[number].to(dtype))
+
     def pass_on(self) -> None:
         """Take all batches to the next block."""
         states = self.walk.states

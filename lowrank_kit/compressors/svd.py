@@ -164,9 +164,8 @@ class TruncatedSVD(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""
-        work = Factorisation(
-            context.model, plan, statistics.decomposition, context.samples, context.progress, self.storage
-        )
+        found, samples = statistics.decomposition, context.samples
+        work = Factorisation(context.model, plan, found, samples, context.unfinished, context.progress, self.storage)
         self.correction.factorise(work)
         return context.model
 
