@@ -29,7 +29,7 @@ from lowrank_kit.plots.influence import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.attribution import drop_change
-from lowrank_kit.truncations.base import Truncation, check_tokens
+from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
 
@@ -169,10 +169,6 @@ class Grasp(Compressor):
         elsewhere = sum(ref.parameters for ref in layout.linears if ref.block not in blocks)
         budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
         return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
-
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for too few calibration tokens to measure components of this truncation by."""
-        check_tokens(self.truncation.needs(), layout.select(), tokens)
 
     def score(self, sigma: Float64[Tensor, " r"], change: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
         """Score of every component from its singular value and the loss's first-order change when it is dropped."""

@@ -29,14 +29,15 @@ class Uncorrected(Correction):
         for group in work.decomposition.groups:
             if plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
-        weights, made_of = weights_of(model), _digest(work)
+        weights = weights_of(model)
+        weights.go_on(_digest(work))
         for index, of_block in groups.items():
-            if weights.is_written(index, made_of):
+            if weights.is_written(index):
                 _shape(work, of_block)
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block)
-                weights.write(index, made_of)
+                weights.write(index)
 
     def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
         model, plan = work.model, work.plan

@@ -50,9 +50,7 @@ def save_compressed(
     factors = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "experts": listed}
     twin, source = _empty_twin(model, factors), weights_of(model)
     if isinstance(source, Streamed):
-        source.finish(twin, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        source.finish(twin, folder, tokenizer)
         return
     weights = model.state_dict()
     pack(weights, model, listed)

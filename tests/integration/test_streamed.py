@@ -1,12 +1,17 @@
 """Models that are compressed while one block of them is in memory: the same bytes as of one that is there whole."""
 
 import json
-from contextlib import contextmanager
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.fingerprint import fingerprint
@@ -33,16 +38,22 @@ def same(run, other):
 
 
 @pytest.fixture
-def command(language_arguments, composed, tmp_path, monkeypatch):
-    """Run a command in a folder and with a cache of its own."""
+def words_of(language_arguments, tmp_path, monkeypatch):
+    """The words of a command that works in a folder and with a cache of its own, from here on."""
 
-    def run(name, *words, method="svd_llm", **settings):
+    def build(name, *words, method="svd_llm", **settings):
         monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / name / "cache"))
         stages = "run.stages=[calibrate,plan,apply]"
         words = ["method.ratio=0.4", "method.rank_multiple=1", stages, f"run.root={tmp_path / name}", *words]
-        return execute(composed(language_arguments(*words, method=method, **settings)))
+        return language_arguments(*words, method=method, **settings)
 
-    return run
+    return build
+
+
+@pytest.fixture
+def command(words_of, composed):
+    """Run a command in a folder and with a cache of its own."""
+    return lambda name, *words, **settings: execute(composed(words_of(name, *words, **settings)))
 
 
 METHODS = ["svd", "svd_llm", "svd_llm_v2", "d_rank", "hisvd", "fwsvd", "kfac_svd", "zs_svd"]
@@ -84,12 +95,12 @@ def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
 
     written, write = [], Streamed.write
 
-    def dies(weights, index, made_of):
+    def dies(weights, index):
         if index == 1 and 1 not in written:
             written.append(1)
             raise Killed
         written.append(index)
-        write(weights, index, made_of)
+        write(weights, index)
 
     monkeypatch.setattr(Streamed, "write", dies)
     with pytest.raises(Killed):
@@ -99,6 +110,73 @@ def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
     assert written == [0, 1, 1, 2][: len(written)]
     assert written.count(0) == 1
     same(run, command("resident"))
+
+
+AT_WORK = """
+import sys
+from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.pipeline import execute
+[config] = Composer().jobs(force_dotted(sys.argv[1:]), multirun=False)
+print("begun", flush=True)
+execute(config)
+"""
+
+
+def killed(words, seconds):
+    """Run a command in a process of its own, and kill that outright so long after it began to work."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AT_WORK, *words]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"begun\n"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(kills, command, words_of, tiny_model, checkpoint, tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama", num_hidden_layers=40).save_pretrained(model, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(model)
+
+    def files(run):
+        return {file.name: file.read_bytes() for file in (run / "checkpoint").iterdir()}
+
+    began = time.monotonic()
+    expected = files(command("whole", STREAMED, path=model))
+    seconds, draw = time.monotonic() - began, random.Random(0)
+    for number in range(kills):
+        name = f"killed-{number}"
+        killed(words_of(name, STREAMED, path=model), draw.uniform(0, seconds))
+        decomposed = len(list(tmp_path.glob(f"{name}/cache/calibration/*/block*")))
+        written = len(list(tmp_path.glob(f"{name}/*/.checkpoint/*.safetensors")))
+        print(f"killed when {decomposed} blocks were decomposed and {written} written")
+        assert files(command(name, STREAMED, path=model)) == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard, other: shard.unlink(), "00002-of-.* is missing"),
+        (
+            lambda shard, other: os.truncate(shard, shard.stat().st_size - 8),
+            "00002-of-.* is damaged",
+        ),
+        (lambda shard, other: shard.write_bytes(other.read_bytes()), r"it lacks \d+ weights"),
+    ],
+    ids=["missing", "short", "of another model"],
+)
+def test_a_shard_that_is_not_the_models_is_named_before_the_work(
+    damage, message, command, checkpoint, tiny_model, tmp_path
+):
+    folder, other = tmp_path / "model", tmp_path / "other"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(folder)
+    tiny_model("gpt2").save_pretrained(other)
+    damage(next(folder.glob("model-00002-of-*")), other / "model.safetensors")
+    with pytest.raises(LowRankKitError, match=message):
+        command("streamed", STREAMED, f"model.path={folder}")
+    assert not list(tmp_path.glob("streamed/*/.checkpoint"))
 
 
 def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
