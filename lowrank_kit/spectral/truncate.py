@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Float, Float64
 
 from lowrank_kit.deferred import Tensor, torch
-from lowrank_kit.spectral.decompose import OutputGram, eigh, numerical_rank
+from lowrank_kit.spectral.decompose import eigh, numerical_rank, output_gram
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 
@@ -66,9 +66,11 @@ def output_projection(
     Raises:
         ValueError: non-finite entries.
     """
-    output = OutputGram(weight if root is None else _times(root, weight.detach().double()), inputs)
-    pairs = eigh(output.gram)
-    return _from_eigenvectors(pairs.values, output.lift(pairs.vectors), root)
+    gram, lift = output_gram(weight if root is None else _times(root, weight.detach().double()), inputs)
+    pairs = eigh(gram)
+    # Of a wide model each of these is as large as the weight.
+    del gram
+    return _from_eigenvectors(pairs.values, lift(pairs.vectors), root)
 
 
 def output_projection_from_gram(
