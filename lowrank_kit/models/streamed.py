@@ -177,15 +177,9 @@ class Streamed(Resident):
     def _write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         file = self._output / self._file(index)
         temporary = file.with_suffix(".tmp")
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_tensors(contiguous, temporary, {"format": "pt"})
-        # safetensors has an exception of its own for what the system refuses.
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            raise LowRankKitError(
-                f"'{file}' cannot be written ({error}): make room and start the run again; it goes on at this block"
-            ) from error
+        save_tensors(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"}
+        )
         temporary.replace(file)
 
     def _load(self, index: int) -> None:

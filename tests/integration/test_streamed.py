@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -194,21 +195,28 @@ def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
     assert set(there) == {1}
 
 
-def test_a_full_disk_is_said_and_loses_nothing(command, monkeypatch):
-    from lowrank_kit.models import streamed as module
+@contextmanager
+def files_of_at_most(size):
+    """What a full disk does to large files."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    save = module.save_tensors
 
-    def full(tensors, file, metadata=None):
-        if "00002" in file.name:
-            raise OSError(28, "No space left on device")
-        save(tensors, file, metadata)
-
-    monkeypatch.setattr(module, "save_tensors", full)
-    with pytest.raises(LowRankKitError, match=r"00002-of-.*No space left.*goes on at this block"):
+def test_a_full_disk_is_said_and_loses_nothing(command, tmp_path):
+    again = "make room and start the run again; it goes on at this file"
+    with files_of_at_most(16_000), pytest.raises(LowRankKitError, match=rf"block-0000.* cannot be written .*{again}"):
         command("streamed", STREAMED)
-    monkeypatch.setattr(module, "save_tensors", save)
+    command("streamed", STREAMED, "run.stages=[calibrate,plan]")
+    [cached] = {file.parent for file in tmp_path.glob("streamed/cache/calibration/*/block*")}
+    made = {file.name: file.stat().st_mtime_ns for file in cached.glob("block*")}
+    with files_of_at_most(16_000), pytest.raises(LowRankKitError, match=rf"model-00001-of-.* cannot be .*{again}"):
+        command("streamed", STREAMED)
     same(command("streamed", STREAMED), command("resident"))
+    assert {file.name: file.stat().st_mtime_ns for file in cached.glob("block*")} == made
 
 
 @pytest.mark.parametrize(
