@@ -20,8 +20,8 @@ import time
 import torch
 from fresh import SMOLLM2, PeakMemory, Run, in_fresh_process, smollm2
 
+from lowrank_kit.adapters.adapter import Adapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import Adapter
 from lowrank_kit.adapters.corda import Corda
 from lowrank_kit.adapters.dora import Dora
 from lowrank_kit.adapters.eva import Eva
@@ -83,12 +83,12 @@ def _row(name: str, found: list[Run]) -> str:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> Run:
-    samples, model = _samples(arguments.samples, arguments.tokens), smollm2(arguments.blocks)
+    samples, model = _samples(arguments), smollm2(arguments.blocks)
     kind, settings = METHODS[name]
     method = kind(name="measured", rank=arguments.rank, **settings)
     with PeakMemory() as memory:
         started, cpu_started = time.perf_counter(), time.process_time()
-        ready = adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=arguments.batch_size)
+        ready = adapt(model, method, samples, task_type="CAUSAL_LM")
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     return {
         "seconds": seconds,
@@ -98,10 +98,11 @@ def measure(name: str, arguments: argparse.Namespace) -> Run:
     }
 
 
-def _samples(samples: int, tokens: int) -> CalibrationSamples:
+def _samples(arguments: argparse.Namespace) -> CalibrationSamples:
     rows = PackagedSource().load(DatasetRef("text/wikipedia"), "validation").dataset
     ids = load_tokenizer(SMOLLM2)("\n\n".join(rows["text"]), return_tensors="pt", verbose=False)["input_ids"][0]
-    return CalibrationSamples(tuple({"input_ids": window} for window in ids[: samples * tokens].split(tokens)))
+    windows = ids[: arguments.samples * arguments.tokens].split(arguments.tokens)
+    return CalibrationSamples(tuple({"input_ids": window} for window in windows), batch_size=arguments.batch_size)
 
 
 def _arguments() -> argparse.Namespace:

@@ -68,8 +68,8 @@ def measure(method: str, rank: int, arguments: argparse.Namespace) -> dict[str, 
 
 
 def initialise_astra(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in sequences))
-    adapt(model, Astra(name="astra", rank=rank), samples, task_type="CAUSAL_LM", batch_size=4)
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in sequences), batch_size=4)
+    adapt(model, Astra(name="astra", rank=rank), samples, task_type="CAUSAL_LM")
 
 
 def initialise_corda(model: torch.nn.Module, sequences: list[torch.Tensor], rank: int) -> None:

@@ -39,7 +39,7 @@ from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -152,14 +152,14 @@ def measure_ours(arguments: argparse.Namespace) -> Run:
 def compress(model: PreTrainedModel, windows: Tensor, ratio: float, batch_size: int, cache: Path, clock: Clock) -> None:
     """Compress a model in place as a run of the pipeline does."""
     method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=ratio, rank_multiple=1)
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows), batch_size=batch_size)
     in_reduce = clock.calls_of(TruncatedSVD, "reduce", DECOMPOSITION)
     in_save = clock.calls_of(CalibrationStore, "save", CACHE)
     with clock(FORWARD), in_reduce, in_save:
-        found = method.calibrate(Context(model, layout_of(model), samples, batch_size, cache))
+        found = method.calibrate(Context(model, layout_of(model), samples, cache))
     with clock(FACTORS):
         plan = method.decide(layout_of(model), found.candidates, None)
-        method.apply(plan, found, Context(model, layout_of(model), samples, batch_size, cache))
+        method.apply(plan, found, Context(model, layout_of(model), samples, cache))
 
 
 def measure_published(arguments: argparse.Namespace) -> Run:

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -122,8 +122,8 @@ def compress(model: PreTrainedModel, windows: Tensor, arguments: argparse.Namesp
     method = Grasp(
         name="grasp", ratio=ratio, selection="removed", removed_share=REMOVED_SHARE, propagate=propagate
     )  # fmt: skip
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows))
-    work = Compression(method, Context(model, layout, samples, arguments.batch_size))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows), batch_size=arguments.batch_size)
+    work = Compression(method, Context(model, layout, samples))
     work.calibrate()
     plan = work.plan()
     work.apply(plan)

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_kit.compressors.base import Compressor
+from lowrank_kit.compressors.compressor import Compressor
 from lowrank_kit.config import Choice, RunConfig, load, method_class
 from lowrank_kit.config.plugins import conf_folders
 from lowrank_kit.config.sweeps import Launcher, Optuna, load_launcher, load_search

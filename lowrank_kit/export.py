@@ -132,7 +132,7 @@ def _export(
 
 def _forget_folders(adapter: Path) -> None:
     """Take this machine's folder of the base out of what is published."""
-    from lowrank_kit.runs.portable import portable_model
+    from lowrank_kit.runs.shareable import portable_model
     from lowrank_kit.training.adapters import BASE_FILE
 
     for name, key in (("adapter_config.json", "base_model_name_or_path"), (BASE_FILE, "path")):

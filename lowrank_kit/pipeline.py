@@ -26,7 +26,7 @@ from lowrank_kit.runs.directory import RunDirectory, run_path
 from lowrank_kit.runs.inputs import Inputs, inputs_of
 from lowrank_kit.runs.manifest import Manifest
 from lowrank_kit.runs.published import published_for
-from lowrank_kit.runs.table import print_results
+from lowrank_kit.runs.summary import print_results
 from lowrank_kit.runs.tracking import NullTracker, open_tracker
 from lowrank_kit.stages.causal_fine_tuning import CausalFineTuningStages
 from lowrank_kit.stages.classification import ClassificationStages

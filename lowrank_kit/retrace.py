@@ -15,7 +15,7 @@ from lowrank_kit.config.plugins import allowing
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.files import read_yaml
 from lowrank_kit.runs.directory import identity
-from lowrank_kit.runs.portable import portable
+from lowrank_kit.runs.shareable import portable
 
 # Groups whose option is named like the section's own `name` or, of data, like its source.
 GROUPS = ("method", "model", "task", "data", "recovery")

@@ -56,7 +56,7 @@ def _main(argv: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a sweep or search starts its runs itself, but several processes were started for one run")
     # Imported only now: most commands are single runs.
-    from lowrank_kit.sweep.run import run_sweep
+    from lowrank_kit.sweep.run_sweep import run_sweep
     from lowrank_kit.sweep.search import run_search
 
     again = [word for word in flags if word not in ("-m", "--multirun")]

@@ -15,7 +15,7 @@ import torch
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
@@ -34,11 +34,11 @@ def main() -> None:
     print(in_words(arguments.provenance))
     calibration = windows(arguments.wikitext, "validation", 16, 512)
     test = windows(arguments.wikitext, "test", 16, 1024)
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration), batch_size=1)
     method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=0.2)
     for file in arguments.plans:
         model = load_model(SOURCE, "causal").model
-        context = Context(model, layout_of(model), samples, 1, cache_dir() / "calibration")
+        context = Context(model, layout_of(model), samples, cache_dir() / "calibration")
         found = method.calibrate(context)
         plan = method.decide(layout_of(model), found.candidates, None)
         ranks = json.loads(file.read_text())["ranks"]

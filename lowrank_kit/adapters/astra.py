@@ -14,14 +14,14 @@ from zlib import crc32
 from jaxtyping import Float, Float64
 from pydantic import Field
 
-from lowrank_kit.adapters.base import InitialisedAdapter
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.allocate import allocate
-from lowrank_kit.spectral.decompose import (
+from lowrank_kit.spectral.eigenpairs import (
     Eigenpairs,
     Which,
     complete_basis,

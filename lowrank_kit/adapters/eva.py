@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lowrank_kit.adapters.base import Adapter, Batches
+from lowrank_kit.adapters.adapter import Adapter, Batches
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.deferred import torch
 from lowrank_kit.errors import LowRankKitError

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from lowrank_kit.adapters.base import FineTuning
+from lowrank_kit.adapters.adapter import FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import ModelLayout

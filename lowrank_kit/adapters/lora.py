@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.adapter import Adapter
 
 
 class Lora(Adapter):

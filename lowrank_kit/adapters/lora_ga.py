@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lowrank_kit.adapters.base import Adapter, Batches
+from lowrank_kit.adapters.adapter import Adapter, Batches
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
@@ -47,7 +47,7 @@ class LoraGA(Adapter):
         from peft import get_peft_model
 
         from lowrank_kit.calibration.gradients import weight_gradients
-        from lowrank_kit.calibration.loss import model_loss, next_token_loss
+        from lowrank_kit.calibration.next_token_loss import model_loss, next_token_loss
         from lowrank_kit.calibration.walk import BlockWalk
         from lowrank_kit.models.linear import is_transposed
 

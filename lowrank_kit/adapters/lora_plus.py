@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.adapter import Adapter
 
 
 class LoraPlus(Adapter):

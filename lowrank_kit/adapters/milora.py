@@ -2,10 +2,10 @@
 
 from jaxtyping import Float
 
-from lowrank_kit.adapters.base import InitialisedAdapter
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.deferred import Tensor
-from lowrank_kit.spectral.decompose import fix_signs, partial_eigh, svd
+from lowrank_kit.spectral.eigenpairs import fix_signs, partial_eigh, svd
 from lowrank_kit.spectral.factors import LowRankFactors
 
 

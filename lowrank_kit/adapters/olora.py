@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowrank_kit.adapters.base import Adapter, Batches
+from lowrank_kit.adapters.adapter import Adapter, Batches
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.errors import LowRankKitError
 

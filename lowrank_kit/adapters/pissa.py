@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.adapter import Adapter
 
 
 class Pissa(Adapter):

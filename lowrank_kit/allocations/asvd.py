@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Budget, Candidate, MeasuredAllocation, Probe
+from lowrank_kit.allocations.allocation import Budget, Candidate, MeasuredAllocation, Probe
 from lowrank_kit.allocations.budget import Options, finish, options_of, saving_per_parameter
 from lowrank_kit.errors import ConfigError
 

@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 
 from jaxtyping import Float64
 
-from lowrank_kit.allocations.base import Budget, Candidate
+from lowrank_kit.allocations.allocation import Budget, Candidate
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.spectral.allocate import spend, water_fill

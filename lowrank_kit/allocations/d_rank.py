@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import break_even_of, keep_of, options_of, proportional, share_out
 from lowrank_kit.models.architectures import Product
 from lowrank_kit.spectral.metrics import effective_rank

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import modulated, proportional, share_out
 from lowrank_kit.spectral.metrics import effective_rank, head_concentration
 from lowrank_kit.truncations.spectra import Spectrum, TwoSidedSpectrum

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Budget, Candidate, MeasuredAllocation, Probe
+from lowrank_kit.allocations.allocation import Budget, Candidate, MeasuredAllocation, Probe
 from lowrank_kit.allocations.budget import Options, finish, losses_at, options_of, saving_per_parameter
 from lowrank_kit.allocations.knapsack import solve
 from lowrank_kit.errors import LowRankKitError

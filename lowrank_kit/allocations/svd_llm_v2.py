@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import break_even_of, keep_of, proportional, share_out
 
 

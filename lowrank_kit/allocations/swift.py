@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Budget, Candidate, MeasuredAllocation, Probe
+from lowrank_kit.allocations.allocation import Budget, Candidate, MeasuredAllocation, Probe
 from lowrank_kit.allocations.budget import break_even_of, keep_of, options_of, proportional, share_out
 from lowrank_kit.truncations.spectra import Spectrum, Whitened
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import break_even_of, proportional
 
 

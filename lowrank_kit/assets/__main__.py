@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lowrank_kit.assets.asset_cache import cache_dir, fetch, is_present
 from lowrank_kit.assets.catalogue import CATALOGUE
-from lowrank_kit.assets.store import cache_dir, fetch, is_present
 from lowrank_kit.errors import LowRankKitError
 
 

@@ -79,7 +79,6 @@ class StatisticsKey:
         request: Mapping[str, Any],
         makers: Iterable[Maker] = (),
         linears: Iterable[str] = (),
-        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "StatisticsKey":
         """The key of what is read from this model; reads every weight once. See the class for the arguments."""
         read = model.base_model if reads == "blocks" else model
@@ -96,7 +95,6 @@ class StatisticsKey:
             request=request,
             maker=maker_of(*makers),
             linears=tuple(sorted(linears)),
-            tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
 
     @property

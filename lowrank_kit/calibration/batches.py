@@ -7,15 +7,15 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.memory import free_bytes, rows_that_fit
 
 
-def batches_of(model: PreTrainedModel, samples: CalibrationSamples, size: int) -> list[dict[str, Tensor]]:
-    """Batches of at most ``size`` samples, and of no more than memory is meant for (`rows_that_fit`).
+def batches_of(model: PreTrainedModel, samples: CalibrationSamples) -> list[dict[str, Tensor]]:
+    """Batches of at most ``samples.batch_size``, and of no more than memory is meant for (`rows_that_fit`).
 
     No statistic depends on how many there are in a batch. Raises `LowRankKitError` where the longest sample alone
     would not fit the memory that is free.
     """
     longest = max(len(sample["input_ids"]) for sample in samples.sequences)
     check_room(model, longest, free_bytes(model.device))
-    rows = rows_that_fit(longest * _widest(model, longest), size)
+    rows = rows_that_fit(longest * _widest(model, longest), samples.batch_size)
     return samples.batches(rows, model.config.get_text_config().pad_token_id or 0)
 
 

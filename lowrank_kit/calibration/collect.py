@@ -1,7 +1,7 @@
 """Calibrate a model for a method: stream the statistics, reduce each layer's at once, keep the results."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +16,72 @@ from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.models.fingerprint import Reads
-from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import Moments
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """What is kept of a linear: from which statistics, and how.
+
+    Attributes:
+        request: which statistics ``keep`` reads.
+        keep: called once a linear, while no other block's moments are held; its tensors are moved to the CPU.
+        maker: the class that ``keep`` belongs to, see `maker_of`; None: ``keep`` itself.
+        depends_on: what the outcome depends on beside the statistics, JSON-serialisable.
+    """
+
+    request: StatisticsRequest
+    keep: Callable[[LayerStatistics], Kept]
+    maker: type | None = None
+    depends_on: Mapping[str, Any] = field(default_factory=dict)
+
+
 def calibrate(
     model: PreTrainedModel,
-    layout: ModelLayout,
     samples: CalibrationSamples,
     refs: Collection[LinearRef],
-    request: StatisticsRequest,
-    reduce: Callable[[LayerStatistics], Kept],
+    reduction: Reduction,
     *,
-    batch_size: int,
-    maker: type | None = None,
     cache: Path | None = None,
-    reduction_key: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Kept]:
-    """Return what ``reduce`` keeps of every linear in ``refs``, by the linear's name.
+    """Return what ``reduction`` keeps of every linear in ``refs``, by the linear's name.
 
     Args:
         model: the model; without gradients, only its blocks and embeddings matter.
-        layout: its layout.
         samples: the calibration samples. An encoder-decoder model whose samples have no ``decoder_input_ids``
             reads its own input shifted right, as its sequence classifiers do.
         refs: the linears to calibrate.
-        request: which statistics ``reduce`` reads.
-        reduce: called once a linear, while no other block's moments are held; its tensors are moved to the CPU.
-        batch_size: sequences a batch.
-        maker: the class that ``reduce`` belongs to, see `maker_of`; None: ``reduce`` itself.
+        reduction: what to keep of them.
         cache: folder of the content-keyed cache; None keeps nothing on disk.
-        reduction_key: what the outcome of ``reduce`` depends on beside the statistics, JSON-serialisable.
         progress: shows one bar over the blocks.
     """
+    request, blocks = reduction.request, {ref.block for ref in refs}
 
-    def reduce_all(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
-        return {layer.ref.name: reduce(layer) for layer in statistics}
+    def keep(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
+        return {layer.ref.name: reduction.keep(layer) for layer in statistics}
 
-    def reduced(skip: Collection[int] = ()) -> Iterator[tuple[int, dict[str, Kept]]]:
-        yield from reduce_spans(
-            model, layout, samples, refs, request, reduce_all, batch_size=batch_size, skip=skip, progress=progress
-        )
+    def reduced(wanted: Collection[int]) -> Iterator[tuple[int, dict[str, Kept]]]:
+        spans = [(block,) for block in sorted(wanted)]
+        yield from reduce_spans(model, samples, refs, request, keep, spans=spans, progress=progress)
 
     if cache is None:
-        return {name: kept for _, results in reduced() for name, kept in results.items()}
-    asked = {"statistics": asdict(request), "reduction": dict(reduction_key or {})}
-    store = CalibrationStore(
-        cache, calibration_key(model, layout, samples, batch_size, reads_of(request), asked, (maker or reduce,), refs)
-    )
-    blocks = {ref.block for ref in refs}
+        return {name: kept for _, results in reduced(blocks) for name, kept in results.items()}
+    asked = {"statistics": asdict(request), "reduction": dict(reduction.depends_on)}
+    makers = (reduction.maker or reduction.keep,)
+    store = CalibrationStore(cache, calibration_key(model, samples, reads_of(request), asked, makers, refs))
     with store.missing(blocks) as missing:
-        for block, results in reduced(skip=blocks - missing):
+        for block, results in reduced(missing):
             store.save(block, results)
     return {name: kept for block in sorted(blocks) for name, kept in store.load(block).items()}
 
 
 def calibration_key(
     model: PreTrainedModel,
-    layout: ModelLayout,
     samples: CalibrationSamples,
-    batch_size: int,
     reads: Reads,
     request: Mapping[str, Any],
     makers: Iterable[Maker] = (),
@@ -87,10 +90,10 @@ def calibration_key(
     """The key of numbers that the model gives on calibration samples; see `StatisticsKey`. Reads every weight once."""
     return StatisticsKey.of(
         model,
-        layout,
+        layout_of(model),
         reads=reads,
         text=samples.fingerprint(),
-        batch_size=batch_size,
+        batch_size=samples.batch_size,
         request=request,
         makers=makers,
         linears=(ref.name for ref in refs),
@@ -104,37 +107,33 @@ def reads_of(request: StatisticsRequest) -> Reads:
 
 def reduce_spans(
     model: PreTrainedModel,
-    layout: ModelLayout,
     samples: CalibrationSamples,
     refs: Collection[LinearRef],
     request: StatisticsRequest,
     reduce: Callable[[list[LayerStatistics]], dict[str, Kept]],
     *,
-    batch_size: int,
-    span: int = 1,
+    spans: Sequence[Sequence[int]],
     gradients: CalibrationStore | None = None,
-    skip: Collection[int] = (),
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, dict[str, Kept]]]:
-    """Yield ``(first block, what reduce keeps)`` for every span of neighbouring blocks, in execution order.
+    """Yield ``(first block, what reduce keeps)`` for every span of blocks, in execution order.
 
     Args:
-        model, layout, samples, refs, request, batch_size, progress: as for `calibrate`.
+        model, samples, refs, progress: as for `calibrate`.
+        request: which statistics ``reduce`` reads.
         reduce: called once a span with the statistics of its linears, while no other span's are held; it may take
             them out of the list, which is the last to hold them.
-        span: blocks a span.
+        spans: neighbouring blocks that are reduced together, in execution order; other blocks are known already.
         gradients: where gradient statistics lie or are put; needed where ``request`` asks for them.
-        skip: first blocks of the spans that are known already.
     """
     if model.config.is_encoder_decoder:
         samples = samples.with_decoder_inputs(model.config.decoder_start_token_id)
-    blocks = sorted({ref.block for ref in refs})
-    spans = [blocks[i : i + span] for i in range(0, len(blocks), span)]
-    known = {block for members in spans if members[0] in skip for block in members}
+    blocks = {ref.block for ref in refs}
+    known = blocks.difference(*spans)
     bar = Bar(progress, "calibrate", len(blocks), len(known))
-    if known == set(blocks):
+    if not spans:
         return
-    batches = batches_of(model, samples, batch_size)
+    layout, batches = layout_of(model), batches_of(model, samples)
     if request.gradient is not None:
         assert gradients is not None
         _collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)

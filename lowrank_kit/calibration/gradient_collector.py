@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int64
 
 from lowrank_kit import distributed
-from lowrank_kit.calibration.loss import SummedLoss, predicted_tokens
+from lowrank_kit.calibration.next_token_loss import SummedLoss, predicted_tokens
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.texts import measured
 from lowrank_kit.calibration.walk import Batch

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from lowrank_kit import distributed
 from lowrank_kit.calibration.gradient_collector import GradientCollector
-from lowrank_kit.calibration.loss import SummedLoss, check_predicted, next_token_loss
+from lowrank_kit.calibration.next_token_loss import SummedLoss, check_predicted, next_token_loss
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.walk import Batch, BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor

@@ -15,15 +15,13 @@ from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.layout import layout_of
 from lowrank_kit.progress import Bar
 
 
 def block_influence(
     model: PreTrainedModel,
-    layout: ModelLayout,
     samples: CalibrationSamples,
-    batch_size: int,
     *,
     distance: Distance = "cosine",
     span: int = 1,
@@ -36,10 +34,8 @@ def block_influence(
     block; the hidden states of all samples before span + 1 blocks wait as `Hidden` says.
 
     Args:
-        model: in evaluation mode meanwhile; left as it was found.
-        layout: its layout, of one stack of blocks.
+        model: of one stack of blocks; in evaluation mode meanwhile, and left as it was found.
         samples: calibration samples; every real token counts once.
-        batch_size: sequences a batch.
         distance: `cosine` is 1 - cos, the block influence of ShortGPT (arXiv 2403.03853) and GRASP (arXiv
             2501.00339); `angular` is arccos(cos) / pi (arXiv 2403.17887).
         span: blocks between the two states; at most all.
@@ -50,29 +46,24 @@ def block_influence(
         LowRankKitError: an encoder-decoder model, or distances that are not finite.
     """
     if cache is None:
-        return _measured(model, layout, samples, batch_size, distance, span, progress)
+        return _measured(model, samples, distance, span, progress)
     asked = {"quantity": "block influence", "distance": distance, "span": span}
-    store = CalibrationStore(cache, calibration_key(model, layout, samples, batch_size, "blocks", asked))
+    store = CalibrationStore(cache, calibration_key(model, samples, "blocks", asked))
     with store.missing([0]) as missing:
         if missing:
-            found = _measured(model, layout, samples, batch_size, distance, span, progress)
+            found = _measured(model, samples, distance, span, progress)
             store.save(0, {"blocks": {"influence": found}})
     return store.load(0)["blocks"]["influence"]
 
 
 def _measured(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    samples: CalibrationSamples,
-    batch_size: int,
-    distance: Distance,
-    span: int,
-    progress: Progress | None,
+    model: PreTrainedModel, samples: CalibrationSamples, distance: Distance, span: int, progress: Progress | None
 ) -> Float64[Tensor, " starts"]:
+    layout = layout_of(model)
     if len(layout.stacks) != 1:
         raise LowRankKitError(f"this {layout.model_type} has an encoder and a decoder: blocks are ranked in one stack")
     sums = torch.zeros(len(layout.blocks) - span + 1, dtype=torch.float64)
-    walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
+    walk = BlockWalk(model, layout, batches_of(model, samples))
     masks = [measured(batch["attention_mask"], samples.opening).to(model.device) for batch in walk.batches]
     earlier = Hidden(model.device)
 

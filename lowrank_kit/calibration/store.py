@@ -12,7 +12,7 @@ from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.lock import exclusively
-from lowrank_kit.models.files import save_tensors
+from lowrank_kit.models.weight_files import save_tensors
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,13 @@ class CalibrationSamples:
     Every sample maps the model's input names (``input_ids``, and where the tokenizer gives them
     ``token_type_ids``, ``decoder_input_ids``) to one-dimensional integer tensors of its own length. Its ``labels``, if
     any, are such a tensor (-100 where no token is to be predicted), or a class or a score without dimensions.
-    The model reads the first ``opening`` tokens of a sample (BOS), and nothing is measured at them.
+    The model reads the first ``opening`` tokens of a sample (BOS), and nothing is measured at them. ``batch_size``
+    sequences at most are read at a time (`lowrank_kit.calibration.batches.batches_of`).
     """
 
     sequences: tuple[dict[str, Tensor], ...]
     opening: int = 0
+    batch_size: int = 8
 
     @classmethod
     def from_padded(cls, batches: Iterable[Mapping[str, Tensor]]) -> "CalibrationSamples":

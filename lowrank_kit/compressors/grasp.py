@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from jaxtyping import Float, Float64
 from pydantic import Field, model_validator
 
-from lowrank_kit.allocations.base import Budget, Candidate
+from lowrank_kit.allocations.allocation import Budget, Candidate
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import calibration_key
@@ -18,20 +18,20 @@ from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.walk import BlockWalk, frozen
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import influence_table, plot_influence
+from lowrank_kit.plots.block_scores import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.attribution import drop_change
-from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,7 +196,6 @@ class Grasp(Compressor):
             context.model,
             Request(self.truncation, frozenset(), context.layout.select()),
             context.samples,
-            batch_size=context.batch_size,
             cache=context.cache,
             # Every block may be chosen where influence is measured again in every turn.
             blocks=range(len(context.layout.blocks)) if self.iterative else redundant,
@@ -273,7 +272,7 @@ class Grasp(Compressor):
         model, layout = context.model, context.layout
         asked = {"quantity": "drop change", "ahead": self.ahead, "truncation": self.truncation.model_dump(mode="json")}
         makers = (type(self), type(self.truncation))
-        key = calibration_key(model, layout, context.samples, context.batch_size, "loss", asked, makers, layout.linears)
+        key = calibration_key(model, context.samples, "loss", asked, makers, layout.linears)
         store, batches = CalibrationStore(context.cache, key), _batches(context)
         with store.missing(blocks) as missing:
             refs = [ref for ref in layout.linears if ref.block in missing]
@@ -346,15 +345,8 @@ def _candidate(ref: LinearRef) -> Candidate:
 
 def _measured_influence(context: Context, span: int = 1, cache: Path | None = None) -> list[float]:
     """That of the model as it is; one that changes in every turn is not kept on disk."""
-    return block_influence(
-        context.model,
-        context.layout,
-        context.samples,
-        context.batch_size,
-        span=span,
-        cache=cache,
-        progress=context.progress,
-    ).tolist()
+    found = block_influence(context.model, context.samples, span=span, cache=cache, progress=context.progress)
+    return found.tolist()
 
 
 def _sigma(decomposition: Decomposition, name: str) -> Float64[Tensor, " r"]:
@@ -377,7 +369,7 @@ def _replace(context: Context, decomposition: Decomposition, name: str, kept: Se
 
 
 def _batches(context: Context) -> list[dict[str, Tensor]]:
-    return batches_of(context.model, context.samples, context.batch_size)
+    return batches_of(context.model, context.samples)
 
 
 def _outcome(plan: Plan, layout: ModelLayout) -> tuple[list[float], set[int]]:

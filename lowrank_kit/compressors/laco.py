@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from jaxtyping import Float
 from pydantic import Field
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.texts import CalibrationSamples, measured
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.block_scores import plot_influence
 from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class LaCo(Compressor):
         was_training = model.training
         model.eval()
         try:
-            trials = MergeTrials(model, context.layout, texts, context.batch_size, self.differences, context.progress)
+            trials = MergeTrials(model, context.layout, texts, self.differences, context.progress)
             return self.decide(context.layout, trials.similarity)
         finally:
             model.train(was_training)
@@ -238,14 +239,13 @@ class MergeTrials:
         model: "PreTrainedModel",
         layout: ModelLayout,
         samples: CalibrationSamples,
-        batch_size: int,
         differences: Differences,
         progress: "Progress | None" = None,
     ) -> None:
         self._differences = differences
         self._norm = torch.nn.Identity() if layout.final_norm is None else model.get_submodule(layout.final_norm)
         self._bar = Bar(progress, "merges tried")
-        batches = samples.batches(batch_size, model.config.get_text_config().pad_token_id or 0)
+        batches = batches_of(model, samples)
         self._walk = BlockWalk(model, layout, batches)
         self._last = len(layout.blocks)
         self._walk.keep(range(self._last + 1))

@@ -14,7 +14,7 @@ from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import STATISTICS_BYTES, weight_gradients
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.architectures import LOWRANK_PREFIX
@@ -23,7 +23,7 @@ from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import Units, units_of
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.units import plot_kept_units
+from lowrank_kit.plots.kept_units import plot_kept_units
 from lowrank_kit.progress import Bar
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class LLMPruner(Compressor):
     def _store(self, context: Context, units: Sequence[Units]) -> CalibrationStore:
         key = calibration_key(
             context.model,
-            context.layout,
             context.samples,
-            context.batch_size,
             "loss",
             {"quantity": "scores of units", "importance": self.importance},
             (type(self),),
@@ -165,7 +163,7 @@ def _first_order(
     """Score block by block; one backward pass over the calibration set gives as many as fit in memory."""
     if not blocks:
         return
-    batches = batches_of(context.model, context.samples, context.batch_size)
+    batches = batches_of(context.model, context.samples)
     walk = BlockWalk(context.model, context.layout, batches)
     at_once = max(1, STATISTICS_BYTES // (4 * sum(u.cost * u.count for u in blocks[0])))
     passes = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]

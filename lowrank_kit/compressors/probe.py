@@ -21,7 +21,7 @@ from lowrank_kit.truncations.decompose import Decomposition
 
 
 class LossProbe:
-    """Measures truncations one after another (`lowrank_kit.allocations.base.Probe`); the model ends as it was.
+    """Measures truncations one after another (`lowrank_kit.allocations.allocation.Probe`); the model ends as it was.
 
     A forward pass starts at the first truncated block, from the hidden states that the original model has there. What
     was measured is kept in the cache: another ratio or rule that asks the same is answered from there.

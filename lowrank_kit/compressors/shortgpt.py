@@ -14,14 +14,14 @@ from pydantic import Field, field_validator
 
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.statistics import Distance
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.plan import Plan
-from lowrank_kit.plots.influence import influence_table, plot_influence
+from lowrank_kit.plots.block_scores import influence_table, plot_influence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,9 +125,7 @@ class ShortGPT(Compressor):
     def _measured(self, context: Context, span: int) -> Float64[Tensor, " starts"]:
         return block_influence(
             context.model,
-            context.layout,
             context.samples,
-            context.batch_size,
             distance=self.distance,
             span=span,
             cache=context.cache,

@@ -14,7 +14,7 @@ from pydantic import Field
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import LOWRANK_PREFIX, all_with, architecture_of
@@ -90,7 +90,7 @@ class SliceGPT(Compressor):
     def apply(self, plan: Plan, statistics: None, context: Context) -> "PreTrainedModel":
         """Rotate and slice, in place."""
         width = self.width(context.layout)
-        slice_model(context.model, context.samples, width, context.batch_size, context.progress)
+        slice_model(context.model, context.samples, width, context.progress)
         return context.model
 
     def decide(self, layout: ModelLayout) -> Plan:
@@ -113,11 +113,7 @@ def _other_side(ref: LinearRef) -> int:
 
 @no_grad
 def slice_model(
-    model: "PreTrainedModel",
-    samples: CalibrationSamples,
-    width: int,
-    batch_size: int,
-    progress: "Progress | None" = None,
+    model: "PreTrainedModel", samples: CalibrationSamples, width: int, progress: "Progress | None" = None
 ) -> None:
     """Give a model with a `plain_residual` stream one of this width, in place.
 
@@ -125,14 +121,13 @@ def slice_model(
         model: the original model.
         samples: calibration windows of equal length.
         width: the new hidden size, at most the old one.
-        batch_size: windows a batch.
         progress: shows one bar over the blocks.
 
     Raises:
         LowRankKitError: hidden states that are not finite.
     """
     layout = layout_of(model)
-    walk = BlockWalk(model, layout, batches_of(model, samples, batch_size))
+    walk = BlockWalk(model, layout, batches_of(model, samples))
     first: Any = None
     before: Any = None
     bar = Bar(progress, "rotate and slice", len(layout.blocks))

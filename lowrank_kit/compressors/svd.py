@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from jaxtyping import Float64
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation, Budget, Candidate, Probe
+from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import largest, options_of
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.walk import BACKWARD
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.compressors.probe import LossProbe
-from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
@@ -29,9 +29,9 @@ from lowrank_kit.models.blocks import check_stand_alone
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plan import Plan
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
-from lowrank_kit.plots.spectra import plot_spectra
-from lowrank_kit.truncations.base import Truncation, groups_of
+from lowrank_kit.plots.singular_values import plot_spectra
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
+from lowrank_kit.truncations.truncation import Truncation, groups_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,20 +132,11 @@ class TruncatedSVD(Compressor):
 
     def calibrate(self, context: Context) -> Statistics:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
-        model, layout, samples, batch_size = context.model, context.layout, context.samples, context.batch_size
-        found = decompose(
-            model,
-            self.request(layout),
-            samples,
-            batch_size=batch_size,
-            cache=context.cache,
-            progress=context.progress,
-        )
+        model, samples = context.model, context.samples
+        found = decompose(model, self.request(context.layout), samples, cache=context.cache, progress=context.progress)
         influence = None
         if self.allocation.keep.influence:
-            influence = block_influence(
-                model, layout, samples, batch_size, cache=context.cache, progress=context.progress
-            )
+            influence = block_influence(model, samples, cache=context.cache, progress=context.progress)
         return Statistics(found, influence)
 
     def plan(self, statistics: Statistics, context: Context) -> Plan:
@@ -164,9 +155,7 @@ class TruncatedSVD(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""
-        work = Factorisation(
-            context.model, plan, statistics.decomposition, context.samples, context.batch_size, context.progress
-        )
+        work = Factorisation(context.model, plan, statistics.decomposition, context.samples, context.progress)
         self.correction.factorise(work)
         return context.model
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
-from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import torch
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import LinearRef, layout_of

@@ -27,7 +27,7 @@ from lowrank_kit.calibration.collect import load_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
-from lowrank_kit.corrections.base import Correction, Factorisation
+from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.factored import replace_linear
@@ -35,7 +35,7 @@ from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
-from lowrank_kit.truncations.base import Layer, Truncation
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 if TYPE_CHECKING:
     pass
@@ -84,7 +84,7 @@ class Refit(Correction):
                     writers[ref.block].append(ref.name)
         # What experts write is weighted before.
         has_experts = any(ref.expert is not None for ref in layout.linears)
-        batches = batches_of(model, samples, work.batch_size)
+        batches = batches_of(model, samples)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
         for before, block in zip(original.forward(), compressed.forward(), strict=True):

@@ -15,12 +15,12 @@ from lowrank_kit.models.architectures import base_type
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.experts import pack, with_factors
 from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
-from lowrank_kit.models.files import share
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
 from lowrank_kit.models.rotate import sliced_layers
 from lowrank_kit.models.streamed import Streamed, weights_of
+from lowrank_kit.models.weight_files import share
 
 # Entries of ``lowrank`` in every compressed checkpoint.
 _ALWAYS = ("ranks", "shared_down")

@@ -26,10 +26,10 @@ from transformers import (
 from lowrank_kit.assets import CATALOGUE, require
 from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
 from lowrank_kit.models.architectures import base_type
-from lowrank_kit.models.files import check_weight_files, weight_files
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.quantised import Quantisation, loading_options
 from lowrank_kit.models.streamed import stream
+from lowrank_kit.models.weight_files import check_weight_files, weight_files
 from lowrank_kit.models.whole import Head, check_whole
 
 PACKAGED = "packaged://"

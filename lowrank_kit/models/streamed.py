@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 from lowrank_kit.deferred import PreTrainedModel, PreTrainedTokenizerBase, Tensor, nn, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.models.files import check_tensors, save_tensors, weight_files
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.weight_files import check_tensors, save_tensors, weight_files
 
 INDEX = "model.safetensors.index.json"
 MADE_OF = "made_of"

@@ -14,7 +14,7 @@ from lowrank_kit.evaluation.records import Checkpoint, EvalRecord, read_records
 from lowrank_kit.files import plain, read_as, read_json, read_yaml
 from lowrank_kit.markdown import fenced, in_markdown
 from lowrank_kit.models.load import PACKAGED
-from lowrank_kit.runs.portable import PLACE, is_on_hub, portable, portable_model
+from lowrank_kit.runs.shareable import PLACE, is_on_hub, portable, portable_model
 
 UNKNOWN = "unknown"
 STATES = {"dense": "base model", "majority_class": "majority class", "compressed": "before recovery"}

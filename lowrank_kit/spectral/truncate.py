@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Float, Float64
 
 from lowrank_kit.deferred import Tensor, torch
-from lowrank_kit.spectral.decompose import eigh, numerical_rank, output_gram
+from lowrank_kit.spectral.eigenpairs import eigh, numerical_rank, output_gram
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 

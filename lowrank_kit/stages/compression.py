@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.adapters.base import Adapter
+from lowrank_kit.adapters.adapter import Adapter
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compressor, Context
+from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.config import CausalTask, RunConfig
 from lowrank_kit.data.causal import CausalData
 from lowrank_kit.data.padding import RightPadded, padding_id
@@ -212,10 +212,10 @@ class CompressionStages:
 
     def context(self, original: Opened, folder: Path, progress: StageProgress) -> Context:
         """What the compressor works with; statistics go to ``folder``."""
-        model, batch_size = original.model, self.config.calibration.batch_size
+        model = original.model
         if self.method.factorises:
             list_experts(model)
-        return Context(model, layout_of(model), self._samples, batch_size, folder, self._probe_windows, progress)
+        return Context(model, layout_of(model), self._samples, folder, self._probe_windows, progress)
 
     def _compress_now(self) -> Path:
         with self.compressible() as original, self._statistics_folder() as folder, StageProgress() as progress:
@@ -258,18 +258,16 @@ class CompressionStages:
         samples = CalibrationSamples(
             tuple({name: torch.tensor(ids[: settings.seq_len]) for name, ids in row.items()} for row in chosen),
             len(self._recovery.opening(self.models.reader)),
+            settings.batch_size,
         )
         callbacks: list[TrainerCallback] = []
         if self.config.eval.effects.enabled:
             layout = layout_of(model)
             targets, ranks = method.targets(layout), method.base_ranks(layout)
-            batch_size, folder = settings.batch_size, self.place.cache
-            callbacks.append(self.effects.energy(model, targets, ranks, samples, batch_size, folder))
+            callbacks.append(self.effects.energy(model, targets, ranks, samples, self.place.cache))
         with self.place.timing("start"):
             set_seed(self.config.seed)
-            ready = adapt(
-                model, method, samples, task_type="CAUSAL_LM", batch_size=settings.batch_size, cache=self.place.cache
-            )
+            ready = adapt(model, method, samples, task_type="CAUSAL_LM", cache=self.place.cache)
         return ready, callbacks
 
     def _export(self, recovered: Recovered, adapted: AdaptedModel | None) -> None:
@@ -304,7 +302,9 @@ class CompressionStages:
         text = {"text": self.data.texts.calibrated_on, "samples": len(windows), "tokens": windows.numel()}
         self.place.manifest.record("calibration", text)
         opening = self.data.texts.opening("calibration", self.models.reader)
-        return CalibrationSamples(tuple({"input_ids": window} for window in windows), len(opening))
+        return CalibrationSamples(
+            tuple({"input_ids": window} for window in windows), len(opening), self.config.calibration.batch_size
+        )
 
     @property
     def _probe_windows(self) -> torch.Tensor | None:

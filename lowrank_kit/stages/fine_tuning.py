@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.adapters.base import FineTuning
+from lowrank_kit.adapters.adapter import FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import RunConfig
@@ -119,14 +119,7 @@ class FineTuningStages(ABC, Generic[Task, Data]):
             return {}
         model, samples = original.model, self._samples(original)
         with self.place.timing("calibrate"), StageProgress() as progress:
-            return calibrate_for(
-                self.method,
-                model,
-                samples,
-                batch_size=self.config.calibration.batch_size,
-                cache=self.place.cache,
-                progress=progress,
-            )
+            return calibrate_for(self.method, model, samples, cache=self.place.cache, progress=progress)
 
     def plan(self, original: Opened, statistics: Mapping[str, Kept]) -> Plan:
         """Decide the rank of every matrix: ``plan.json``."""
@@ -136,7 +129,6 @@ class FineTuningStages(ABC, Generic[Task, Data]):
 
     def apply(self, original: Opened, plan: Plan, statistics: Mapping[str, Kept]) -> Start:
         """Put the adapter into the model."""
-        calibration = self.config.calibration
         # The original's activations and weights, which the adapter may change.
         energy = self._energy(original, plan)
         samples = self._samples(original) if self.method.calibrates else None
@@ -150,7 +142,6 @@ class FineTuningStages(ABC, Generic[Task, Data]):
                 samples,
                 new_modules=original.loaded.new_modules,
                 task_type=self.task_type,
-                batch_size=calibration.batch_size,
             )
         return Start(ready, energy)
 
@@ -212,7 +203,8 @@ class FineTuningStages(ABC, Generic[Task, Data]):
     def _samples(self, original: Opened) -> CalibrationSamples:
         rows = self.calibration_rows(original)
         sequences = tuple({k: torch.tensor(v) for k, v in row.items()} for row in rows)
-        samples = CalibrationSamples(sequences, self.calibration_opening)
+        batch_size = self.config.calibration.batch_size
+        samples = CalibrationSamples(sequences, self.calibration_opening, batch_size)
         self.place.manifest.record("calibration", {"samples": len(samples.sequences), "tokens": samples.tokens})
         return samples
 
@@ -223,7 +215,6 @@ class FineTuningStages(ABC, Generic[Task, Data]):
         if self.config.runtime.shards or self.config.model.quantization != "none":
             log.info("where the update lies is not measured: weights are sharded or quantised while they learn")
             return None
-        model, calibration = original.model, self.config.calibration
+        model = original.model
         targets = self.method.targets(layout_of(model))
-        samples = self._samples(original)
-        return self.effects.energy(model, targets, plan.ranks, samples, calibration.batch_size, self.place.cache)
+        return self.effects.energy(model, targets, plan.ranks, self._samples(original), self.place.cache)

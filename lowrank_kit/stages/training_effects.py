@@ -43,13 +43,12 @@ class Effects:
         targets: Sequence[LinearRef],
         ranks: Mapping[str, int],
         samples: CalibrationSamples,
-        batch_size: int,
         cache: Path | None,
     ) -> UpdateEnergy:
         """What measures the update of some ``targets`` while they learn; ``model`` is still without adapter."""
         refs = sampled(targets, self.settings.blocks)
         few = samples.first(self.settings.samples)
-        return UpdateEnergy.of(model, refs, ranks, few, self._log, batch_size, cache)
+        return UpdateEnergy.of(model, refs, ranks, few, self._log, cache)
 
     def drift_of(self, original: PreTrainedModel, rows: Inputs, device: str) -> Callable[[nn.Module], list[float]]:
         """Remember the original's hidden states on these inputs; the outcome tells how far another model's are."""

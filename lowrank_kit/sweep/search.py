@@ -16,7 +16,7 @@ from lowrank_kit.console import set_up_log
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.runs.directory import run_path, write_atomically
 from lowrank_kit.sweep.report import JobReport
-from lowrank_kit.sweep.run import run_jobs
+from lowrank_kit.sweep.run_sweep import run_jobs
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

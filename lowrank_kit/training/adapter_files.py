@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.files import read_json
-from lowrank_kit.models.files import REMEDY, check_tensors, damage
+from lowrank_kit.models.weight_files import REMEDY, check_tensors, damage
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

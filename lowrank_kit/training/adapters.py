@@ -13,16 +13,16 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_kit.adapters.base import Adapter, Batches, FineTuning
+from lowrank_kit.adapters.adapter import Adapter, Batches, FineTuning
 from lowrank_kit.calibration.statistics import Kept
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.files import read_json
-from lowrank_kit.models.files import REMEDY, save_tensors
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.load import load_like
+from lowrank_kit.models.weight_files import REMEDY, save_tensors
 from lowrank_kit.plan import Plan
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.training.adapter_files import load_adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.files import check_tensors
+from lowrank_kit.models.weight_files import check_tensors
 
 
 def whole_checkpoint(folder: Path) -> str | None:

@@ -1,15 +1,16 @@
 """From a method's settings to an adapted model: calibrate, plan, compute the factors, attach."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from lowrank_kit.adapters.base import Adapter, Batches, FineTuning, InitialisedAdapter
+from lowrank_kit.adapters.adapter import Adapter, Batches, FineTuning, InitialisedAdapter
 from lowrank_kit.adapters.full_ft import FullFineTuning
 from lowrank_kit.calibration.batches import batches_of
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
@@ -28,7 +29,6 @@ def adapt(
     *,
     new_modules: Sequence[str] = (),
     task_type: str | None = None,
-    batch_size: int = 8,
     cache: Path | None = None,
 ) -> AdaptedModel:
     """Give ``model`` the method's adapter, ready to train; the model is changed in place.
@@ -39,15 +39,12 @@ def adapt(
         samples: what a method that looks at activations or gradients is calibrated with; as for `adapted`.
         new_modules: newly initialised modules, which learn in full.
         task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
-        batch_size: calibration sequences a batch.
         cache: folder of the calibration cache; None keeps nothing on disk.
     """
     method.check(layout_of(model))
-    kept = calibrate_for(method, model, samples, batch_size=batch_size, cache=cache)
+    kept = calibrate_for(method, model, samples, cache=cache)
     plan = method.plan(layout_of(model), kept)
-    ready = adapted(
-        method, model, plan, kept, samples, new_modules=new_modules, task_type=task_type, batch_size=batch_size
-    )
+    ready = adapted(method, model, plan, kept, samples, new_modules=new_modules, task_type=task_type)
     assert isinstance(ready, AdaptedModel)
     return ready
 
@@ -57,7 +54,6 @@ def calibrate_for(
     model: PreTrainedModel,
     samples: CalibrationSamples,
     *,
-    batch_size: int,
     cache: Path | None,
     progress: Progress | None = None,
 ) -> dict[str, Kept]:
@@ -71,7 +67,7 @@ def calibrate_for(
     method, samples = method.matched(layout), _present(samples).without_labels()
     targets = method.targets(layout)
     if not isinstance(method, InitialisedAdapter):
-        return method.collect(model, targets, _batches(model, samples, batch_size))
+        return method.collect(model, targets, _batches(model, samples))
     ours, request = method, method.needs()
     assert request is not None
 
@@ -79,19 +75,8 @@ def calibrate_for(
         module = model.get_submodule(statistics.ref.name)
         return ours.reduce(dense_weight(module), module.bias, statistics)
 
-    return calibrate(
-        model,
-        layout,
-        samples,
-        targets,
-        request,
-        reduce,
-        batch_size=batch_size,
-        maker=type(method),
-        cache=cache,
-        reduction_key=method.reduction_key(),
-        progress=progress,
-    )
+    reduction = Reduction(request, reduce, type(method), method.reduction_key())
+    return calibrate(model, samples, targets, reduction, cache=cache, progress=progress)
 
 
 def adapted(
@@ -103,7 +88,6 @@ def adapted(
     *,
     new_modules: Sequence[str],
     task_type: str | None,
-    batch_size: int,
 ) -> Adapted:
     """Make ``model`` ready to train by any method; it is changed in place.
 
@@ -117,7 +101,6 @@ def adapted(
             model whose samples have none, that of the next token.
         new_modules: newly initialised modules, which learn in full.
         task_type: PEFT's name of the task (``SEQ_CLS``, ``CAUSAL_LM``), or None.
-        batch_size: calibration sequences a batch.
 
     Raises:
         LowRankKitError: a method that needs samples has none; of `attach`.
@@ -129,7 +112,8 @@ def adapted(
     factors = starting_factors(method, model, plan, kept)
     batches: Batches = ()
     if method.calibrates and not isinstance(method, InitialisedAdapter):
-        batches = _batches(model, _present(samples), method.rows_a_batch or batch_size)
+        samples = _present(samples)
+        batches = _batches(model, replace(samples, batch_size=method.rows_a_batch or samples.batch_size))
     return attach(model, method, plan, factors, new_modules, task_type, kept=kept, batches=batches)
 
 
@@ -156,9 +140,9 @@ def _present(samples: CalibrationSamples | None) -> CalibrationSamples:
     return samples
 
 
-def _batches(model: PreTrainedModel, samples: CalibrationSamples, size: int) -> Batches:
+def _batches(model: PreTrainedModel, samples: CalibrationSamples) -> Batches:
     config = model.config
     if config.is_encoder_decoder:
         samples = samples.with_decoder_inputs(config.decoder_start_token_id)
-    padded = batches_of(model, samples, size)
+    padded = batches_of(model, samples)
     return [{name: values.to(model.device) for name, values in batch.items()} for batch in padded]

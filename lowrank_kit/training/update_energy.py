@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.files import read_as
-from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
-from lowrank_kit.spectral.decompose import Which, output_eigenpairs, range_eigenpairs
+from lowrank_kit.spectral.eigenpairs import Which, output_eigenpairs, range_eigenpairs
 
 # Directions a side, of a linear that has no rank because all of it is trained.
 USUAL_DIRECTIONS = 8
@@ -83,7 +83,6 @@ class UpdateEnergy(TrainerCallback):
         ranks: Mapping[str, int],
         samples: CalibrationSamples,
         log: EnergyLog,
-        batch_size: int,
         cache: Path | None,
     ) -> "UpdateEnergy":
         """Before any adapter is put into ``model``: take the originals of these linears, and their directions.
@@ -96,18 +95,8 @@ class UpdateEnergy(TrainerCallback):
             module, wanted = model.get_submodule(statistics.ref.name), count[statistics.ref.name]
             return {side: _directions(statistics, module, wanted, side) for side in ("largest", "smallest")}
 
-        kept = calibrate(
-            model,
-            layout_of(model),
-            samples.without_labels(),
-            refs,
-            StatisticsRequest(moments="smaller"),
-            reduce,
-            batch_size=batch_size,
-            maker=cls,
-            cache=cache,
-            reduction_key={"effects": count},
-        )
+        reduction = Reduction(StatisticsRequest(moments="smaller"), reduce, cls, {"effects": count})
+        kept = calibrate(model, samples.without_labels(), refs, reduction, cache=cache)
         originals = [
             _Original(
                 ref,

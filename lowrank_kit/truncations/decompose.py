@@ -13,11 +13,11 @@ from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.layout import LinearRef, layout_of
+from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.truncate import Projection
-from lowrank_kit.truncations.base import Layer, Truncation, groups_of, warn_of_few_tokens
 from lowrank_kit.truncations.spectra import Spectrum
+from lowrank_kit.truncations.truncation import Layer, Truncation, groups_of, warn_of_few_tokens
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -56,6 +56,14 @@ class Request:
     def span_of(self, ref: LinearRef) -> int:
         """The first block of those that are decomposed together with this linear's."""
         return ref.block - ref.block % self.truncation.span
+
+    @property
+    def spans(self) -> dict[int, list[int]]:
+        """The blocks that are decomposed together, by the first of them, in execution order."""
+        spans: dict[int, list[int]] = {}
+        for block, first in sorted({(ref.block, self.span_of(ref)) for ref in self.refs}):
+            spans.setdefault(first, []).append(block)
+        return spans
 
 
 @dataclass
@@ -100,7 +108,6 @@ def decompose(
     request: Request,
     samples: CalibrationSamples,
     *,
-    batch_size: int,
     cache: Path,
     blocks: Collection[int] | None = None,
     progress: "Progress | None" = None,
@@ -111,7 +118,6 @@ def decompose(
         model: the original model.
         request: what to decompose.
         samples: calibration windows.
-        batch_size: windows a batch.
         cache: folder of the content-keyed cache.
         blocks: decompose only in these spans of blocks, by their first; None: in all.
         progress: shows a bar a pass.
@@ -119,14 +125,14 @@ def decompose(
     Raises:
         LowRankKitError: weights or activations that are not finite.
     """
-    layout, needed, truncation = layout_of(model), request.needs(), request.truncation
+    needed, truncation = request.needs(), request.truncation
     warn_of_few_tokens(needed, request.refs, samples.tokens)
     reduction = {"truncation": truncation.model_dump(mode="json"), "spectra": [s.name for s in request.extra]}
     asked = {"statistics": asdict(needed), "reduction": reduction}
     makers: list[type] = [Request, type(truncation), *(type(spectrum) for spectrum in request.extra)]
-    key = calibration_key(model, layout, samples, batch_size, reads_of(needed), asked, makers, request.refs)
+    key = calibration_key(model, samples, reads_of(needed), asked, makers, request.refs)
     store = CalibrationStore(cache, key)
-    spans = sorted({request.span_of(ref) for ref in request.refs if blocks is None or request.span_of(ref) in blocks})
+    spans = [first for first in request.spans if blocks is None or first in blocks]
     gradients = _gradient_store(cache, key, needed)
 
     def reduce_span(statistics: list[LayerStatistics]) -> dict[str, Kept]:
@@ -149,15 +155,12 @@ def decompose(
     with store.missing(spans) as missing:
         for first, results in reduce_spans(
             model,
-            layout,
             samples,
             request.refs,
             needed,
             reduce_span,
-            batch_size=batch_size,
-            span=truncation.span,
+            spans=[blocks for first, blocks in request.spans.items() if first in missing],
             gradients=gradients,
-            skip={request.span_of(ref) for ref in request.refs} - missing,
             progress=progress,
         ):
             store.save(first, results)

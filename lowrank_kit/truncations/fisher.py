@@ -5,8 +5,8 @@ from typing import Literal
 
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.spectral.truncate import Projection, output_projection
-from lowrank_kit.truncations.base import Layer, Truncation
 from lowrank_kit.truncations.diagonal import bounded, diagonal_moments
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 
 class Fisher(Truncation):

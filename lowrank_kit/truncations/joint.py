@@ -10,8 +10,8 @@ from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.deferred import torch
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.truncate import Projection, input_projection
-from lowrank_kit.truncations.base import Layer, Truncation
 from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 
 class Joint(Truncation):

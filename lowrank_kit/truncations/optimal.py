@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.spectral.truncate import Projection, output_projection, output_projection_from_gram
-from lowrank_kit.truncations.base import Layer, Truncation, mean_inputs, mean_output_gram
+from lowrank_kit.truncations.truncation import Layer, Truncation, mean_inputs, mean_output_gram
 
 
 class Optimal(Truncation):

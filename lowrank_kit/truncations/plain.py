@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from lowrank_kit.deferred import torch
 from lowrank_kit.spectral.truncate import Projection, output_projection
-from lowrank_kit.truncations.base import Layer, Truncation
 from lowrank_kit.truncations.diagonal import diagonal_moments
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 
 class Plain(Truncation):

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.spectral.truncate import Projection, output_projection
-from lowrank_kit.truncations.base import Layer, Truncation
 from lowrank_kit.truncations.diagonal import bounded, diagonal_moments
+from lowrank_kit.truncations.truncation import Layer, Truncation
 
 
 class Scaled(Truncation):

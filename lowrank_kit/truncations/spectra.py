@@ -13,10 +13,10 @@ from jaxtyping import Float64
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.spectral.attribution import drop_change
-from lowrank_kit.spectral.decompose import eigenvalues
+from lowrank_kit.spectral.eigenpairs import eigenvalues
 from lowrank_kit.spectral.truncate import Projection
-from lowrank_kit.truncations.base import Layer
 from lowrank_kit.truncations.optimal import Optimal
+from lowrank_kit.truncations.truncation import Layer
 from lowrank_kit.truncations.two_sided import TwoSided
 
 

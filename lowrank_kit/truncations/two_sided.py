@@ -19,7 +19,7 @@ from lowrank_kit.spectral.truncate import (
     input_projection,
     output_projection_from_gram,
 )
-from lowrank_kit.truncations.base import Layer, Truncation, mean_output_gram
+from lowrank_kit.truncations.truncation import Layer, Truncation, mean_output_gram
 
 
 class TwoSided(Truncation):

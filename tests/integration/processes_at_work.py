@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit import distributed, launcher
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.calibration.stream import stream_statistics
@@ -36,7 +36,7 @@ SCHEDULE = {"max_steps": 6, "batch_size": 4, "gradient_accumulation": 2, "learni
 def samples(count=9):
     draw = torch.Generator().manual_seed(5)
     rows = [torch.randint(3, 64, (4 + 3 * i,), generator=draw) for i in range(count)]
-    return CalibrationSamples(tuple({"input_ids": row} for row in rows))
+    return CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=2)
 
 
 def load(folder, dtype=torch.float32):
@@ -59,11 +59,12 @@ def calibration(folder):
         for name, seen in gradients.items():
             found |= {f"{name} g {part}": getattr(seen, part) for part in ("gram", "fisher", "mean")}
             found[f"{name} g energy"] = torch.tensor(seen.energy)
-    kept = calibrate(
-        model, layout, samples(), layout.linears, METHOD.needs(),
+    reduction = Reduction(
+        METHOD.needs(),
         lambda layer: METHOD.reduce(model.get_submodule(layer.ref.name).weight, None, layer),
-        batch_size=2, maker=type(METHOD), cache=folder / "cache",
-    )  # fmt: skip
+        type(METHOD),
+    )
+    kept = calibrate(model, samples(), layout.linears, reduction, cache=folder / "cache")
     return found | {f"{name} kept {part}": tensor for name, parts in kept.items() for part, tensor in parts.items()}
 
 
@@ -72,7 +73,7 @@ def training(folder, kind="single", **settings):
     options = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
     runtime = RuntimeConfig(kind=kind, options=options if kind == "fsdp" else {})
     model = load(folder)
-    adapted = adapt(model, METHOD, samples(), task_type="CAUSAL_LM", batch_size=2)
+    adapted = adapt(model, METHOD, samples(), task_type="CAUSAL_LM")
     rows = [{"input_ids": [3 + (i * k) % 60 for k in range(1, 9)], "attention_mask": [1] * 8} for i in range(24)]
     data = datasets.Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
     fit(

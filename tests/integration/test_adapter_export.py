@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import InitialisedAdapter
 from lowrank_kit.adapters.corda import Corda
 from lowrank_kit.adapters.dora import Dora
 from lowrank_kit.adapters.eva import Eva
@@ -130,10 +130,9 @@ def trained(base, case):
     ready = adapt(
         loaded.model,
         method,
-        CalibrationSamples(tuple(rows)),
+        CalibrationSamples(tuple(rows), batch_size=2),
         new_modules=loaded.new_modules,
         task_type=task_type,
-        batch_size=2,
     )
     ready.model.train()
     optimizer = torch.optim.AdamW([p for p in ready.model.parameters() if p.requires_grad], lr=1e-2)
@@ -261,7 +260,7 @@ def test_an_adapter_does_not_go_onto_another_base(tiny_model, tiny_exports):
 def test_full_fine_tuning_leaves_a_checkpoint_of_transformers(tiny_model, tmp_path):
     model, method = tiny_model("bert", "classification"), FullFineTuning(name="full_ft")
     plan = method.plan(layout_of(model), {})
-    ready = adapted(method, model, plan, {}, None, new_modules=("classifier",), task_type="SEQ_CLS", batch_size=2)
+    ready = adapted(method, model, plan, {}, None, new_modules=("classifier",), task_type="SEQ_CLS")
     model(input_ids=token_ids(), labels=torch.arange(4) % 2).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     ready.export(tmp_path / "full", "base")

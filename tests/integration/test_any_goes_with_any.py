@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowrank_kit.allocations.base import Allocation
+from lowrank_kit.allocations.allocation import Allocation
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.svd import TruncatedSVD
-from lowrank_kit.corrections.base import Correction
+from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.truncations.base import Truncation
+from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
@@ -67,8 +67,8 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     layout = layout_of(model)
     if refused(method, layout):
         return
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)))
-    work = Compression(method, Context(copy.deepcopy(model), layout, samples, 4, cache, windows(1, seed=1)))
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=4)
+    work = Compression(method, Context(copy.deepcopy(model), layout, samples, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
     compressed = work.apply(plan)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Starcoder2Config
 from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.export import main as export
-from lowrank_kit.models.architectures import Architecture, Group, Stack, base, register, registered
+from lowrank_kit.models.architectures import Architecture, Group, Stack, architecture, register, registered
 from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
 from lowrank_kit.models.factored import ranks_of
 from lowrank_kit.models.layout import layout_of
@@ -97,7 +97,9 @@ def test_a_correction_is_refused_for_experts_and_not_for_the_attention(job):
     assert "experts" not in json.loads((run / "checkpoint/config.json").read_text())["lowrank"]
 
 
-@pytest.mark.parametrize("method", ["svd", "kfac_svd", "energy_svd", "basis_sharing", "grasp", "shortgpt"])
+@pytest.mark.parametrize(
+    "method", ["svd", "kfac_svd", "energy_svd", "basis_sharing", "grasp", "shortgpt", "prune_comp"]
+)
 def test_other_methods_take_experts_too(method, job):
     run = execute(job(method=method, family="qwen3_moe"))
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoint")(IDS).logits.isfinite().all()
@@ -136,7 +138,7 @@ def test_blocks_that_are_not_alike_are_not_merged(job):
 
 def test_a_family_of_another_package_is_compressed(monkeypatch, job, tmp_path, checkpoint):
     """StarCoder2, as docs/own_family.md has it."""
-    monkeypatch.setattr(base, "_REGISTERED", registered())
+    monkeypatch.setattr(architecture, "_REGISTERED", registered())
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = Starcoder2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)

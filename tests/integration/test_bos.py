@@ -1,6 +1,7 @@
 """BOS before every window and prompt: the figures against loops over transformers' own logits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
@@ -137,10 +138,8 @@ def test_the_model_reads_bos_and_no_moment_counts_it(tiny_model, batch_size):
     model = tiny_model("gemma2", initializer_range=0.3)
     layout = layout_of(model)
     request = StatisticsRequest(moments="input", magnitudes=True)
-    found = calibrate(
-        model, layout, SAMPLES, layout.linears, request,
-        lambda layer: {"gram": layer.moments.gram, "size": layer.magnitudes}, batch_size=batch_size,
-    )  # fmt: skip
+    reduction = Reduction(request, lambda layer: {"gram": layer.moments.gram, "size": layer.magnitudes})
+    found = calibrate(model, replace(SAMPLES, batch_size=batch_size), layout.linears, reduction)
     for ref in layout.linears[::3]:
         read = torch.cat([row[1:] for row in inputs_of(model, ref.name)])
         expected = sum(torch.outer(x, x) for x in read)
@@ -181,7 +180,7 @@ def test_no_gradient_moment_counts_bos(tiny_model):
 
 def test_no_blocks_influence_counts_bos(tiny_model):
     model = tiny_model("llama", initializer_range=0.3)
-    found = block_influence(model, layout_of(model), SAMPLES, 2)
+    found = block_influence(model, replace(SAMPLES, batch_size=2))
     with torch.no_grad():
         states = [model.model(row[None], output_hidden_states=True).hidden_states for row in BEGUN]
     for block in range(2):

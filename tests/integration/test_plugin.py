@@ -93,7 +93,7 @@ def test_help_and_a_misspelt_key_know_its_settings(site, python):
     [
         ("import nothing_of_that_name", "the plug-in 'bad' of bad 1.0 cannot be imported: ModuleNotFoundError"),
         (
-            "from typing import Literal\nfrom lowrank_kit.truncations.base import Truncation\n"
+            "from typing import Literal\nfrom lowrank_kit.truncations.truncation import Truncation\n"
             "class Mine(Truncation):\n    kind: Literal['optimal'] = 'optimal'\n",
             "the plug-in 'bad' of bad 1.0: bad.Mine has the kind 'optimal' of lowrank_kit.truncations.optimal.Optimal",
         ),

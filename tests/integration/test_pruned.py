@@ -77,7 +77,7 @@ def factored(model, block):
 
 
 def sliced(model, width=20):
-    slice_model(model, CalibrationSamples(tuple({"input_ids": row} for row in IDS)), width, 2)
+    slice_model(model, CalibrationSamples(tuple({"input_ids": row} for row in IDS), batch_size=2), width)
     return model
 
 

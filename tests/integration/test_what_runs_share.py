@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.compressors.probe import LossProbe
@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def samples(self) -> CalibrationSamples:
-        return CalibrationSamples(tuple({"input_ids": row} for row in self.rows))
+        return CalibrationSamples(tuple({"input_ids": row} for row in self.rows), batch_size=self.batch_size)
 
 
 def original(tiny_model, **config) -> Setting:
@@ -51,30 +51,26 @@ def svd(truncation) -> TruncatedSVD:
 
 
 def decomposed(setting: Setting, cache: Path, truncation) -> dict[str, torch.Tensor]:
-    found = svd(truncation).calibrate(
-        Context(setting.model, layout_of(setting.model), setting.samples, setting.batch_size, cache)
-    )
+    found = svd(truncation).calibrate(Context(setting.model, layout_of(setting.model), setting.samples, cache))
     return {candidate.name: candidate.tail for candidate in found.candidates}
 
 
 def compressed(setting: Setting, cache: Path, method) -> dict[str, torch.Tensor]:
     layout = layout_of(setting.model)
-    work = Compression(method, Context(setting.model, layout, setting.samples, setting.batch_size, cache))
+    work = Compression(method, Context(setting.model, layout, setting.samples, cache))
     work.calibrate()
     return {name: torch.tensor(kept) for name, kept in work.plan().kept.items()}
 
 
 def probed(setting: Setting, cache: Path) -> dict[str, torch.Tensor]:
     samples, method = setting.samples, svd(Optimal())
-    found = method.calibrate(Context(setting.model, layout_of(setting.model), samples, setting.batch_size, cache))
+    found = method.calibrate(Context(setting.model, layout_of(setting.model), samples, cache))
     change = LossProbe(setting.model, found.decomposition, WINDOWS).loss_change({found.candidates[3].name: 2})
     return {"change": torch.tensor(change, dtype=torch.float64)}
 
 
 def influence(setting: Setting, cache: Path) -> dict[str, torch.Tensor]:
-    layout = layout_of(setting.model)
-    found = block_influence(setting.model, layout, setting.samples, setting.batch_size, cache=cache)
-    return {"influence": found}
+    return {"influence": block_influence(setting.model, setting.samples, cache=cache)}
 
 
 KINDS: dict[str, Callable[[Setting, Path], dict[str, torch.Tensor]]] = {
@@ -227,7 +223,7 @@ def third_party(tmp_path, monkeypatch):
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
         made = importlib.import_module(f"{name}.mine").MineSVD
         method = made(name="mine", ratio=0.4, rank_multiple=1, allocation=Uniform())
-        found = method.calibrate(Context(setting[0].model, layout_of(setting[0].model), setting[0].samples, 3, cache))
+        found = method.calibrate(Context(setting[0].model, layout_of(setting[0].model), setting[0].samples, cache))
         return found.candidates[0].tail
 
     return build

@@ -28,9 +28,9 @@ def test_the_adapted_model_starts_as_the_original(sequences, subspace, base):
     fresh = sequences[-1][None]
     with torch.no_grad():
         before = model(fresh).logits
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in sequences[:-1]))
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in sequences[:-1]), batch_size=4)
     method = Astra(name="astra", rank=128, subspace=subspace, base=base)
-    adapted = adapt(model, method, samples, task_type="CAUSAL_LM", batch_size=4)
+    adapted = adapt(model, method, samples, task_type="CAUSAL_LM")
     assert len(adapted.initial) == 7 * 30
     with torch.no_grad():
         after = adapted.model.eval()(fresh).logits

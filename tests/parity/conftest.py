@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.models.layout import layout_of
 
 ROWS, TOKENS = 8, 40
@@ -60,8 +60,8 @@ def work(rows) -> Callable:
 
     def compress(model, method, probe_windows=None):
         copy = deepcopy(model)
-        samples = CalibrationSamples(tuple({"input_ids": row} for row in rows))
-        bench = Context(copy, layout_of(copy), samples, batch_size=3, probe_windows=probe_windows)
+        samples = CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=3)
+        bench = Context(copy, layout_of(copy), samples, probe_windows=probe_windows)
         compression = Compression(method, bench)
         compression.calibrate()
         plan = compression.plan()

@@ -59,8 +59,8 @@ def projected_logits(model, rows, width):
 @pytest.mark.parametrize("width", [HIDDEN, 24, 16])
 def test_slicegpt_computes_what_projections_of_the_stream_do(width, normed, rows):
     sliced = deepcopy(normed)
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in rows))
-    slice_model(sliced, samples, width, batch_size=3)
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=3)
+    slice_model(sliced, samples, width)
     assert sliced.model.layers[0].self_attn.q_proj.in_features == width
     expected = projected_logits(normed, rows, width)
     torch.testing.assert_close(logits(sliced, rows), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
@@ -72,8 +72,8 @@ def test_slicegpt_computes_what_projections_of_the_stream_do(width, normed, rows
 def test_slicegpt_deletes_the_directions_of_least_energy(normed, rows):
     """Section 3.3: no basis of this width keeps more of the normalised embeddings' energy."""
     sliced, width = deepcopy(normed), 16
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in rows))
-    slice_model(sliced, samples, width, batch_size=3)
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=3)
+    slice_model(sliced, samples, width)
     embeddings, narrow = (m.model.embed_tokens.weight.detach().double().numpy() for m in (normed, sliced))
     # The sliced embedding is the original one in the basis, times sqrt(width / d).
     basis = np.linalg.lstsq(embeddings, narrow / np.sqrt(width / HIDDEN), rcond=None)[0]

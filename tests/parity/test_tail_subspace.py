@@ -1,13 +1,14 @@
 """How well each precision finds the directions that real activations use least."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
@@ -24,7 +25,7 @@ def test_float32_products_find_the_float64_tail_and_bfloat16_ones_do_not(minilm_
     model = AutoModel.from_pretrained(minilm_path, num_hidden_layers=2)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
-    samples = CalibrationSamples.from_padded([encoded])
+    samples = replace(CalibrationSamples.from_padded([encoded]), batch_size=16)
     method = Astra(name="astra", rank=RANK)
     layout = layout_of(model)
     targets = method.targets(layout)
@@ -33,7 +34,7 @@ def test_float32_products_find_the_float64_tail_and_bfloat16_ones_do_not(minilm_
         module = model.get_submodule(statistics.ref.name)
         return method.reduce(weight_of(module), module.bias, statistics)
 
-    kept = calibrate(model, layout, samples, targets, method.needs(), reduce, batch_size=16)
+    kept = calibrate(model, samples, targets, Reduction(method.needs(), reduce))
     exact = output_grams(model.double(), targets, samples, torch.float64)
     half = output_grams(model, targets, samples, torch.bfloat16)
     from_float32, from_bfloat16 = [], []

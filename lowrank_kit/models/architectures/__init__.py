@@ -6,11 +6,12 @@ The only place with names of families and roles. A package of one's own adds a f
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lowrank_kit.models.architectures.base import (
+from lowrank_kit.models.architectures.architecture import (
     LOWRANK_PREFIX,
     Architecture,
     Experts,
     Group,
+    Joining,
     Kind,
     OneOf,
     Product,
@@ -30,6 +31,7 @@ __all__ = [
     "Architecture",
     "Experts",
     "Group",
+    "Joining",
     "Kind",
     "OneOf",
     "Product",

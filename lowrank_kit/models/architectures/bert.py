@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
 
 _BERT = Architecture(
@@ -21,6 +21,7 @@ _BERT = Architecture(
     None,
     heads=("classifier", "cls", "lm_head"),
     pooler="pooler",
+    joining="normed",
 )
 
 register(_BERT, "bert")

@@ -1,6 +1,6 @@
 """Cohere's Command models: attention and MLP stand side by side and read the output of one norm."""
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, GATE, UP, K, O, Q, V
 
 _READERS = {

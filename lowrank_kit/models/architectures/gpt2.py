@@ -1,6 +1,6 @@
 """GPT-2: q, k, v in one matrix, kept transposed (Conv1D)."""
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, QKV, UP, O
 
 register(

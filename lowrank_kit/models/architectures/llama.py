@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lowrank_kit.models.architectures.base import Architecture, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Stack, register
 from lowrank_kit.models.architectures.roles import ATTENTION, gated_mlp
 
 _LLAMA = Architecture(
@@ -15,4 +15,4 @@ _LLAMA = Architecture(
 
 register(_LLAMA, "llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Granite scales what its blocks add to the residual stream.
-register(replace(_LLAMA, plain_residual=False), "granite")
+register(replace(_LLAMA, plain_residual=False, joining="scaled"), "granite")

@@ -1,6 +1,6 @@
 """OPT. Its norms are before or behind attention and MLP, as the configuration says: none is named here."""
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, UP, K, O, Q, V
 
 register(

@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: q, k, v in one matrix, gate and up in another."""
 
-from lowrank_kit.models.architectures.base import Architecture, Group, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, GATE_UP, QKV, O
 
 register(

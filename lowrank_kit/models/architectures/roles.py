@@ -1,6 +1,6 @@
 """The roles of linears that the architectures here share. A family with others of its own makes them in its file."""
 
-from lowrank_kit.models.architectures.base import Experts, Group, Role
+from lowrank_kit.models.architectures.architecture import Experts, Group, Role
 
 Q = Role("q", "attention", "query")
 K = Role("k", "attention", "key")

@@ -1,6 +1,6 @@
 """T5: an encoder and a decoder, which also attends to the encoder; the feed-forward is gated or not."""
 
-from lowrank_kit.models.architectures.base import Architecture, Group, OneOf, Role, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Group, OneOf, Role, Stack, register
 from lowrank_kit.models.architectures.roles import DOWN, GATE, UP, K, O, Q, V
 
 CROSS_Q = Role("cross_q", "attention", "query")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_kit.allocations.base import Allocation
+from lowrank_kit.allocations.allocation import Allocation
 from lowrank_kit.allocations.budget import break_even_of, proportional
 
 

@@ -1,6 +1,6 @@
 """A block remover that looks at nothing: the last blocks go."""
 
-from lowrank_kit.compressors.base import Compressor
+from lowrank_kit.compressors.compressor import Compressor
 from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.plan import Plan

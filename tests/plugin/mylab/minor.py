@@ -1,7 +1,7 @@
 """MiLoRA's start (arXiv 2406.09044): an adapter that begins in the minor singular components of W."""
 
-from lowrank_kit.adapters.base import InitialisedAdapter
-from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.adapters.adapter import InitialisedAdapter
+from lowrank_kit.spectral.eigenpairs import svd
 from lowrank_kit.spectral.factors import LowRankFactors
 
 

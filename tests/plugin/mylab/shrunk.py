@@ -8,7 +8,7 @@ from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.deferred import torch
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import output_projection
-from lowrank_kit.truncations.base import Truncation, mean_inputs
+from lowrank_kit.truncations.truncation import Truncation, mean_inputs
 
 
 class Shrunk(Truncation):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowrank_kit.allocations.base import Candidate
+from lowrank_kit.allocations.allocation import Candidate
 from lowrank_kit.models.architectures import Role, roles
 from lowrank_kit.models.layout import LinearRef
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowrank_kit.allocations.allocation import Allocation, Budget
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Allocation, Budget
 from lowrank_kit.allocations.d_rank import DRank
 from lowrank_kit.allocations.hisvd import HiSvd
 from lowrank_kit.allocations.loss import Loss

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+from lowrank_kit.allocations.allocation import Budget
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Budget
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.loss import Loss
 from lowrank_kit.allocations.zs_svd import ZeroSum

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from lowrank_kit.allocations.base import Allocation
+from lowrank_kit.allocations.allocation import Allocation
 
 CONF = Path(__file__).parents[3] / "conf" / "allocation"
 RULES = {rule().kind: rule for rule in Allocation.known.values()}

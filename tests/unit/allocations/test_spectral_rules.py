@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from scipy.optimize import minimize
 
-from lowrank_kit.allocations.base import Budget
+from lowrank_kit.allocations.allocation import Budget
 from lowrank_kit.allocations.d_rank import DRank
 from lowrank_kit.allocations.energy_svd import EnergySvd
 from lowrank_kit.allocations.hisvd import HiSvd

@@ -1,5 +1,6 @@
 """Every statistic is a mean over tokens, sequences or rows: it does not matter how these come in batches."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -73,7 +74,7 @@ def gradients_ahead(tiny_model, size):
 def influence(distance):
     def collect(tiny_model, size):
         model = tiny_model("llama", initializer_range=0.2)
-        return {"": block_influence(model, layout_of(model), samples(), size, distance=distance)}
+        return {"": block_influence(model, replace(samples(), batch_size=size), distance=distance)}
 
     return collect
 
@@ -89,7 +90,8 @@ def lora_ga_start(family, head, labels):
     def collect(tiny_model, size):
         model = tiny_model(family, head, initializer_range=0.2)
         torch.manual_seed(0)
-        ready = adapt(model, LoraGA(name="lora_ga", rank=2, direction="ArBr"), samples(labels), batch_size=size)
+        method = LoraGA(name="lora_ga", rank=2, direction="ArBr")
+        ready = adapt(model, method, replace(samples(labels), batch_size=size))
         found = {}
         for name, module in ready.model.named_modules():
             if hasattr(module, "lora_A"):
@@ -134,13 +136,13 @@ def test_every_statistic_is_the_same_for_every_batch_size(statistic, tiny_model)
 
 def test_batches_are_as_large_as_their_largest_tensor_allows(tiny_model, monkeypatch):
     model, rows = tiny_model("llama"), samples()
-    sizes = [len(batch["input_ids"]) for batch in batches_of(model, rows, 8)]
+    sizes = [len(batch["input_ids"]) for batch in batches_of(model, rows)]
     assert sizes == [8, 2]
     # 48 numbers a token are the widest tensor, the longest row has 30 tokens.
     monkeypatch.setattr(memory, "NUMBERS_AT_ONCE", 3 * 30 * 48)
-    assert [len(batch["input_ids"]) for batch in batches_of(model, rows, 8)] == [3, 3, 3, 1]
+    assert [len(batch["input_ids"]) for batch in batches_of(model, rows)] == [3, 3, 3, 1]
     monkeypatch.setattr(memory, "NUMBERS_AT_ONCE", 1)
-    assert {len(batch["input_ids"]) for batch in batches_of(model, rows, 8)} == {1}
+    assert {len(batch["input_ids"]) for batch in batches_of(model, rows)} == {1}
 
 
 def test_a_row_that_cannot_fit_is_refused_before_the_work(tiny_model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.statistics import StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import layout_of
@@ -21,7 +21,7 @@ FOUR = Astra(name="astra", rank=4)
 def samples(seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 64, (n,), generator=generator) for n in (30, 25, 20)]
-    return CalibrationSamples(tuple({"input_ids": row} for row in rows))
+    return CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=2)
 
 
 def run(model, cache, method=FOUR, data=None, watch=lambda statistics: None):
@@ -34,17 +34,8 @@ def run(model, cache, method=FOUR, data=None, watch=lambda statistics: None):
         module = model.get_submodule(statistics.ref.name)
         return method.reduce(weight_of(module), module.bias, statistics)
 
-    kept = calibrate(
-        model,
-        layout,
-        data or samples(),
-        method.targets(layout),
-        method.needs(),
-        reduce,
-        batch_size=2,
-        cache=cache,
-        reduction_key=method.reduction_key(),
-    )
+    reduction = Reduction(method.needs(), reduce, depends_on=method.reduction_key())
+    kept = calibrate(model, data or samples(), method.targets(layout), reduction, cache=cache)
     return kept, reduced
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from lowrank_kit.calibration.influence import block_influence, hidden_distance
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.plots.influence import plot_influence
+from lowrank_kit.plots.block_scores import plot_influence
 
 LENGTHS = (9, 12, 5, 20, 3)
 
@@ -15,7 +16,8 @@ LENGTHS = (9, 12, 5, 20, 3)
 @pytest.fixture
 def samples():
     generator = torch.Generator().manual_seed(0)
-    return CalibrationSamples(tuple({"input_ids": torch.randint(3, 64, (n,), generator=generator)} for n in LENGTHS))
+    rows = [torch.randint(3, 64, (n,), generator=generator) for n in LENGTHS]
+    return CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=2)
 
 
 def states_of(model, layout, sample):
@@ -43,7 +45,7 @@ def test_influence_is_the_mean_over_real_tokens_of_a_direct_computation(family, 
     assert cosine.shape == (4 - span, sum(LENGTHS))
     model = tiny_model(family).train()
     for distance, expected in (("cosine", 1 - cosine), ("angular", cosine.arccos() / math.pi)):
-        found = block_influence(model, layout, samples, 2, distance=distance, span=span)
+        found = block_influence(model, samples, distance=distance, span=span)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected.mean(1), rtol=1e-5, atol=0)
     assert model.training
@@ -65,15 +67,14 @@ def test_a_block_that_does_nothing_has_no_influence(tiny_model, samples):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = block_influence(model, layout_of(model), samples, 3, distance="angular")
+    found = block_influence(model, samples, distance="angular")
     assert found[1] == 0
     assert found[[0, 2]].min() > 0.01
 
 
 def test_padding_and_batches_do_not_matter(tiny_model, samples):
     model = tiny_model("llama")
-    layout = layout_of(model)
-    alone, together = (block_influence(model, layout, samples, size) for size in (1, 5))
+    alone, together = (block_influence(model, replace(samples, batch_size=size)) for size in (1, 5))
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=0)
 
 
@@ -81,20 +82,19 @@ def test_what_was_measured_is_read_again_for_the_same_model_and_samples_only(
     tiny_model, samples, tmp_path, monkeypatch
 ):
     model = tiny_model("llama")
-    layout = layout_of(model)
-    first = block_influence(model, layout, samples, 2, cache=tmp_path)
-    assert torch.equal(first, block_influence(model, layout, samples, 2))
+    first = block_influence(model, samples, cache=tmp_path)
+    assert torch.equal(first, block_influence(model, samples))
     monkeypatch.setattr(type(model.base_model), "forward", None)
-    assert torch.equal(block_influence(model, layout, samples, 2, cache=tmp_path), first)
+    assert torch.equal(block_influence(model, samples, cache=tmp_path), first)
     for other, settings in ((model, {"span": 2}), (model, {"distance": "angular"}), (tiny_model("llama", seed=1), {})):
         with pytest.raises(TypeError, match="NoneType"):
-            block_influence(other, layout, samples, 2, cache=tmp_path, **settings)
+            block_influence(other, samples, cache=tmp_path, **settings)
 
 
 def test_an_encoder_decoder_model_is_refused(tiny_model, samples):
     model = tiny_model("t5", "seq2seq")
     with pytest.raises(LowRankKitError, match="encoder and a decoder"):
-        block_influence(model, layout_of(model), samples, 2)
+        block_influence(model, samples)
 
 
 def test_states_that_are_not_finite_are_named(tiny_model, samples):
@@ -102,7 +102,7 @@ def test_states_that_are_not_finite_are_named(tiny_model, samples):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(LowRankKitError, match=r"model\.layers\.1 are not finite"):
-        block_influence(model, layout_of(model), samples, 2)
+        block_influence(model, samples)
 
 
 def test_the_picture_tells_removed_blocks_from_kept_ones(tmp_path):

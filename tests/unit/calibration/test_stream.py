@@ -11,7 +11,7 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
-from lowrank_kit.spectral.decompose import eigenvalues, output_eigenvalues
+from lowrank_kit.spectral.eigenpairs import eigenvalues, output_eigenvalues
 
 LENGTHS = (11, 5, 17, 1, 8, 13)
 

@@ -5,7 +5,7 @@ import torch
 
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.hidden import Hidden
-from lowrank_kit.calibration.loss import model_loss
+from lowrank_kit.calibration.next_token_loss import model_loss
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of

@@ -13,7 +13,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.attribution import sigma_gradient
-from lowrank_kit.spectral.decompose import svd
+from lowrank_kit.spectral.eigenpairs import svd
 
 MODELS = {
     "grouped-query attention": ("llama", {}),

@@ -12,7 +12,7 @@ from lowrank_kit.truncations.optimal import Optimal
 @pytest.fixture
 def samples() -> CalibrationSamples:
     ids = torch.randint(3, 64, (6, 30), generator=torch.Generator().manual_seed(0))
-    return CalibrationSamples(tuple({"input_ids": row} for row in ids))
+    return CalibrationSamples(tuple({"input_ids": row} for row in ids), batch_size=2)
 
 
 @pytest.fixture

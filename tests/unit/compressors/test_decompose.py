@@ -8,7 +8,7 @@ from lowrank_kit.allocations.energy_svd import EnergySvd
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Context
+from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -29,7 +29,7 @@ FAMILIES = [
 
 
 def compress(model, method, samples, cache=None):
-    context = Context(model, layout_of(model), samples, 2, **({"cache": cache} if cache else {}))
+    context = Context(model, layout_of(model), samples, **({"cache": cache} if cache else {}))
     found = method.calibrate(context)
     plan = method.decide(layout_of(model), found.candidates, None)
     method.apply(plan, found, context)
@@ -91,24 +91,24 @@ def test_the_plain_truncation_is_the_truncated_svd(tiny_model, samples, method):
 
 def test_a_sweep_over_ratios_decomposes_once(tiny_model, samples, method, tmp_path, monkeypatch):
     model = tiny_model("llama")
-    first = method().calibrate(Context(model, layout_of(model), samples, 2, tmp_path))
-    monkeypatch.setattr(module, "reduce_spans", lambda *args, skip, **kwargs: iter(() if skip else [1 / 0]))
-    again = method(ratio=0.6).calibrate(Context(model, layout_of(model), samples, 2, tmp_path))
+    first = method().calibrate(Context(model, layout_of(model), samples, tmp_path))
+    monkeypatch.setattr(module, "reduce_spans", lambda *args, spans, **kwargs: iter(() if not spans else [1 / 0]))
+    again = method(ratio=0.6).calibrate(Context(model, layout_of(model), samples, tmp_path))
     for ours, theirs in zip(first.candidates, again.candidates, strict=True):
         assert torch.equal(ours.tail, theirs.tail)
 
 
 def test_gradients_are_collected_once_for_all_who_ask_for_the_same(tiny_model, samples, method, tmp_path, monkeypatch):
     model = tiny_model("llama")
-    method(truncation=TwoSided()).calibrate(Context(model, layout_of(model), samples, 2, tmp_path))
+    method(truncation=TwoSided()).calibrate(Context(model, layout_of(model), samples, tmp_path))
     monkeypatch.setattr("lowrank_kit.calibration.collect.stream_gradients", None)
     spectra = EnergySvd()
-    method(allocation=spectra).calibrate(Context(model, layout_of(model), samples, 2, tmp_path))
+    method(allocation=spectra).calibrate(Context(model, layout_of(model), samples, tmp_path))
 
 
 def test_first_order_changes_are_the_derivative_of_the_loss(tiny_model, samples, method):
     model = tiny_model("llama")
-    found = method(allocation=ZeroSum()).calibrate(Context(model, layout_of(model), samples, 2))
+    found = method(allocation=ZeroSum()).calibrate(Context(model, layout_of(model), samples))
     windows = torch.stack([s["input_ids"] for s in samples.sequences])
     candidate = found.candidates[4]
     layer, component, step = model.get_submodule(candidate.name), 2, 1e-2
@@ -127,7 +127,7 @@ def test_first_order_changes_are_the_derivative_of_the_loss(tiny_model, samples,
 def test_the_probe_measures_what_the_compressed_model_loses(tiny_model, samples, method):
     model = tiny_model("llama")
     original = copy.deepcopy(model)
-    found = method().calibrate(Context(model, layout_of(model), samples, 2))
+    found = method().calibrate(Context(model, layout_of(model), samples))
     windows = torch.stack([s["input_ids"] for s in samples.sequences])
     probe = LossProbe(model, found.decomposition, windows)
     dense = perplexity(original, windows).nll
@@ -136,7 +136,7 @@ def test_the_probe_measures_what_the_compressed_model_loses(tiny_model, samples,
         plan = method().decide(layout_of(cut), found.candidates, None)
         full = {ref.name: min(ref.out_features, ref.in_features) for ref in layout_of(cut).linears}
         plan.ranks.update({name: rank for name, rank in full.items() if name not in names})
-        method().apply(plan, found, Context(cut, layout_of(cut), samples, 2))
+        method().apply(plan, found, Context(cut, layout_of(cut), samples))
         change = probe.loss_change({name: plan.ranks[name] for name in names})
         assert change == pytest.approx(perplexity(cut, windows).nll - dense, abs=1e-5)
     for name, tensor in model.state_dict().items():
@@ -161,7 +161,7 @@ def test_a_matrix_left_dense_is_not_touched(tiny_model, samples, method):
 def test_too_few_tokens_are_said_and_cut_optimally_all_the_same(tiny_model, method, caplog):
     model, few = tiny_model("llama"), CalibrationSamples(({"input_ids": torch.arange(3, 20)},))
     seen = outputs_of(model, few)
-    found = method().calibrate(Context(model, layout_of(model), few, 1))
+    found = method().calibrate(Context(model, layout_of(model), few))
     assert "17 calibration tokens have 17 of the 32 directions" in caplog.text
     for name, (x, y) in seen.items():
         weight = model.get_submodule(name).weight
@@ -174,7 +174,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model, samples, method):
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(LowRankKitError, match=r"model\.layers\.2\.mlp\.down_proj"):
-        method(truncation=Plain()).calibrate(Context(model, layout_of(model), samples, 2))
+        method(truncation=Plain()).calibrate(Context(model, layout_of(model), samples))
 
 
 def test_a_ratio_that_no_rank_can_meet_is_refused_with_the_nearest(tiny_model, method):
@@ -207,7 +207,7 @@ def test_role_scope_gives_every_role_the_ratio(tiny_model, samples, method):
 def test_the_probe_measures_a_dense_matrix_dense(tiny_model, samples, method):
     """In bfloat16 a product of all its components would be another matrix."""
     model = tiny_model("llama", initializer_range=0.2).bfloat16()
-    found = method().calibrate(Context(model, layout_of(model), samples, 2))
+    found = method().calibrate(Context(model, layout_of(model), samples))
     windows = torch.stack([s["input_ids"] for s in samples.sequences])
     probe = LossProbe(model, found.decomposition, windows)
     full = {candidate.name: candidate.full_rank for candidate in found.candidates}

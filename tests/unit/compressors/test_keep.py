@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowrank_kit.allocations.allocation import Allocation, Candidate
 from lowrank_kit.allocations.asvd import Strs
-from lowrank_kit.allocations.base import Allocation, Candidate
 from lowrank_kit.allocations.keep import Keep
 from lowrank_kit.allocations.lagrangian import Lagrangian
 from lowrank_kit.allocations.uniform import Uniform

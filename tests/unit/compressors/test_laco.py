@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.laco import LaCo, Merge, MergeTrials
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import layout_of
@@ -34,7 +34,7 @@ def layout(model):
 def bench_of(model, batch_size=2, lengths=(16, 16, 16, 16)):
     draw = torch.Generator().manual_seed(0)
     sequences = tuple({"input_ids": torch.randint(3, 64, (n,), generator=draw)} for n in lengths)
-    return Context(model, layout_of(model), CalibrationSamples(sequences), batch_size)
+    return Context(model, layout_of(model), CalibrationSamples(sequences, batch_size=batch_size))
 
 
 def merged_by_hand(model, merges, differences):
@@ -114,7 +114,7 @@ def test_what_is_measured_is_the_merged_model(differences, model, layout):
         for name, weight in model.named_parameters():
             weight.add_(0.1 * torch.randn_like(weight) if "norm" in name else 0)
     bench = bench_of(model, lengths=(16, 16, 9, 16))
-    trials = MergeTrials(model, layout, bench.samples, 2, differences)
+    trials = MergeTrials(model, layout, bench.samples, differences)
     for merges in ((Merge(4, (5, 6)),), (Merge(4, (5, 6)), Merge(3, (4, 7))), (Merge(2, (3, 4)),)):
         expected = similarity_by_hand(model, merged_by_hand(model, merges, differences), bench.samples.sequences)
         assert trials.similarity(merges) == pytest.approx(expected, abs=1e-6)
@@ -128,7 +128,7 @@ def test_blocks_that_are_equal_and_idle_merge_without_a_trace(model, layout):
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
         expected = model(IDS).logits
-    trials = MergeTrials(model, layout, bench_of(model).samples, 2, "original")
+    trials = MergeTrials(model, layout, bench_of(model).samples, "original")
     assert trials.similarity((Merge(4, (5, 6)),)) == pytest.approx(1, abs=1e-12)
     compression = Compression(method(), bench_of(model))
     plan = compression.plan()
@@ -196,6 +196,6 @@ def test_a_threshold_too_high_for_the_ratio_says_how_far_to_lower_it(layout):
 def test_states_that_are_not_finite_are_an_error(model, layout):
     with torch.no_grad():
         model.model.layers[5].mlp.down_proj.weight.fill_(math.inf)
-    trials = MergeTrials(model, layout, bench_of(model).samples, 2, "original")
+    trials = MergeTrials(model, layout, bench_of(model).samples, "original")
     with pytest.raises(LowRankKitError, match=r"block 4 .* not finite"):
         trials.similarity((Merge(4, (5, 6)),))

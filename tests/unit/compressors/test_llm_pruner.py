@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.llm_pruner import LLMPruner
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
@@ -17,14 +17,14 @@ def method(**settings):
 @pytest.fixture
 def samples():
     ids = torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(0))
-    return CalibrationSamples(tuple({"input_ids": row} for row in ids))
+    return CalibrationSamples(tuple({"input_ids": row} for row in ids), batch_size=4)
 
 
 @pytest.fixture
 def work(samples):
     def build(model, cache=None, **settings):
         shared = {} if cache is None else {"cache": cache}
-        return Compression(method(**settings), Context(model, layout_of(model), samples, 4, **shared))
+        return Compression(method(**settings), Context(model, layout_of(model), samples, **shared))
 
     return build
 

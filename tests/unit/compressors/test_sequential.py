@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from lowrank_kit.compressors.base import Context
-from lowrank_kit.corrections.base import Factorisation
+from lowrank_kit.compressors.compressor import Context
+from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.corrections.sequential import Sequential
@@ -30,9 +30,9 @@ def logits_of(model, samples):
 
 
 def run(model, method, samples, plan=None):
-    found = method.calibrate(Context(model, layout_of(model), samples, 2))
+    found = method.calibrate(Context(model, layout_of(model), samples))
     plan = plan or method.decide(layout_of(model), found.candidates, None)
-    method.apply(plan, found, Context(model, layout_of(model), samples, 2))
+    method.apply(plan, found, Context(model, layout_of(model), samples))
     return plan
 
 
@@ -44,7 +44,7 @@ def all_dense(plan, layout, but=()):
 
 
 def plan_of(model, method, samples):
-    found = method.calibrate(Context(model, layout_of(model), samples, 2))
+    found = method.calibrate(Context(model, layout_of(model), samples))
     return method.decide(layout_of(model), found.candidates, None)
 
 
@@ -147,9 +147,9 @@ def test_the_model_is_closer_to_the_original_than_without(truncation, tiny_model
     settings = method(correction=Sequential(), **metric)
     original = tiny_model("llama")
     plain, corrected = copy.deepcopy(original), copy.deepcopy(original)
-    found = settings.calibrate(Context(plain, layout_of(plain), samples, 2))
+    found = settings.calibrate(Context(plain, layout_of(plain), samples))
     plan = settings.decide(layout_of(plain), found.candidates, None)
-    Uncorrected().factorise(Factorisation(plain, plan, found.decomposition, samples, 2))
+    Uncorrected().factorise(Factorisation(plain, plan, found.decomposition, samples))
     run(corrected, settings, samples, plan)
     truth = logits_of(original, samples)
     errors = [(logits_of(model, samples) - truth).square().sum() for model in (plain, corrected)]

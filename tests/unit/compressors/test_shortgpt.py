@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.shortgpt import ShortGPT
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import layout_of
@@ -29,8 +31,8 @@ def layout(model):
 @pytest.fixture
 def bench(model, layout):
     draw = torch.Generator().manual_seed(0)
-    samples = CalibrationSamples(tuple({"input_ids": torch.randint(3, 64, (16,), generator=draw)} for _ in range(4)))
-    return Context(model, layout, samples, batch_size=2)
+    rows = torch.randint(3, 64, (4, 16), generator=draw)
+    return Context(model, layout, CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=2))
 
 
 def planned(layout, distances=INFLUENCE, **settings):
@@ -92,11 +94,11 @@ def test_a_plan_leaves_the_model_alone_and_another_process_applies_it(settings, 
     assert [file.name for file in tmp_path.iterdir()] == ["influence.png"]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     span, distance = chosen.span(bench.layout), chosen.distance
-    expected = block_influence(model, bench.layout, bench.samples, 4, distance=distance, span=span)
+    expected = block_influence(model, bench.samples, distance=distance, span=span)
     names = [f"block {i}" if span == 1 else f"blocks {i}-{i + 1}" for i in range(len(expected))]
     assert [plan.scores[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-5)
     again = tiny_model("llama", num_hidden_layers=6)
-    other = Context(again, layout_of(again), bench.samples, batch_size=4)
+    other = Context(again, layout_of(again), replace(bench.samples, batch_size=4))
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         first, second = (Compression(chosen, b).apply(plan)(ids).logits for b in (bench, other))

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.base import Compression, Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.slicegpt import SliceGPT, slice_model
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import all_with
@@ -11,7 +13,7 @@ from lowrank_kit.models.layout import layout_of
 SLICEABLE = tuple(all_with(lambda architecture: architecture.plain_residual))
 
 IDS = torch.randint(3, 64, (6, 40), generator=torch.Generator().manual_seed(0))
-SAMPLES = CalibrationSamples(tuple({"input_ids": row} for row in IDS))
+SAMPLES = CalibrationSamples(tuple({"input_ids": row} for row in IDS), batch_size=4)
 
 
 def method(**settings):
@@ -26,7 +28,7 @@ def in_blocks(model):
 @pytest.mark.parametrize("family", SLICEABLE)
 def test_the_widest_model_within_the_budget_is_made(tiny_model, family, ratio):
     model = tiny_model(family)
-    compression = Compression(method(ratio=ratio), Context(model, layout_of(model), SAMPLES, 4))
+    compression = Compression(method(ratio=ratio), Context(model, layout_of(model), SAMPLES))
     before, budget = in_blocks(model), compression.method.budget(compression.context.layout)
     plan = compression.plan()
     sliced = compression.apply(plan)
@@ -55,7 +57,7 @@ def test_a_residual_stream_of_few_dimensions_loses_nothing(tiny_model):
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.copy_(space @ space.T @ linear.weight)
     expected = model(IDS).logits
-    slice_model(model, SAMPLES, 12, 4)
+    slice_model(model, SAMPLES, 12)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
@@ -68,14 +70,15 @@ def test_principal_directions_lose_less_than_the_others(tiny_model):
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight[16:] *= 1e-3
     expected = model(IDS).logits
-    slice_model(model, SAMPLES, 16, 4)
+    slice_model(model, SAMPLES, 16)
     assert (model(IDS).logits - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_batch_size_and_planning_change_nothing(tiny_model):
     models = [tiny_model("qwen3") for _ in range(2)]
     compressions = [
-        Compression(method(), Context(m, layout_of(m), SAMPLES, size)) for m, size in zip(models, (2, 6), strict=True)
+        Compression(method(), Context(m, layout_of(m), replace(SAMPLES, batch_size=size)))
+        for m, size in zip(models, (2, 6), strict=True)
     ]
     before = {name: p.clone() for name, p in models[0].named_parameters()}
     plans = [c.plan() for c in compressions]
@@ -112,4 +115,4 @@ def test_hidden_states_that_are_not_finite_name_their_place(tiny_model):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(LowRankKitError, match="leaves block 1"):
-        slice_model(model, SAMPLES, 16, 4)
+        slice_model(model, SAMPLES, 16)

@@ -4,12 +4,12 @@ import pytest
 import yaml
 from pydantic_core import to_jsonable_python
 
-from lowrank_kit.allocations.base import Allocation
+from lowrank_kit.allocations.allocation import Allocation
 from lowrank_kit.compose import Composer
 from lowrank_kit.config import RunConfig, load
-from lowrank_kit.corrections.base import Correction
+from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.truncations.base import Truncation
+from lowrank_kit.truncations.truncation import Truncation
 
 COMPOSER = Composer()
 CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for name in names]

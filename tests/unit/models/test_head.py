@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowrank_kit.calibration.loss import next_token_loss
+from lowrank_kit.calibration.next_token_loss import next_token_loss
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.evaluation.speed import LiveTensors

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.plots.influence import influence_table
+from lowrank_kit.plots.block_scores import influence_table
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.ratio import plot_loss_against_ratio
-from lowrank_kit.plots.spectra import plot_spectra
+from lowrank_kit.plots.singular_values import plot_spectra
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lowrank_kit.spectral.attribution import drop_change, sigma_gradient
-from lowrank_kit.spectral.decompose import random_orthonormal, svd
+from lowrank_kit.spectral.eigenpairs import random_orthonormal, svd
 from lowrank_kit.spectral.factors import LowRankFactors
 
 

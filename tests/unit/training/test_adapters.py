@@ -6,10 +6,10 @@ from datasets import Dataset
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from lowrank_kit.adapters.adapter import InitialisedAdapter
 from lowrank_kit.adapters.astra import Astra
-from lowrank_kit.adapters.base import InitialisedAdapter
 from lowrank_kit.adapters.lora import Lora
-from lowrank_kit.calibration.collect import calibrate
+from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
@@ -35,8 +35,8 @@ def adapt(model, method, **options):
 
     method.check(layout)
     if isinstance(method, InitialisedAdapter):
-        samples = CalibrationSamples(tuple({"input_ids": row} for row in tokens()))
-        kept = calibrate(model, layout, samples, method.targets(layout), method.needs(), reduce, batch_size=4)
+        samples = CalibrationSamples(tuple({"input_ids": row} for row in tokens()), batch_size=4)
+        kept = calibrate(model, samples, method.targets(layout), Reduction(method.needs(), reduce))
     plan = method.plan(layout, kept)
     for name, quantities in kept.items():
         factors[name] = method.initialise(weight_of(model.get_submodule(name)), quantities, plan.ranks[name])

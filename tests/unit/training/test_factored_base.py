@@ -38,7 +38,7 @@ def compressed(tiny_model):
 
 
 def samples():
-    return CalibrationSamples(tuple({"input_ids": row} for row in token_ids()))
+    return CalibrationSamples(tuple({"input_ids": row} for row in token_ids()), batch_size=4)
 
 
 def logits(model):
@@ -61,7 +61,7 @@ def logits(model):
     ids=lambda method: f"{method.name}-{getattr(method, 'base', '')}",
 )
 def test_the_halves_carry_the_adapter_which_starts_as_the_model(compressed, method):
-    ready = adapt(deepcopy(compressed), method, samples(), batch_size=4)
+    ready = adapt(deepcopy(compressed), method, samples())
     expected = logits(compressed)
     assert (logits(ready.model) - expected).abs().max() <= 1e-5 * expected.abs().max()
     if method.name != "eva":
@@ -80,7 +80,7 @@ def test_astra_at_the_down_half_starts_in_the_space_between_the_halves(compresse
     handle = compressed.get_submodule(name).register_forward_hook(lambda *call: states.append(call[2].flatten(0, 1)))
     logits(compressed)
     handle.remove()
-    ready = adapt(compressed, method, samples(), batch_size=4)
+    ready = adapt(compressed, method, samples())
     _, vectors = torch.linalg.eigh(states[0].double().T @ states[0].double())
     overlap = torch.linalg.svdvals(vectors[:, -3:].T @ ready.factors(name).up)
     assert overlap.min() > 1 - 1e-6

@@ -1,6 +1,7 @@
 """Every method against PEFT used by hand, on a tiny model of a real architecture."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -75,7 +76,7 @@ def token_ids(rows=8, length=16, seed=1):
 
 
 def samples():
-    return CalibrationSamples(tuple({"input_ids": row} for row in token_ids(seed=2)))
+    return CalibrationSamples(tuple({"input_ids": row} for row in token_ids(seed=2)), batch_size=4)
 
 
 def by_hand(name, model):
@@ -167,7 +168,7 @@ def ours(name, model):
     kind, settings = METHODS[name]
     torch.manual_seed(0)
     method = kind(name=name, rank=RANK, alpha=ALPHA, **settings)
-    return adapt(model, method, samples(), task_type="CAUSAL_LM", batch_size=4)
+    return adapt(model, method, samples(), task_type="CAUSAL_LM")
 
 
 def exact_svd(matrix, q, niter):
@@ -210,7 +211,7 @@ def test_one_step_is_that_of_peft_used_by_hand(tiny_model, tmp_path, monkeypatch
 def test_a_step_of_full_fine_tuning_is_that_of_a_plain_loop(tiny_model, tmp_path):
     original = tiny_model("llama")
     method, layout = FullFineTuning(name="full_ft"), layout_of(original)
-    options = {"new_modules": (), "task_type": None, "batch_size": 4}
+    options = {"new_modules": (), "task_type": None}
     ready = adapted(method, deepcopy(original), method.plan(layout, {}), {}, None, **options)
     assert ready.trained_parameters == sum(p.numel() for p in original.parameters())
     step_by_hand("full_ft", original)
@@ -224,7 +225,7 @@ def test_full_fine_tuning_of_some_roles_leaves_the_rest_alone(tiny_model):
     model = tiny_model("bert", "classification")
     method, layout = FullFineTuning(name="full_ft", roles=("q", "v")), layout_of(model)
     plan = method.plan(layout, {})
-    ready = adapted(method, model, plan, {}, None, new_modules=("classifier",), task_type="SEQ_CLS", batch_size=4)
+    ready = adapted(method, model, plan, {}, None, new_modules=("classifier",), task_type="SEQ_CLS")
     learning = {path for path, p in model.named_parameters() if p.requires_grad}
     assert {path.rpartition(".")[0].rpartition(".")[2] for path in learning} == {"query", "value", "classifier"}
     assert plan.trained_parameters == 3 * 2 * 32 * 32
@@ -244,7 +245,7 @@ def test_every_family_starts_as_the_original(tiny_model, name, family, head):
         with pytest.raises(LowRankKitError, match="Conv1D layers of a gpt2"):
             adapt(deepcopy(original), method, data)
         return
-    ready = adapt(deepcopy(original), method, data, batch_size=3)
+    ready = adapt(deepcopy(original), method, replace(data, batch_size=3))
     inputs = {"input_ids": token_ids()} | ({"decoder_input_ids": token_ids(seed=3)} if head == "seq2seq" else {})
     with torch.no_grad():
         expected, found = original(**inputs).logits, ready.model.eval()(**inputs).logits
@@ -254,12 +255,12 @@ def test_every_family_starts_as_the_original(tiny_model, name, family, head):
 def test_eva_says_where_its_directions_do_not_settle(tiny_model, monkeypatch):
     monkeypatch.setattr("lowrank_kit.adapters.eva.MOST_ROUNDS", 2)
     with pytest.raises(LowRankKitError, match="not settled after 2 rounds of 2 calibration batches: raise"):
-        adapt(tiny_model("llama"), Eva(name="eva", rank=4, tau=1.0), samples(), batch_size=4)
+        adapt(tiny_model("llama"), Eva(name="eva", rank=4, tau=1.0), samples())
 
 
 def test_ranks_of_eva_move_at_equal_sum_and_follow_the_patterns(tiny_model):
     model = tiny_model("llama")
-    ready = adapt(model, Eva(name="eva", rank=4, alpha=4.0), samples(), batch_size=4)
+    ready = adapt(model, Eva(name="eva", rank=4, alpha=4.0), samples())
     ranks = ready.plan.ranks
     assert sum(ranks.values()) == 4 * len(layout_of(tiny_model("llama")).linears)
     assert len(set(ranks.values())) > 1
@@ -289,7 +290,7 @@ def test_lora_ga_starts_from_the_loss_of_the_labels_where_there_are_some(tiny_mo
     def start(labels):
         rows = tuple({"input_ids": row, **labels(row)} for row in token_ids(seed=2))
         torch.manual_seed(0)
-        return adapt(tiny_model("llama"), LoraGA(name="lora_ga", rank=2), CalibrationSamples(rows), batch_size=4)
+        return adapt(tiny_model("llama"), LoraGA(name="lora_ga", rank=2), CalibrationSamples(rows, batch_size=4))
 
     every, same = start(lambda row: {}), start(lambda row: {"labels": row})
     last = start(lambda row: {"labels": torch.where(torch.arange(len(row)) < 12, -100, row)})

@@ -46,7 +46,7 @@ def share_moved(before, after):
 def full(model, task_type, roles=None):
     method = FullFineTuning(name="full_ft", roles=roles)
     plan = method.plan(layout_of(model), {})
-    return adapted(method, model, plan, {}, None, new_modules=[], task_type=task_type, batch_size=4)
+    return adapted(method, model, plan, {}, None, new_modules=[], task_type=task_type)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

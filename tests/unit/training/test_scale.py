@@ -153,7 +153,7 @@ def test_passes_that_are_accumulated_are_one_pass_of_all_rows(family, head, tiny
         model = tiny_model(family, head, **no_dropout)
         ready = adapted(
             Lora(name="lora", rank=2), model, Lora(name="lora", rank=2).plan(layout_of(model), {}), {}, None,
-            new_modules=[], task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", batch_size=4,
+            new_modules=[], task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS",
         )  # fmt: skip
         firsts.append(learn(ready.model, rows, tmp_path / str(len(firsts)), max_steps=1, **settings))
     for figure in ("loss", "grad_norm"):

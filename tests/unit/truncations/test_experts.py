@@ -1,6 +1,7 @@
 """What is collected of experts: on the tokens that were sent to them, and no others."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
 def samples_of(count, length=24):
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(3, 64, (count, length), generator=draw)
-    return CalibrationSamples(tuple({"input_ids": row} for row in rows))
+    return CalibrationSamples(tuple({"input_ids": row} for row in rows), batch_size=4)
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def test_an_expert_is_cut_optimally_for_the_tokens_that_it_got(family, tiny_mode
     model, samples, seen = tiny_model(family, initializer_range=0.2), samples_of(16), {}
     list_experts(model)
     refs = [ref for ref in layout_of(model).linears if ref.expert is not None]
-    found = decompose(model, Request(Optimal(), frozenset(), tuple(refs)), samples, batch_size=4, cache=tmp_path)
+    found = decompose(model, Request(Optimal(), frozenset(), tuple(refs)), samples, cache=tmp_path)
     for ref in refs:
         linear = model.get_submodule(ref.name)
         linear.register_forward_pre_hook(lambda _, args, name=ref.name: seen.setdefault(name, []).append(args[0]))
@@ -54,7 +55,8 @@ def test_gradients_of_experts_are_those_of_the_one_parameter_that_they_were(fami
     layout = layout_of(model)
     refs = [ref for ref in layout.linears if ref.expert is not None]
     request, found = GradientRequest(fisher=True, mean=True), {}
-    for _, statistics in stream_gradients(model, layout, batches_of(model, samples, 3), refs, request):
+    batches = batches_of(model, replace(samples, batch_size=3))
+    for _, statistics in stream_gradients(model, layout, batches, refs, request):
         found |= statistics
     sums = {ref.name: torch.zeros(ref.out_features, ref.in_features) for ref in refs}
     squares = {ref.name: torch.zeros(ref.in_features) for ref in refs}

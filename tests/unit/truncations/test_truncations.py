@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
-from lowrank_kit.truncations.base import Layer
 from lowrank_kit.truncations.fisher import Fisher
+from lowrank_kit.truncations.truncation import Layer
 from lowrank_kit.truncations.two_sided import TwoSided
 
 SHAPES = [(24, 40), (40, 40), (64, 24)]

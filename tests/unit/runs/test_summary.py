@@ -4,7 +4,7 @@ import yaml
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.evaluation.records import EvalRecord
 from lowrank_kit.runs.published import FILE, Published, published_for
-from lowrank_kit.runs.table import print_results
+from lowrank_kit.runs.summary import print_results
 
 
 def record(task: str, metric: str, value: float, checkpoint: str = "final", stderr: float | None = None) -> EvalRecord:

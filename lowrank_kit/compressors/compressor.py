@@ -35,15 +35,14 @@ def own_folder() -> Path:
 class Context:
     """What a compressor works with.
 
-    ``samples`` are calibration windows of equal length, read ``batch_size`` at a time; ``probe_windows`` the held-out
-    ones that ``method.probe`` asks for. ``cache`` is the folder of the content-keyed cache, by default one of this
+    ``samples`` are calibration windows of equal length, ``probe_windows`` the held-out ones that ``method.probe`` asks
+    for. ``cache`` is the folder of the content-keyed cache, by default one of this
     process alone. ``progress`` shows bars; None: none are shown.
     """
 
     model: "PreTrainedModel"
     layout: ModelLayout
     samples: CalibrationSamples
-    batch_size: int
     cache: Path = field(default_factory=own_folder)
     probe_windows: Int64[Tensor, "windows tokens"] | None = None
     progress: "Progress | None" = None

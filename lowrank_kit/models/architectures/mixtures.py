@@ -1,6 +1,6 @@
 """Mixtures of experts with Llama's attention: in all blocks, or in some, with an expert for all tokens or without."""
 
-from lowrank_kit.models.architectures.base import Architecture, Experts, Group, OneOf, Stack, register
+from lowrank_kit.models.architectures.architecture import Architecture, Experts, Group, OneOf, Stack, register
 from lowrank_kit.models.architectures.roles import ATTENTION, experts, gated_mlp, shared_expert
 
 _NORM = "post_attention_layernorm"

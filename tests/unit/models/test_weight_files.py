@@ -11,8 +11,8 @@ from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import TrainConfig
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
-from lowrank_kit.models.files import save_tensors
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.weight_files import save_tensors
 from lowrank_kit.training.fit import Examples, Session, fit
 from lowrank_kit.training.initialise import adapt, adapted
 
@@ -45,7 +45,6 @@ def test_every_file_that_is_saved_has_the_mode_of_a_new_one(mode, tiny_model, tm
         None,
         new_modules=[],
         task_type="CAUSAL_LM",
-        batch_size=1,
     )
     full.export(tmp_path / "full", "base")
     found = modes(tmp_path)

@@ -3,8 +3,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from lowrank_kit.spectral import decompose
-from lowrank_kit.spectral.decompose import (
+from lowrank_kit.spectral import eigenpairs
+from lowrank_kit.spectral.eigenpairs import (
     complete_basis,
     eigenvalues,
     eigh,
@@ -154,9 +154,9 @@ def test_a_range_smaller_than_asked_comes_back_whole(which, count):
 
 def test_few_smallest_pairs_of_a_full_rank_gram_take_one_partial_decomposition(monkeypatch):
     solved = []
-    solve = decompose._solve
-    monkeypatch.setattr(decompose, "_solve", lambda *a: solved.append(a[1]) or solve(*a))
-    monkeypatch.setattr(decompose, "eigenvalues", None)
+    solve = eigenpairs._solve
+    monkeypatch.setattr(eigenpairs, "_solve", lambda *a: solved.append(a[1]) or solve(*a))
+    monkeypatch.setattr(eigenpairs, "eigenvalues", None)
     range_eigenpairs(gram_with(np.linspace(2, 1, 60)), 5, "smallest")
     assert solved == [(0, 4)]
 

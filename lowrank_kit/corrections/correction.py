@@ -8,8 +8,8 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plan import Plan
-from lowrank_kit.truncations.base import Truncation
 from lowrank_kit.truncations.decompose import Decomposition
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -24,7 +24,6 @@ class Factorisation:
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
-    batch_size: int
     progress: "Progress | None" = None
 
 
