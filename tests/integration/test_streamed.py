@@ -113,10 +113,13 @@ def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
     same(run, command("resident"))
 
 
+# Figures are not drawn, as in the tests: most moments would be theirs.
 AT_WORK = """
 import sys
+from matplotlib.figure import Figure
 from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.pipeline import execute
+Figure.savefig = lambda figure, file, **options: open(file, "w").close()
 [config] = Composer().jobs(force_dotted(sys.argv[1:]), multirun=False)
 print("begun", flush=True)
 execute(config)
@@ -134,7 +137,8 @@ def killed(words, seconds):
         process.kill()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(kills, command, words_of, tiny_model, checkpoint, tmp_path):
     model = tmp_path / "model"
     tiny_model("llama", num_hidden_layers=40).save_pretrained(model, max_shard_size="200KB")
