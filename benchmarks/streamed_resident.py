@@ -3,12 +3,11 @@
     python benchmarks/streamed_resident.py [--method kfac_svd --samples 8 --seq-len 128 --repeats 2 --blocks 30]
 
 SmolLM2-135M, or its first blocks, in float32: the ordinary command compresses it in this process, resident and
-streamed in turn, each time with an empty cache. The ratio is of CPU seconds, which other work does not change much.
+streamed in turn, each time without the cache. The ratio is of CPU seconds, which other work does not change much.
 """
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -65,12 +64,12 @@ def cut(folder: Path, blocks: int) -> None:
 
 def compress(options: argparse.Namespace, folder: Path, weights: str, turn: int) -> Path:
     """Run the command; return the run directory."""
-    os.environ["LOWRANK_KIT_CACHE"] = str(folder / f"cache-{weights}-{turn}")
     words = [
         *(f"method={options.method}", f"method.ratio={options.ratio}", f"runtime.weights={weights}", "device=cpu"),
         *(f"model.path={folder / 'model'}", "task=perplexity", "task.calibrate_on=wikipedia"),
         *(f"calibration.samples={options.samples}", f"calibration.seq_len={options.seq_len}"),
         *(f"run.dir={folder / f'run-{weights}-{turn}'}", "run.stages=[calibrate,plan,apply]"),
+        "calibration.cache=false",
     ]
     [config] = Composer().jobs(force_dotted(words), multirun=False)
     return execute(config)
