@@ -1,6 +1,7 @@
-"""Every truncation with every allocation and every correction, on one tiny model with one cache."""
+"""Every truncation with every allocation and every correction, and storages with each of these, on one tiny model."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -14,9 +15,25 @@ from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.storages.storage import Storage
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
+STORAGES = Storage.known
+# Pairs with a storage other than the default: it meets factors and costs alone.
+WITH_STORAGE = [
+    choice
+    for storage in STORAGES.keys() - {"factors"}
+    for choice in (
+        *((truncation, "lagrangian", "none", storage) for truncation in TRUNCATIONS),
+        *(("two_sided", allocation, "none", storage) for allocation in ALLOCATIONS),
+        *(("two_sided", "uniform", correction, storage) for correction in CORRECTIONS),
+    )
+]
+CHOICES = [
+    *((*choice, "factors") for choice in product(TRUNCATIONS, ALLOCATIONS, CORRECTIONS)),
+    *sorted({*WITH_STORAGE}),
+]
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
 
@@ -50,11 +67,9 @@ def refused(method, layout):
     return True
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize(("truncation", "allocation", "correction", "storage"), CHOICES)
 def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
-    truncation, allocation, correction, model, cache, tmp_path
+    truncation, allocation, correction, storage, model, cache, tmp_path
 ):
     method = TruncatedSVD(
         name="any",
@@ -63,6 +78,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         correction=CORRECTIONS[correction](),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
+        storage=STORAGES[storage](),
     )
     layout = layout_of(model)
     if refused(method, layout):

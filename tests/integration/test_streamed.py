@@ -59,6 +59,7 @@ def command(words_of, composed):
 
 METHODS = ["svd", "svd_llm", "svd_llm_v2", "d_rank", "hisvd", "fwsvd", "kfac_svd", "zs_svd"]
 KEPT = "method.allocation.keep.influence=0.5"
+PIVOT = "storage=pivot"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,7 +67,7 @@ def test_streamed_is_resident_bit_for_bit(method, command):
     same(command("streamed", STREAMED, method=method), command("resident", method=method))
 
 
-@pytest.mark.parametrize("word", ["dtype=bfloat16", KEPT, "method.roles=[gate,up,down]"])
+@pytest.mark.parametrize("word", ["dtype=bfloat16", KEPT, "method.roles=[gate,up,down]", PIVOT])
 def test_so_are_half_precision_floors_and_blocks_of_which_little_changes(word, command):
     same(command("streamed", STREAMED, word), command("resident", word))
 
@@ -90,7 +91,8 @@ def _loaded(folder):
     return model, layout_of(model)
 
 
-def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
+@pytest.mark.parametrize("words", [(), (PIVOT,)], ids=str)
+def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -105,12 +107,12 @@ def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
 
     monkeypatch.setattr(Streamed, "write", dies)
     with pytest.raises(Killed):
-        command("streamed", STREAMED)
+        command("streamed", STREAMED, *words)
     assert written == [0, 1]
-    run = command("streamed", STREAMED)
+    run = command("streamed", STREAMED, *words)
     assert written == [0, 1, 1, 2][: len(written)]
     assert written.count(0) == 1
-    same(run, command("resident"))
+    same(run, command("resident", *words))
 
 
 # Figures are not drawn, as in the tests: most moments would be theirs.
