@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -115,7 +115,6 @@ def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     same(run, command("resident", *words))
 
 
-# Figures are not drawn, as in the tests: most moments would be theirs.
 AT_WORK = """
 import sys
 from matplotlib.figure import Figure
@@ -123,41 +122,40 @@ from lowrank_kit.compose import Composer, force_dotted
 from lowrank_kit.pipeline import execute
 Figure.savefig = lambda figure, file, **options: open(file, "w").close()
 [config] = Composer().jobs(force_dotted(sys.argv[1:]), multirun=False)
-print("begun", flush=True)
 execute(config)
 """
 
 
-def killed(words, seconds):
-    """Run a command in a process of its own, and kill that outright so long after it began to work."""
+def killed(words, is_reached):
+    """Run a command in a process of its own, and kill that outright as soon as it is there."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", AT_WORK, *words]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout.readline() == b"begun\n"
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        process.kill()
+    process = subprocess.Popen([sys.executable, "-c", AT_WORK, *words], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not is_reached():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(kills, command, words_of, tiny_model, checkpoint, tmp_path):
-    model = tmp_path / "model"
-    tiny_model("llama", num_hidden_layers=40).save_pretrained(model, max_shard_size="200KB")
+    model, blocks = tmp_path / "model", 40
+    tiny_model("llama", num_hidden_layers=blocks).save_pretrained(model, max_shard_size="200KB")
     AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(model)
 
     def files(run):
         return {file.name: file.read_bytes() for file in (run / "checkpoint").iterdir()}
 
-    began = time.monotonic()
-    expected = files(command("whole", STREAMED, path=model))
-    seconds, draw = time.monotonic() - began, random.Random(0)
+    def done(name):
+        """Blocks decomposed, and shards written; what is being written counts, too."""
+        decomposed = tmp_path.glob(f"{name}/cache/calibration/*/*block-*")
+        return len(list(decomposed)), len(list(tmp_path.glob(f"{name}/*/.checkpoint/model-*")))
+
+    expected, draw = files(command("whole", STREAMED, path=model)), random.Random(0)
     for number in range(kills):
-        name = f"killed-{number}"
-        killed(words_of(name, STREAMED, path=model), draw.uniform(0, seconds))
-        decomposed = len(list(tmp_path.glob(f"{name}/cache/calibration/*/block*")))
-        written = len(list(tmp_path.glob(f"{name}/*/.checkpoint/*.safetensors")))
-        print(f"killed when {decomposed} blocks were decomposed and {written} written")
+        name, moment = f"killed-{number}", draw.randrange(1, 2 * blocks + 1)
+        killed(words_of(name, STREAMED, path=model), lambda name=name, moment=moment: sum(done(name)) >= moment)
+        print("killed when of {} blocks {} were decomposed and {} written".format(blocks, *done(name)))
         assert files(command(name, STREAMED, path=model)) == expected
 
 
