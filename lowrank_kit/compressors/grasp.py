@@ -33,7 +33,7 @@ from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
-from lowrank_kit.truncations.truncation import Truncation, check_tokens
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,10 +171,6 @@ class Grasp(Compressor):
         elsewhere = sum(ref.parameters for ref in layout.linears if ref.block not in blocks)
         budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
         return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
-
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for too few calibration tokens to measure components of this truncation by."""
-        check_tokens(self.truncation.needs(), layout.select(), tokens)
 
     def score(self, sigma: Float64[Tensor, " r"], change: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
         """Score of every component from its singular value and the loss's first-order change when it is dropped."""

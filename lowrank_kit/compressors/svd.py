@@ -135,10 +135,6 @@ class TruncatedSVD(Compressor):
         """See `Compressor.probe`."""
         return self.allocation.probe
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
-        self.request(layout).check_tokens(tokens)
-
     def calibrate(self, context: Context) -> Statistics:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
         model, samples = context.model, context.samples
