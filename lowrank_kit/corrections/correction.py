@@ -1,7 +1,10 @@
 """What a correction is: how the planned factors come into the model."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -29,8 +32,21 @@ class Factorisation:
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
+    folder: Path | None = None
+    """Where finished blocks are kept for a killed run to go on from; None: nowhere."""
     progress: "Progress | None" = None
     storage: Storage = field(default_factory=Factors)
+
+    @property
+    def made_of(self) -> str:
+        """A digest of what the factors are made of: the plan, the decomposition, the model; and how they are stored."""
+        storage = self.storage.model_dump(mode="json")
+        facts = json.dumps([asdict(self.plan), self.decomposition.store.key.digest, storage], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def outline(self, ref: LinearRef) -> None:
+        """Give a linear that is factored in a block on disk its form, without any values."""
+        self.storage.outline(self.model, ref.name, self.plan.ranks[ref.name])
 
 
 class Correction(Choice):

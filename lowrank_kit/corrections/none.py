@@ -1,9 +1,6 @@
 """No correction: every matrix is replaced by its own truncation."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Literal
 
 from lowrank_kit.corrections.correction import Correction, Factorisation
@@ -27,14 +24,16 @@ class Uncorrected(Correction):
         for group in work.decomposition.groups:
             if plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
-        weights, made_of = weights_of(model), _digest(work)
+        weights = weights_of(model)
+        weights.go_on(work.made_of)
         for index, of_block in groups.items():
-            if weights.is_written(index, made_of):
-                _outline(work, of_block)
+            if weights.is_written(index):
+                for ref in (ref for group in of_block for ref in group):
+                    work.outline(ref)
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block)
-                weights.write(index, made_of)
+                weights.write(index)
 
     def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
         model, plan = work.model, work.plan
@@ -44,17 +43,3 @@ class Uncorrected(Correction):
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
             work.storage.put(model, [ref.name for ref in group], projection.factors(stacked, plan.ranks[first]))
-
-
-def _outline(work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
-    """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
-    for group in groups:
-        for ref in group:
-            work.storage.outline(work.model, ref.name, work.plan.ranks[ref.name])
-
-
-def _digest(work: Factorisation) -> str:
-    """What the factors are made of: the plan, the decomposition, the model; and how they are stored."""
-    storage = work.storage.model_dump(mode="json")
-    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest, storage], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()

@@ -92,6 +92,20 @@ class ModelLayout:
     head_dim: int
 
     @property
+    def parameters(self) -> int:
+        """Of all linears in the blocks, as dense matrices."""
+        return sum(ref.parameters for ref in self.linears)
+
+    def blocks_of(self, stack: int) -> range:
+        """The numbers of a stack's blocks, counted over all stacks."""
+        first = sum(len(earlier) for earlier in self.stacks[:stack])
+        return range(first, first + len(self.stacks[stack]))
+
+    def stack_of(self, block: int) -> int:
+        """The stack that a block is in."""
+        return next(stack for stack in range(len(self.stacks)) if block in self.blocks_of(stack))
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The roles that exist in this model, in order of first appearance."""
         return tuple(dict.fromkeys(ref.role for ref in self.linears))

@@ -19,6 +19,8 @@ from lowrank_kit.storages.storage import Storage
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
+# One window is held out of three.
+REFINE = {"refine": {"passes": 1}}
 STORAGES = Storage.known
 # Pairs with a storage other than the default: it meets factors and costs alone.
 WITH_STORAGE = [
@@ -75,7 +77,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         name="any",
         ratio=0.4,
         rank_multiple=1,
-        correction=CORRECTIONS[correction](),
+        correction=CORRECTIONS[correction](**REFINE.get(correction, {})),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
         storage=STORAGES[storage](),
@@ -83,7 +85,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     layout = layout_of(model)
     if refused(method, layout):
         return
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=4)
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=3)
     work = Compression(method, Context(copy.deepcopy(model), layout, samples, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
@@ -121,4 +123,4 @@ def test_what_is_refused_is_known(model):
             layout,
         )
     }
-    assert found == {("joint", "sequential"), ("joint", "residual")}
+    assert found == {("joint", correction) for correction in ("sequential", "residual", "refine")}
