@@ -195,7 +195,7 @@ class TruncatedSVD(Compressor):
             chosen |= rule.ranks(part, budget, probe)
             unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
-        before = cost = sum(ref.parameters for ref in layout.linears)
+        before = cost = layout.parameters
         for candidate in candidates:
             rank = chosen[candidate.name]
             cost += candidate.cost(rank) - candidate.dense_cost
@@ -211,7 +211,7 @@ class TruncatedSVD(Compressor):
 
         What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
         """
-        keep, total = self.allocation.keep, sum(ref.parameters for ref in layout.linears)
+        keep, total = self.allocation.keep, layout.parameters
         held: list[Candidate] = []
         free: list[Candidate] = []
         for candidate in candidates:
