@@ -135,10 +135,6 @@ class TruncatedSVD(Compressor):
         """See `Compressor.probe`."""
         return self.allocation.probe
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
-        self.request(layout).check_tokens(tokens)
-
     def calibrate(self, context: Context) -> Statistics:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
         model, samples = context.model, context.samples
@@ -199,7 +195,7 @@ class TruncatedSVD(Compressor):
             chosen |= rule.ranks(part, budget, probe)
             unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
-        before = cost = sum(ref.parameters for ref in layout.linears)
+        before = cost = layout.parameters
         for candidate in candidates:
             rank = chosen[candidate.name]
             cost += candidate.cost(rank) - candidate.dense_cost
@@ -215,7 +211,7 @@ class TruncatedSVD(Compressor):
 
         What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
         """
-        keep, total = self.allocation.keep, sum(ref.parameters for ref in layout.linears)
+        keep, total = self.allocation.keep, layout.parameters
         held: list[Candidate] = []
         free: list[Candidate] = []
         for candidate in candidates:

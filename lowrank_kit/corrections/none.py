@@ -24,15 +24,16 @@ class Uncorrected(Correction):
         for group in work.decomposition.groups:
             if plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
-        weights, made_of = weights_of(model), work.made_of
+        weights = weights_of(model)
+        weights.go_on(work.made_of)
         for index, of_block in groups.items():
-            if weights.is_written(index, made_of):
+            if weights.is_written(index):
                 for ref in (ref for group in of_block for ref in group):
                     work.outline(ref)
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block)
-                weights.write(index, made_of)
+                weights.write(index)
 
     def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
         model, plan = work.model, work.plan
