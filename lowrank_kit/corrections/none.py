@@ -11,12 +11,14 @@ from lowrank_kit.deferred import torch
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.models.units import Units
 from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class Uncorrected(Correction):
-    """The factors of the decomposition as they are."""
+    """The factors of the decomposition as they are, and its weights for the channels that stay."""
 
     kind: Literal["none"] = "none"
     """Marks the correction."""
@@ -27,19 +29,25 @@ class Uncorrected(Correction):
         blocks = layout_of(model).blocks
         groups: dict[int, list[Sequence[LinearRef]]] = {index: [] for index in range(len(blocks))}
         for group in work.decomposition.groups:
-            if plan.ranks[group[0].name] < group[0].full_rank:
+            if group[0].name not in work.narrowed and plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
+        narrowed = {units.block: units for units in work.narrowed.values()}
         weights, made_of = weights_of(model), _digest(work)
         for index, of_block in groups.items():
             if weights.is_written(index, made_of):
-                _shape(work, of_block)
+                _shape(work, of_block, narrowed.get(index))
                 continue
             with weights.block(index):
-                self._factorise_block(work, of_block)
+                self._factorise_block(work, of_block, narrowed.get(index))
                 weights.write(index, made_of)
 
-    def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
+    def _factorise_block(
+        self, work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None
+    ) -> None:
         model, plan = work.model, work.plan
+        if narrowed is not None:
+            weight = weight_of(model.get_submodule(narrowed.columns[0].name))
+            work.narrow(narrowed, work.decomposition.narrowed(narrowed, weight, plan.kept[narrowed.name]))
         for group in groups:
             first = group[0].name
             projection = work.decomposition.projection(first)
@@ -52,8 +60,10 @@ class Uncorrected(Correction):
                 share_down(model, ref.name, first)
 
 
-def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
+def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None) -> None:
     """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
+    if narrowed is not None:
+        keep_units(work.model, narrowed, work.plan.kept[narrowed.name])
     for group in groups:
         for ref in group:
             rank = work.plan.ranks[ref.name]

@@ -14,9 +14,11 @@ from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
+STRUCTURES = Structure.known
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
 
@@ -50,11 +52,12 @@ def refused(method, layout):
     return True
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
-    truncation, allocation, correction, model, cache, tmp_path
+    truncation, allocation, correction, structure, model, cache, tmp_path
 ):
     method = TruncatedSVD(
         name="any",
@@ -63,6 +66,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         correction=CORRECTIONS[correction](),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
+        structure=STRUCTURES[structure](),
     )
     layout = layout_of(model)
     if refused(method, layout):
@@ -89,7 +93,8 @@ def test_what_is_refused_is_known(model):
     """No combination is refused by accident."""
     layout = layout_of(model)
     found = {
-        (truncation, correction)
+        (truncation, allocation, correction, structure)
+        for structure in STRUCTURES
         for truncation in TRUNCATIONS
         for allocation in ALLOCATIONS
         for correction in CORRECTIONS
@@ -101,8 +106,13 @@ def test_what_is_refused_is_known(model):
                 correction=CORRECTIONS[correction](),
                 truncation=TRUNCATIONS[truncation](),
                 allocation=ALLOCATIONS[allocation](),
+                structure=STRUCTURES[structure](),
             ),
             layout,
         )
     }
-    assert found == {("joint", "sequential"), ("joint", "residual")}
+    joint = {("joint", a, c, "none") for a in ALLOCATIONS for c in ("sequential", "residual")}
+    channels = {(t, a, c, "channels") for t in TRUNCATIONS for a in ALLOCATIONS for c in CORRECTIONS}
+    assert found == joint | channels - {
+        ("two_sided", a, c, "channels") for a in ("lagrangian", "loss") for c in CORRECTIONS
+    }

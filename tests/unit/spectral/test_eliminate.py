@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_kit.spectral.channels import DAMPING, Elimination, compensated, eliminate
+from lowrank_kit.spectral.eliminate import DAMPING, Elimination, compensated, eliminate
 
 TOKENS, OUT = 300, 7
 
