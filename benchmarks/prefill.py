@@ -161,8 +161,7 @@ def _sum(seconds: Parts, refs: list[LinearRef] | tuple[LinearRef, ...]) -> float
 
 def _multiplies(refs: list[LinearRef] | tuple[LinearRef, ...]) -> tuple[int, int]:
     """Per token, of the dense linears and of what stands in their place."""
-    pairs = [(r.out_features * r.in_features, (r.out_features + r.in_features) * (r.rank or 0)) for r in refs]
-    return sum(dense for dense, _ in pairs), sum(factored or dense for dense, factored in pairs)
+    return sum(ref.parameters for ref in refs), sum(part.parameters for ref in refs for part in ref.parts)
 
 
 def _spread(values: tuple[float, ...]) -> str:

@@ -46,6 +46,8 @@ CHOICES = {
     "grasp propagate": ["method=grasp", "method.propagate=true"],
     "grasp iterative": ["method=grasp", "method.propagate=true", "method.iterative=true"],
     "shortgpt contiguous": ["method=shortgpt", "method.choice=contiguous", "method.distance=angular"],
+    "prune_comp at once": ["method=prune_comp", "method.iterative=false"],
+    "replace_me cosine": ["method=replace_me", "method.objective=cosine"],
     "laco original": ["method=laco", "method.differences=original"],
     "llm_pruner magnitude": ["method=llm_pruner", "method.importance=magnitude"],
     "astra untouched": ["method=astra", "method.base=untouched"],
@@ -54,6 +56,7 @@ PROBE = ["method.allocation.probe_windows=2", "method.allocation.probe_seq_len=1
 # What a method needs to fit three blocks of width 32.
 SMALL = {
     "grasp": ["method.removed_share=0.6"],
+    "grasp_activation": ["method.removed_share=0.6"],
     "laco": ["method.merged=2"],
     "slicegpt": ["method.multiple=1"],
     "astra_released": ["method.rank=4"],

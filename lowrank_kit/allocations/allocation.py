@@ -1,7 +1,9 @@
 """The words of rank allocation: `Candidate`, `Budget`, `Probe` and `Allocation`."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float64
@@ -12,6 +14,8 @@ from lowrank_kit.config import Choice
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.architectures import Kind, Product
 from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.spectra import Spectrum
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ class Candidate:
     """Squared singular values in the truncation's own metric, descending: cutting at k costs `tail[k:].sum()`."""
     spectra: Mapping[str, Float64[Tensor, " _"]] = field(default_factory=dict)
     """What the rule's `needs` asked for, by the spectrum's name."""
+    storage: Storage = field(default_factory=Factors)
+    """How it will lie in the model: what a rank costs is its answer."""
 
     @property
     def role(self) -> str:
@@ -60,9 +66,9 @@ class Candidate:
         return len(self.members) * self.members[0].out_features, self.members[0].in_features
 
     @property
-    def cost_per_rank(self) -> int:
-        """Parameters that one rank costs: rows + columns."""
-        return sum(self.shape)
+    def first_rank_cost(self) -> int:
+        """Parameters that the first rank costs; with two factors every one does."""
+        return self.storage.cost(*self.shape, 1)
 
     @property
     def dense_cost(self) -> int:
@@ -78,12 +84,18 @@ class Candidate:
     @property
     def break_even(self) -> int:
         """Largest rank that saves parameters and is below a member's full rank; 0 for one row or column."""
-        member = self.members[0]
-        return min((self.dense_cost - 1) // self.cost_per_rank, min(member.out_features, member.in_features) - 1)
+        return bisect_left(range(1, self.members[0].full_rank), self.dense_cost, key=self.cost)
 
     def cost(self, rank: int) -> int:
         """Parameters at this rank; `full_rank` means dense."""
-        return self.dense_cost if rank == self.full_rank else rank * self.cost_per_rank
+        return self.dense_cost if rank == self.full_rank else self.storage.cost(*self.shape, rank)
+
+    def rank_at(self, parameters: float) -> float:
+        """The rank that costs so many parameters, between whole ones in proportion."""
+        cost = partial(self.storage.cost, *self.shape)
+        rank = bisect_right(range(1, self.members[0].full_rank), parameters, key=cost)
+        # 0.7 of 90000 is a hair less than 63000 in binary, and must not count as less than what they buy.
+        return round(rank + (parameters - cost(rank)) / (cost(rank + 1) - cost(rank)), 6)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lowrank_kit.spectral.allocate import spend, water_fill
 class Options:
     """The ranks that a candidate may get and what each costs, both ascending; the last may mean dense.
 
-    One step to the next option costs at most `multiple * cost_per_rank`, also the step from the cap to dense, but for
-    a joint basis, whose ranks end below a member's full rank.
+    One step to the next option costs at most what `multiple` first ranks do, also the step from the cap to dense, but
+    for a joint basis, whose ranks end below a member's full rank.
     """
 
     ranks: tuple[int, ...]
@@ -81,17 +81,18 @@ def largest(candidates: Sequence[Candidate], budget: Budget) -> int:
     return sum(_legal(candidate, budget).costs[-1] for candidate in candidates)
 
 
-def proportional(candidates: Sequence[Candidate], budget: Budget, weights: Sequence[float]) -> dict[str, int]:
-    """Ranks proportional to non-negative weights, inside floors and caps, by largest remainder.
+def proportional(candidates: Sequence[Candidate], budget: Budget, weights: Sequence[float | int]) -> dict[str, int]:
+    """Parameters proportional to non-negative weights, inside floors and caps, by largest remainder; as ranks.
 
     Raises:
         ConfigError: see `options_of`.
     """
     options = options_of(candidates, budget)
-    step_costs = [budget.multiple * candidate.cost_per_rank for candidate in candidates]
+    step_costs = [budget.multiple * candidate.first_rank_cost for candidate in candidates]
+    in_steps = [weight / step for weight, step in zip(weights, step_costs, strict=True)]
     bounds = [(o.costs[0] / step, o.costs[-1] / step) for o, step in zip(options, step_costs, strict=True)]
     low, high = zip(*bounds, strict=True)
-    ideal = water_fill(weights, step_costs, budget.parameters, low, high)
+    ideal = water_fill(in_steps, step_costs, budget.parameters, low, high)
     start = [o.within(x * step) for o, x, step in zip(options, ideal, step_costs, strict=True)]
 
     def deficit(item: int, index: int) -> float:
@@ -101,7 +102,7 @@ def proportional(candidates: Sequence[Candidate], budget: Budget, weights: Seque
 
 
 def keep_of(candidates: Sequence[Candidate], budget: Budget) -> float:
-    """The share of their parameters that the candidates may keep; a uniform rank costs this share of each.
+    """The share of their parameters that the candidates may keep; at the uniform rank, each keeps this share.
 
     Raises:
         ConfigError: there is no candidate.
@@ -111,30 +112,20 @@ def keep_of(candidates: Sequence[Candidate], budget: Budget) -> float:
     return budget.parameters / sum(candidate.dense_cost for candidate in candidates)
 
 
-def break_even_of(candidates: Sequence[Candidate]) -> list[float]:
-    """``rows columns / (rows + columns)`` of each, not rounded: `keep_of` times it is the uniform rank."""
-    return [candidate.dense_cost / candidate.cost_per_rank for candidate in candidates]
+def share_out(weights: Sequence[float], groups: Sequence[Hashable], totals: Sequence[float | int]) -> list[float]:
+    """Scale weights so that they sum in each group to what its members' ``totals`` do.
 
-
-def share_out(
-    candidates: Sequence[Candidate],
-    weights: Sequence[float],
-    groups: Sequence[Hashable],
-    totals: Sequence[float | int],
-) -> list[float]:
-    """Scale weights so that the ranks they stand for cost in each group what its members' ``totals`` sum to.
-
-    A group without any weight shares evenly, in parameters.
+    A group without any weight shares evenly.
     """
     target: dict[Hashable, float] = defaultdict(float)
     spent: dict[Hashable, float] = defaultdict(float)
-    for candidate, weight, group, total in zip(candidates, weights, groups, totals, strict=True):
+    for weight, group, total in zip(weights, groups, totals, strict=True):
         target[group] += total
-        spent[group] += weight * candidate.cost_per_rank
+        spent[group] += weight
     members = Counter(groups)
     return [
-        weight * target[group] / spent[group] if spent[group] else target[group] / members[group] / c.cost_per_rank
-        for c, weight, group in zip(candidates, weights, groups, strict=True)
+        weight * target[group] / spent[group] if spent[group] else target[group] / members[group]
+        for weight, group in zip(weights, groups, strict=True)
     ]
 
 
@@ -152,15 +143,15 @@ def modulated(
     strength: float,
     ranges: int,
 ) -> dict[str, int]:
-    """Ranks ``k0 exp(-strength z(tau))``; z standardises tau in a cluster, which keeps the parameters of k0.
+    """Parameters of the rank k0 times ``exp(-strength z(tau))``; z standardises tau in a cluster, which keeps its sum.
 
     ``anchored`` holds k0 by name. The clusters are `depth_clusters` of this many ``ranges``.
     """
     clusters = depth_clusters(candidates, ranges)
     costs = [c.cost(anchored[c.name]) for c in candidates]
     factors = [exp(-strength * z) for z in standardised(taus, clusters)]
-    weights = [cost / c.cost_per_rank * f for c, cost, f in zip(candidates, costs, factors, strict=True)]
-    return proportional(candidates, budget, share_out(candidates, weights, clusters, costs))
+    weights = [cost * factor for cost, factor in zip(costs, factors, strict=True)]
+    return proportional(candidates, budget, share_out(weights, clusters, costs))
 
 
 def standardised(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
@@ -209,8 +200,7 @@ def saving_per_parameter(options: Sequence[Options], losses: Sequence[Sequence[f
 
 def _legal(candidate: Candidate, budget: Budget) -> Options:
     ranks = list(range(budget.multiple, candidate.break_even + 1, budget.multiple))
-    per_rank = candidate.cost_per_rank
-    costs = [rank * per_rank for rank in ranks]
+    costs = [candidate.cost(rank) for rank in ranks]
     if budget.dense:
         ranks.append(candidate.full_rank)
         costs.append(candidate.dense_cost)

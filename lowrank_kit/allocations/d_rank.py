@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
-from lowrank_kit.allocations.budget import break_even_of, keep_of, options_of, proportional, share_out
+from lowrank_kit.allocations.budget import keep_of, options_of, proportional, share_out
 from lowrank_kit.models.architectures import Product
 from lowrank_kit.spectral.metrics import effective_rank
 from lowrank_kit.truncations.spectra import Spectrum, Whitened
@@ -43,9 +43,10 @@ class DRank(Allocation):
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
-        density = [(effective_rank(c.spectra["whitened"]) / c.cost_per_rank) ** 0.5 for c in candidates]
+        # The parameters of a rank that goes with the root of R over what one costs.
+        density = [(effective_rank(c.spectra["whitened"]) * c.first_rank_cost) ** 0.5 for c in candidates]
         groups = [c.role if self.scope == "role" else "all" for c in candidates]
-        weights = share_out(candidates, density, groups, [c.dense_cost for c in candidates])
+        weights = share_out(density, groups, [c.dense_cost for c in candidates])
         if self.guard:
             weights = self._guarded(candidates, weights, keep_of(candidates, budget))
         found = proportional(candidates, budget, weights)
@@ -55,22 +56,26 @@ class DRank(Allocation):
 
     def _guarded(self, candidates: Sequence[Candidate], weights: Sequence[float], keep: float) -> list[float]:
         """The weights, uniform for every role that the authors' code keeps so."""
-        uniform, even = break_even_of(candidates), set()
+        uniform, even = [float(candidate.dense_cost) for candidate in candidates], set()
         rows = {c.product: c.shape[0] for c in candidates}
         grouped = {"query", "value"} <= rows.keys() and rows["value"] < rows["query"]
         fixed: frozenset[Product] = frozenset({"gate", "query", "key"} if grouped else {"gate"})
         for role in {c.role for c in candidates if c.product not in fixed | (frozenset() if grouped else ATTENDING)}:
             members = [i for i, c in enumerate(candidates) if c.role == role]
             dynamic, static = (
-                sum(float(candidates[i].spectra["whitened"][round(keep * ranks[i]) :].sum()) for i in members)
-                for ranks in (weights, uniform)
+                sum(self._loss(candidates[i], keep * parameters[i]) for i in members)
+                for parameters in (weights, uniform)
             )
             if dynamic >= static:
                 even.add(role)
         return [
-            k if c.product in fixed or c.role in even else w
-            for c, w, k in zip(candidates, weights, uniform, strict=True)
+            same if c.product in fixed or c.role in even else weight
+            for c, weight, same in zip(candidates, weights, uniform, strict=True)
         ]
+
+    def _loss(self, candidate: Candidate, parameters: float) -> float:
+        """What is lost where the matrix keeps so many."""
+        return float(candidate.spectra["whitened"][round(candidate.rank_at(parameters)) :].sum())
 
     def _rebalanced(self, candidates: Sequence[Candidate], budget: Budget, found: dict[str, int]) -> list[float]:
         """Weights after q and k gave to v, as far as v could take it."""
@@ -91,4 +96,4 @@ class DRank(Allocation):
         for giver, gift in given.items():
             for i in of[giver]:
                 cost[i] += returned * gift / len(of[giver]) - self.moved * cost[i]
-        return [price / candidate.cost_per_rank for price, candidate in zip(cost, candidates, strict=True)]
+        return cost

@@ -50,14 +50,14 @@ class EnergySvd(Allocation):
         return modulated(candidates, budget, anchored, taus, self.strength, self.depth_ranges)
 
     def _anchors(self, candidates: Sequence[Candidate]) -> list[float]:
-        """k0 up to a factor."""
+        """The parameters of k0, up to a factor."""
         spectra = [c.spectra["two_sided"] for c in candidates]
         anchors = [
-            (effective_rank(s.sqrt()) / c.cost_per_rank) ** 0.5 * float(s.sum()) ** self.energy
+            (effective_rank(s.sqrt()) * c.first_rank_cost) ** 0.5 * float(s.sum()) ** self.energy
             for c, s in zip(candidates, spectra, strict=True)
         ]
         if self.attention is None:
             return anchors
         attention = [c.kind == "attention" for c in candidates]
         shares = [c.dense_cost * (self.attention if a else 1.0) for c, a in zip(candidates, attention, strict=True)]
-        return share_out(candidates, anchors, attention, shares)
+        return share_out(anchors, attention, shares)

@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
-from lowrank_kit.allocations.budget import break_even_of, modulated, proportional
+from lowrank_kit.allocations.budget import modulated, proportional
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.spectral.metrics import (
     decay_exponent,
@@ -60,13 +60,14 @@ class HiSvd(Allocation):
         return modulated(candidates, budget, anchored, taus, self.strength, self.depth_ranges)
 
     def _anchors(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Stage 1: k0 up to a factor."""
+        """Stage 1: the parameters of k0, up to a factor."""
         spectra = [c.spectra["whitened"] for c in candidates]
         if self.capacity == "rank":
-            return [effective_rank(s) ** self.power for s in spectra]
+            return [
+                effective_rank(s) ** self.power * c.first_rank_cost for c, s in zip(candidates, spectra, strict=True)
+            ]
         return [
-            k * rank_density(s, *c.shape) ** self.power
-            for k, c, s in zip(break_even_of(candidates), candidates, spectra, strict=True)
+            c.dense_cost * rank_density(s, *c.shape) ** self.power for c, s in zip(candidates, spectra, strict=True)
         ]
 
     def _redundancy(self, spectrum: Float64[Tensor, " _"], rank: int) -> float:

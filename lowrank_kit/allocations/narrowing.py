@@ -52,9 +52,17 @@ class Narrowing(Candidate):
         return self.units.count - 1
 
     @property
-    def cost_per_rank(self) -> int:
+    def first_rank_cost(self) -> int:
         """Weights of a channel."""
         return self.units.cost
+
+    def cost(self, rank: int) -> int:
+        """Weights of so many channels, which are stored as they are."""
+        return rank * self.units.cost
+
+    def rank_at(self, parameters: float) -> float:
+        """Channels of so many weights, not rounded."""
+        return parameters / self.units.cost
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
-from lowrank_kit.allocations.budget import break_even_of, keep_of, proportional, share_out
+from lowrank_kit.allocations.budget import keep_of, proportional, share_out
 
 
 class SvdLlmV2(Allocation):
@@ -26,10 +26,10 @@ class SvdLlmV2(Allocation):
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
         keep, roles = keep_of(candidates, budget), [candidate.role for candidate in candidates]
-        uniform = break_even_of(candidates)
-        tails = [float(c.tail[int(keep * k) :].sum()) for c, k in zip(candidates, uniform, strict=True)]
+        dense = [candidate.dense_cost for candidate in candidates]
+        tails = [float(c.tail[int(c.rank_at(keep * cost)) :].sum()) for c, cost in zip(candidates, dense, strict=True)]
         # A matrix without any loss has v = infinity; the bound keeps the arithmetic finite.
-        scores = [k / max(log1p((self.tokens * t) ** 0.5), 1e-9) for k, t in zip(uniform, tails, strict=True)]
-        removed = share_out(candidates, scores, roles, [c.dense_cost for c in candidates])
-        weights = [max(k - (1 - keep) * cut, 0.0) for k, cut in zip(uniform, removed, strict=True)]
+        scores = [cost / max(log1p((self.tokens * t) ** 0.5), 1e-9) for cost, t in zip(dense, tails, strict=True)]
+        removed = share_out(scores, roles, dense)
+        weights = [max(cost - (1 - keep) * cut, 0.0) for cost, cut in zip(dense, removed, strict=True)]
         return proportional(candidates, budget, weights)

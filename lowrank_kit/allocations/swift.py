@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Budget, Candidate, MeasuredAllocation, Probe
-from lowrank_kit.allocations.budget import break_even_of, keep_of, options_of, proportional, share_out
+from lowrank_kit.allocations.budget import keep_of, options_of, proportional, share_out
 from lowrank_kit.truncations.spectra import Spectrum, Whitened
 
 
@@ -36,14 +36,14 @@ class Swift(MeasuredAllocation):
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
-        uniform = break_even_of(candidates)
+        dense = [candidate.dense_cost for candidate in candidates]
         beta = self._importance(candidates, budget, probe)
         scores = [
-            k * beta[c.block] ** self.alpha * log(e + self._output_norm(c)) ** (1 - self.alpha)
-            for k, c in zip(uniform, candidates, strict=True)
+            cost * beta[c.block] ** self.alpha * log(e + self._output_norm(c)) ** (1 - self.alpha)
+            for cost, c in zip(dense, candidates, strict=True)
         ]
-        shared = share_out(candidates, scores, [c.role for c in candidates], [c.dense_cost for c in candidates])
-        weights = [self.floor * k + (1 - self.floor) * share for k, share in zip(uniform, shared, strict=True)]
+        shared = share_out(scores, [c.role for c in candidates], dense)
+        weights = [self.floor * cost + (1 - self.floor) * share for cost, share in zip(dense, shared, strict=True)]
         return proportional(candidates, budget, weights)
 
     def _output_norm(self, candidate: Candidate) -> float:

@@ -60,10 +60,14 @@ class ZeroSum(Allocation):
         self, candidates: Sequence[Candidate], budget: Budget, changes: Sequence[Sequence[float]], lowest: Sequence[int]
     ) -> list[int]:
         """Ranks after the walk: `full_rank` for matrices that stay above break-even."""
-        even, per_rank = [c.break_even for c in candidates], [c.cost_per_rank for c in candidates]
+        even = [c.break_even for c in candidates]
         kept = [c.full_rank for c in candidates] if budget.dense else list(even)
         total = sum(sum(change[rank:], 0.0) for change, rank in zip(changes, kept, strict=True))
-        spent = sum(c.cost(rank) for c, rank in zip(candidates, kept, strict=True))
+
+        def cost(item: int) -> int:
+            return candidates[item].cost(kept[item]) if kept[item] <= even[item] else candidates[item].dense_cost
+
+        spent = sum(cost(item) for item in range(len(kept)))
         # By sign of the change: first those that lower the loss, then those that raise it.
         queues: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
 
@@ -80,10 +84,8 @@ class ZeroSum(Allocation):
                 raises = not raises
             size, item = heappop(queues[raises])
             total += size if raises else -size
+            spent -= cost(item)
             kept[item] -= 1
-            if kept[item] < even[item]:
-                spent -= per_rank[item]
-            elif kept[item] == even[item]:
-                spent -= candidates[item].dense_cost - even[item] * per_rank[item]
+            spent += cost(item)
             offer(item)
         return [c.full_rank if rank > most else rank for c, rank, most in zip(candidates, kept, even, strict=True)]

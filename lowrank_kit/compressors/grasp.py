@@ -29,6 +29,7 @@ from lowrank_kit.plots.block_scores import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.attribution import drop_change
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
 from lowrank_kit.truncations.truncation import Truncation, check_tokens
@@ -231,7 +232,7 @@ class Grasp(Compressor):
         linears = context.layout.linears
         if plan.scores:
             plot_influence(*_outcome(plan, context.layout), folder / "influence.png", chosen="redundant")
-        plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
+        plot_rank_map(linears, plan.ranks, Factors(), folder / "rank_map.png")
         plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
 
     def decide(self, layout: ModelLayout, kept: Mapping[str, list[int]], influence: Sequence[float]) -> Plan:

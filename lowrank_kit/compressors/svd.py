@@ -31,6 +31,8 @@ from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plan import Plan
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.singular_values import plot_spectra
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.structures.none import RankAlone
 from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
@@ -87,6 +89,9 @@ class TruncatedSVD(Compressor):
     """Matrices may be left dense; otherwise ranks end at break-even."""
     correction: Correction = Field(default=Uncorrected())
     """How the factors make up for the errors before them."""
+    # Left out where it is what it always was, so that older run directories are found again.
+    storage: Storage = Field(default=Factors(), exclude_if=lambda storage: storage.kind == "factors")
+    """How a low-rank matrix lies in the model, and what its rank costs."""
     structure: Structure = Field(default=RankAlone(), exclude_if=lambda structure: structure.kind == "none")
     """What blocks may lose instead of rank."""
 
@@ -120,7 +125,7 @@ class TruncatedSVD(Compressor):
         keep = self.allocation.keep
         keep.check(tuple(dict.fromkeys(ref.role for ref in self.targets(layout))), len(layout.blocks))
         flat = [
-            Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64))
+            Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64), storage=self.storage)
             for g in groups_of(self.truncation, self.targets(layout))
         ]
         # The influence of the blocks is not known yet: at most that floor.
@@ -176,7 +181,9 @@ class TruncatedSVD(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""
-        work = Factorisation(context.model, plan, statistics.decomposition, context.samples, context.progress)
+        work = Factorisation(
+            context.model, plan, statistics.decomposition, context.samples, context.progress, self.storage
+        )
         self.correction.factorise(work)
         return context.model
 
@@ -185,7 +192,7 @@ class TruncatedSVD(Compressor):
         linears = context.layout.linears
         singular = {name: values.sqrt().tolist() for name, values in statistics.decomposition.values.items()}
         plot_spectra(linears, singular, folder / "spectra.png", f"singular value ({self.truncation.kind})")
-        plot_rank_map(linears, plan.ranks, folder / "rank_map.png")
+        plot_rank_map(linears, plan.ranks, self.storage, folder / "rank_map.png")
         plot_kept_ranks(linears, plan.ranks, folder / "kept_ranks.png")
 
     def decide(
@@ -196,11 +203,12 @@ class TruncatedSVD(Compressor):
         influence: Float64[Tensor, " blocks"] | None = None,
         narrowings: Sequence[Narrowing] = (),
     ) -> Plan:
-        """Decide every rank, exactly within the budget.
+        """Decide every rank, exactly within the budget, at the prices of `storage`.
 
         ``probe`` is for an allocation that measures the model, ``influence`` (of every block) for floors by it,
         ``narrowings`` are MLPs that the allocation may narrow instead of cutting all their matrices.
         """
+        candidates = [replace(candidate, storage=self.storage) for candidate in candidates]
         chosen = {c.name: c.full_rank for c in [*candidates, *narrowings]}
         unspent = 0
         floors = self.allocation.keep.floors(influence)

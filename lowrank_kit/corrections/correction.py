@@ -1,7 +1,7 @@
 """What a correction is: how the planned factors come into the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from lowrank_kit.models.linear import set_weight
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import Units
 from lowrank_kit.plan import Plan
+from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition
 from lowrank_kit.truncations.truncation import Truncation
 
@@ -25,13 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factorisation:
-    """What there is to factorise, and by which means: the original model, changed in place, and its decomposition."""
+    """What there is to factorise, and by which means: the original model, changed in place, and its decomposition.
+
+    A correction hands what it has made of a matrix to ``storage.put``, so that later ones see what is stored.
+    """
 
     model: "PreTrainedModel"
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
     progress: "Progress | None" = None
+    storage: Storage = field(default_factory=Factors)
 
     @cached_property
     def narrowed(self) -> dict[str, Units]:
@@ -52,5 +58,5 @@ class Correction(Choice):
         """Raise `ConfigError` for a truncation, or linears, that it does not go with."""
 
     def factorise(self, work: Factorisation) -> None:
-        """Replace every matrix whose planned rank is below full by its factors and narrow MLPs as planned, in place."""
+        """Replace every matrix of lower planned rank by its factors as stored, and narrow MLPs as planned, in place."""
         raise NotImplementedError

@@ -8,13 +8,11 @@ from typing import Literal
 
 from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import torch
-from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.models.units import Units
-from lowrank_kit.spectral.factors import LowRankFactors
 
 
 class Uncorrected(Correction):
@@ -35,7 +33,7 @@ class Uncorrected(Correction):
         weights, made_of = weights_of(model), _digest(work)
         for index, of_block in groups.items():
             if weights.is_written(index, made_of):
-                _shape(work, of_block, narrowed.get(index))
+                _outline(work, of_block, narrowed.get(index))
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block, narrowed.get(index))
@@ -53,26 +51,20 @@ class Uncorrected(Correction):
             projection = work.decomposition.projection(first)
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
-            ups, down = projection.factors(stacked, plan.ranks[first])
-            for ref, up in zip(group, ups.split(group[0].out_features), strict=True):
-                replace_linear(model, ref.name, LowRankFactors(up, down))
-            for ref in group[1:]:
-                share_down(model, ref.name, first)
+            work.storage.put(model, [ref.name for ref in group], projection.factors(stacked, plan.ranks[first]))
 
 
-def _shape(work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None) -> None:
+def _outline(work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None) -> None:
     """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
     if narrowed is not None:
         keep_units(work.model, narrowed, work.plan.kept[narrowed.name])
     for group in groups:
         for ref in group:
-            rank = work.plan.ranks[ref.name]
-            up = torch.empty(ref.out_features, rank, device="meta")
-            down = torch.empty(rank, ref.in_features, device="meta")
-            replace_linear(work.model, ref.name, LowRankFactors(up, down))
+            work.storage.outline(work.model, ref.name, work.plan.ranks[ref.name])
 
 
 def _digest(work: Factorisation) -> str:
-    """What the factors are made of: the plan, the decomposition, the model."""
-    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest], sort_keys=True)
+    """What the factors are made of: the plan, the decomposition, the model; and how they are stored."""
+    storage = work.storage.model_dump(mode="json")
+    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest, storage], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()

@@ -30,7 +30,6 @@ from lowrank_kit.calibration.walk import Block, BlockWalk
 from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
@@ -141,7 +140,7 @@ class Refit(Correction):
             projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
-        replace_linear(work.model, ref.name, projection.factors(corrected, rank))
+        work.storage.put(work.model, [ref.name], projection.factors(corrected, rank))
 
 
 @dataclass

@@ -5,7 +5,7 @@ from itertools import accumulate
 from math import floor
 
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.models.architectures import architecture_of
+from lowrank_kit.models.architectures import Joining, architecture_of
 from lowrank_kit.models.layout import ModelLayout
 
 
@@ -28,6 +28,21 @@ def check_stand_alone(layout: ModelLayout, what: str) -> None:
         raise ConfigError(
             f"blocks of this {layout.model_type} read keys and values that earlier ones computed, so there is no "
             f"{what}: choose a method without (svd_llm)"
+        )
+
+
+def joining_of(layout: ModelLayout) -> Joining:
+    """How what blocks write reaches the residual stream. A causal model without a final norm has norms of the sums."""
+    return "normed" if layout.final_norm is None else architecture_of(layout.model_type).joining
+
+
+def check_joining(layout: ModelLayout, what: str, *legal: Joining) -> None:
+    """Raise `ConfigError` where ``what`` cannot be merged into the weights that write to the residual stream."""
+    if (joining := joining_of(layout)) not in legal:
+        does = {"normed": "puts norms behind", "scaled": "scales"}[joining]
+        raise ConfigError(
+            f"{what} changes what blocks write to the residual stream, and this {layout.model_type} {does} that: use "
+            "method=shortgpt"
         )
 
 

@@ -14,7 +14,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.architectures import base_type
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.experts import pack, with_factors
-from lowrank_kit.models.factored import factored_linears, ranks_of, shared_downs
+from lowrank_kit.models.factored import factored_linears, pivot_rows_of, ranks_of, shared_downs
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import narrower_than
@@ -47,7 +47,12 @@ def save_compressed(
     Raises `LowRankKitError` for a model that is no causal language model of transformers.
     """
     listed = with_factors(model)
-    factors = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "experts": listed}
+    factors = {
+        "ranks": ranks_of(model),
+        "shared_down": shared_downs(model),
+        "pivot_rows": pivot_rows_of(model),
+        "experts": listed,
+    }
     twin, source = _empty_twin(model, factors), weights_of(model)
     if isinstance(source, Streamed):
         source.finish(twin, folder)
@@ -75,12 +80,13 @@ def save_dense(
     weights, twin = model.state_dict(), _empty_twin(model, {"ranks": {}, "shared_down": {}, "experts": []})
     own = {ref.name for ref in layout_of(twin).linears if not ref.packed}
     for name, layer in factored_linears(model):
-        del weights[f"{name}.up.weight"], weights[f"{name}.down.weight"]
+        for stored in layer.state_dict(prefix=f"{name}."):
+            del weights[stored]
         weight = layer.dense_weight().to(dtype or layer.up.weight.dtype)
         transposed = name in own and is_transposed(check_linear(twin.get_submodule(name), name))
         weights[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
-        if layer.up.bias is not None:
-            weights[f"{name}.bias"] = weights.pop(f"{name}.up.bias")
+        if (bias := layer.dense_bias()) is not None:
+            weights[f"{name}.bias"] = bias
     pack(weights, model, ())
     _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
 

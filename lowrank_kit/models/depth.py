@@ -1,11 +1,12 @@
 """A model with fewer blocks: some dropped, or several collapsed into one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lowrank_kit.deferred import PretrainedConfig, PreTrainedModel, nn, no_grad
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.blocks import check_stand_alone
-from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.layout import LinearRef, ModelLayout
 
 NUMBERS = ("mlp_only_layers", "moe_layers")
 """Entries of configurations that list blocks by number: those without experts, and those with."""
@@ -32,6 +33,20 @@ def drop_blocks(model: PreTrainedModel, layout: ModelLayout, kept: Sequence[int]
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     _cut_config(model.config.get_text_config(), count, kept)
+
+
+@no_grad
+def scale_outputs(model: PreTrainedModel, refs: Iterable[LinearRef], factor: float) -> None:
+    """Multiply what these linears give by a factor, in place: weights and biases, and those of experts kept as one."""
+    modules: dict[str, Any] = {}
+    for ref in refs:
+        name = ref.name.rsplit(".", 2)[0] if ref.packed else ref.name
+        modules[name] = model.get_submodule(name)
+    for module in modules.values():
+        own = ("weight", "bias") if hasattr(module, "weight") else ("down_proj", "down_proj_bias")
+        for parameter in (getattr(module, part, None) for part in own):
+            if parameter is not None:
+                parameter.mul_(factor)
 
 
 def _cut_config(config: PretrainedConfig, count: int, kept: Sequence[int]) -> None:

@@ -1,11 +1,13 @@
 """How factors take a dense layer's place in a model, and which linears of a model are factored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lowrank_kit.deferred import nn
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.spectral.pivots import PivotFactors
 
 if TYPE_CHECKING:
     from lowrank_kit.models.portable import LowRankLinear
@@ -20,13 +22,25 @@ def replace_linear(model: "nn.Module", name: str, factors: LowRankFactors) -> Lo
     """
     from lowrank_kit.models import portable
 
+    return _replace(model, name, factors.shape, partial(portable.LowRankLinear.from_factors, factors.up, factors.down))
+
+
+def replace_by_pivots(model: "nn.Module", name: str, factors: PivotFactors) -> LowRankLinear:
+    """As `replace_linear`, with a product that is stored by its rows."""
+    from lowrank_kit.models import portable
+
+    build = partial(portable.PivotLinear.from_pivots, factors.rows, factors.coefficients, factors.index)
+    return _replace(model, name, factors.shape, build)
+
+
+def _replace(
+    model: "nn.Module", name: str, shape: tuple[int, int], build: Callable[..., LowRankLinear]
+) -> LowRankLinear:
     dense = check_linear(model.get_submodule(name), name)
     weight = weight_of(dense)
-    if factors.shape != tuple(weight.shape):
-        raise ValueError(f"factors of a {factors.shape} matrix do not fit '{name}' {tuple(weight.shape)}")
-    layer = portable.LowRankLinear.from_factors(
-        factors.up, factors.down, dense.bias, device=weight.device, dtype=weight.dtype
-    )
+    if shape != tuple(weight.shape):
+        raise ValueError(f"factors of a {shape} matrix do not fit '{name}' {tuple(weight.shape)}")
+    layer = build(bias=dense.bias, device=weight.device, dtype=weight.dtype)
     model.set_submodule(name, layer.train(dense.training))
     return layer
 
@@ -53,6 +67,11 @@ def factored_linears(model: "nn.Module") -> Iterator[tuple[str, LowRankLinear]]:
 def ranks_of(model: "nn.Module") -> dict[str, int]:
     """The rank of every factored linear, by module path; dense linears are not listed."""
     return {name: layer.rank for name, layer in factored_linears(model)}
+
+
+def pivot_rows_of(model: "nn.Module") -> dict[str, int]:
+    """For every linear that is stored by its rows, by module path: how many of them are among the pivots."""
+    return {name: layer.pivot_rows for name, layer in factored_linears(model) if layer.pivot_rows is not None}
 
 
 def shared_downs(model: "nn.Module") -> dict[str, str]:

@@ -18,7 +18,8 @@ class LinearRef:
 
     ``name`` is its module path; ``block`` counts over all blocks of the model in execution order. Linears of
     one block that read the same input tensor share an ``input_group``: one Gram matrix serves them all.
-    ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one. The weight of a
+    ``rank`` is that of a linear which a compressed model holds as two factors, None for a dense one; if these are rows
+    and coefficients, ``pivot_rows`` of its outputs are among the first factor's. The weight of a
     ``quantised`` one is packed integers. ``kind``, ``product`` and ``of_source`` are those of its `Role`; ``norm`` is
     the module path of the norm whose output it reads, if it is one's. ``expert`` is the number of the expert that it
     belongs to. A ``packed`` one is no module: its weight is a slice of a parameter that all experts share, until
@@ -33,6 +34,7 @@ class LinearRef:
     has_bias: bool
     input_group: str
     rank: int | None = None
+    pivot_rows: int = 0
     quantised: bool = False
     kind: Kind = "mlp"
     product: Product = "hidden"
@@ -63,8 +65,11 @@ class LinearRef:
             return (self,)
         between = f"{self.name}.down:up"
         down = replace(self, name=f"{self.name}.down", out_features=self.rank, has_bias=False, rank=None)
-        up = replace(self, name=f"{self.name}.up", in_features=self.rank, input_group=between, rank=None)
-        return down, up
+        rest = self.out_features - self.pivot_rows
+        up = replace(
+            self, name=f"{self.name}.up", in_features=self.rank, out_features=rest, input_group=between, rank=None
+        )
+        return tuple(replace(part, pivot_rows=0) for part in (down, up))
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def _group(group: Group, block_path: str, block: int, modules: "dict[str, nn.Mod
             role.name,
             *_sizes(modules[name], name),
             input_group=f"{block_path}:{'+'.join(role.name for role in group.linears)}",
-            rank=_rank(modules[name]),
+            **_factored(modules[name]),
             quantised=_is_quantised(modules[name]),
             kind=role.kind,
             product=role.product,
@@ -231,7 +236,7 @@ def _experts(group: Experts, block_path: str, block: int, modules: "dict[str, nn
                 role.name,
                 *(_packed_sizes(module, role) if linear is None else _sizes(linear, name)),
                 input_group=f"{path}.{expert}:{'down' if role.writes_residual else 'gate+up'}",
-                rank=None if linear is None else _rank(linear),
+                **({} if linear is None else _factored(linear)),
                 kind=role.kind,
                 product=role.product,
                 norm=norm,
@@ -256,7 +261,7 @@ def _sizes(module: "nn.Module", name: str) -> tuple[int, int, bool]:
     from lowrank_kit.models.portable import LowRankLinear
 
     if isinstance(module, LowRankLinear):
-        return module.in_features, module.out_features, module.up.bias is not None
+        return module.in_features, module.out_features, module.dense_bias() is not None
     if is_quantised(module):
         return module.in_features, module.out_features, module.bias is not None
     dense = check_linear(module, name)
@@ -273,10 +278,13 @@ def _packed_sizes(experts: Any, role: Role) -> tuple[int, int, bool]:
     return (inner, outer, has_bias) if role.writes_residual else (outer, inner, has_bias)
 
 
-def _rank(module: "nn.Module") -> int | None:
+def _factored(module: "nn.Module") -> dict[str, Any]:
+    """What a `LinearRef` says of a factored linear; nothing for a dense one."""
     from lowrank_kit.models.portable import LowRankLinear
 
-    return module.rank if isinstance(module, LowRankLinear) else None
+    if not isinstance(module, LowRankLinear):
+        return {}
+    return {"rank": module.rank, "pivot_rows": module.pivot_rows or 0}
 
 
 def _is_quantised(module: "nn.Module") -> bool:

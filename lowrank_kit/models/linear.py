@@ -69,3 +69,12 @@ def dense_weight(module: "nn.Module") -> Float[Tensor, "out in"]:
 def set_weight(module: Linear, weight: Float[Tensor, "out in"]) -> None:
     """Copy ``weight`` into the module in place, in the module's own orientation, dtype and device."""
     weight_of(module).copy_(weight)
+
+
+@no_grad
+def map_outputs(module: Linear, transform: Float[Tensor, "out out"]) -> None:
+    """Multiply ``transform`` into the module in place, so that it gives ``transform y`` where it gave y."""
+    product = transform.double().to(module.weight.device)
+    set_weight(module, product @ weight_of(module).double())
+    if module.bias is not None:
+        module.bias.copy_(product @ module.bias.double())

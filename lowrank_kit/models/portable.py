@@ -1,7 +1,7 @@
 """What a compressed model is made of. Copied whole into every checkpoint: imports torch and transformers only."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ class LowRankLinear(nn.Module):
     Both halves are plain ``nn.Linear``, so that quantisers and PEFT find layers they know; ``up`` carries the
     bias. There is no ``weight``: code that needs one fails instead of reading half of it.
     """
+
+    pivot_rows: int | None = None
 
     def __init__(
         self,
@@ -59,9 +61,76 @@ class LowRankLinear(nn.Module):
         """Multiply the factors out: ``[out, in]`` in float64."""
         return self.up.weight.double() @ self.down.weight.double()
 
+    def dense_bias(self) -> Tensor | None:
+        """The bias of the product, ``[out]``."""
+        return self.up.bias
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class PivotLinear(LowRankLinear):
+    """The same product by rows of it: ``y = [down(x), up(down(x))][index] + bias``.
+
+    ``down.weight`` are rows that span all others, ``pivot_rows`` of which are rows of this matrix (all ``rank``, unless
+    several matrices have one ``down``); ``up.weight`` has the coefficients of its other rows. PIFA, arXiv 2501.19090.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        pivot_rows: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features - pivot_rows, rank, device=device, dtype=dtype)
+        self.out_features, self.pivot_rows = out_features, pivot_rows
+        self.bias: Any = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("index", torch.arange(out_features, device=device, dtype=torch.int32))
+
+    @classmethod
+    @torch.no_grad()
+    def from_pivots(
+        cls,
+        rows: Tensor,
+        coefficients: Tensor,
+        index: Tensor,
+        bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "PivotLinear":
+        """Copy ``rows`` [k, in], ``coefficients`` [rest, k], ``index`` [out] and ``bias`` [out] into a new layer."""
+        (rank, in_features), rest, out_features = rows.shape, len(coefficients), len(index)
+        device, dtype = device or rows.device, dtype or rows.dtype
+        layer = cls(in_features, out_features, rank, out_features - rest, bias is not None, device, dtype)
+        layer.down.weight.copy_(rows)
+        layer.up.weight.copy_(coefficients)
+        layer.index.copy_(index)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[*tokens, in]`` to ``[*tokens, out]`` by ``rank * (in + out - pivot_rows)`` multiplications a token."""
+        pivots = self.down(x)
+        outputs = torch.cat((pivots, self.up(pivots)), -1).index_select(-1, self.index)
+        return outputs if self.bias is None else outputs + self.bias
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """Multiply out and put in order: ``[out, in]`` in float64."""
+        rows = self.down.weight.double()
+        return torch.cat((rows, self.up.weight.double() @ rows))[self.index]
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias of the product, ``[out]``."""
+        return self.bias
 
 
 class Expert(nn.Module):
@@ -215,10 +284,10 @@ class LowRankModel(PreTrainedModel):
     """Goes before a stock model class: its linears take their compressed form, before any weight is loaded.
 
     ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path; ``shared_down``, the
-    linears whose ``down`` weight is another one's (one parameter, stored once); where there are any, ``experts``, the
-    modules that are `ListedExperts`, ``shapes`` ``[out, in]`` of the linears that are narrower than the stock ones, and
-    ``shortcuts``, the decoder layers that are `SlicedLayer`. Raises `ValueError`, with the entry, where they describe
-    no such model.
+    linears whose ``down`` weight is another one's (one parameter, stored once); where there are any, ``pivot_rows``,
+    that number of those that are `PivotLinear`, ``experts``, the modules that are `ListedExperts`, ``shapes``
+    ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that are
+    `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
     """
 
     _tied_weights_keys: dict[str, str] | None
@@ -243,9 +312,17 @@ class LowRankModel(PreTrainedModel):
             out_features, in_features = weight.shape
             if rank > min(weight.shape):
                 raise ValueError(f"lowrank.ranks: {rank} is no rank of {name}, which is {out_features}x{in_features}")
-            has_bias = dense.bias is not None
-            layer = LowRankLinear(in_features, out_features, rank, has_bias, weight.device, weight.dtype)
-            self.set_submodule(name, layer)
+            build: Any = LowRankLinear
+            if (own := lowrank["pivot_rows"].get(name)) is not None:
+                if own > min(rank, out_features - 1):
+                    raise ValueError(
+                        f"lowrank.pivot_rows: {own} is too many for {name}, {out_features} rows of rank {rank}"
+                    )
+                build = partial(PivotLinear, pivot_rows=own)
+            options = {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
+            self.set_submodule(name, build(in_features, out_features, rank, **options))
+        for name in lowrank["pivot_rows"]:
+            self._stock(name, "pivot_rows", PivotLinear)
         for name, owner in lowrank["shared_down"].items():
             ours, theirs = (self._stock(end, "shared_down", LowRankLinear).down.weight for end in (name, owner))
             if owner in lowrank["shared_down"] or ours.shape != theirs.shape:
@@ -278,6 +355,7 @@ def _checked(lowrank: Any) -> dict[str, Any]:
     found = {
         "ranks": entries.get("ranks"),
         "shared_down": entries.get("shared_down"),
+        "pivot_rows": entries.get("pivot_rows", {}),
         "shapes": entries.get("shapes", {}),
         "shortcuts": entries.get("shortcuts", []),
         "experts": entries.get("experts", []),
@@ -285,6 +363,7 @@ def _checked(lowrank: Any) -> dict[str, Any]:
     kinds: dict[str, Any] = {
         "ranks": _is_size,
         "shared_down": lambda owner: isinstance(owner, str),
+        "pivot_rows": _is_count,
         "shapes": lambda shape: isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_size, shape)),
     }
     for entry, is_right in kinds.items():
@@ -299,8 +378,12 @@ def _checked(lowrank: Any) -> dict[str, Any]:
     return found
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _is_count(value) and value > 0
 
 
 def _validate(config: Any) -> None:

@@ -1,16 +1,17 @@
-"""Bases of 4 or 8 bits, which transformers loads through bitsandbytes."""
+"""Bases of 4 or 8 bits, which transformers loads through bitsandbytes, or writes and loads through torchao."""
 
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import ModelLayout
 
 Quantisation = Literal["none", "nf4", "int8"]
+Bits = Literal[4, 8]
 
 
 def check_quantisation(kind: Quantisation, device: str) -> None:
@@ -40,3 +41,33 @@ def loading_options(kind: Quantisation, dtype: torch.dtype, device: torch.device
 def as_quantised(layout: ModelLayout) -> ModelLayout:
     """The layout that an unquantised model's will be once it is loaded quantised."""
     return replace(layout, linears=tuple(replace(ref, quantised=True) for ref in layout.linears))
+
+
+def load_torchao(path: str, revision: str | None, bits: Bits, group: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model with quantised weights in its blocks, on any device; it computes in ``dtype``.
+
+    Weights alone are quantised, symmetrically: of 8 bits with a scale an output, of 4 bits with one for every ``group``
+    inputs. torchao keeps 4 bits in a byte each where a device has no kernel for packed ones, as a CPU has none.
+    `save_pretrained` writes a checkpoint that transformers loads by itself.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    four_bits = IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=PerGroup(group),
+    )
+    kind = TorchAoConfig(Int8WeightOnlyConfig() if bits == 8 else four_bits)
+    return AutoModelForCausalLM.from_pretrained(
+        path, revision=revision or "main", quantization_config=kind, dtype=dtype
+    )
+
+
+def check_torchao(layout: ModelLayout, bits: Bits, group: int) -> None:
+    """Raise `ConfigError` where `load_torchao` cannot be: without the package, or for inputs that make no groups."""
+    if find_spec("torchao") is None:
+        raise ConfigError("a quantised base needs the package torchao: pip install 'lowrank_kit[quantised]'")
+    for ref in layout.select():
+        if bits == 4 and ref.in_features % group:
+            legal = max(size for size in range(1, group) if ref.in_features % size == 0)
+            raise ConfigError(f"{ref.name} has {ref.in_features} inputs, no groups of {group}: use --group {legal}")

@@ -8,9 +8,10 @@ import numpy as np
 
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.plots.figure import Figure, integer_ticks, new_figure, panels, save
+from lowrank_kit.storages.storage import Storage
 
 
-def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Path) -> Figure:
+def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], storage: Storage, file: Path) -> Figure:
     """Draw the fraction of parameters that every linear keeps, blocks from left to right and roles downwards.
 
     A linear left dense (its rank is its full rank) keeps everything and is marked with a D; a cell without a
@@ -20,7 +21,7 @@ def plot_rank_map(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: Pat
     blocks = max(ref.block for ref in refs) + 1
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for ref in refs:
-        cells[roles.index(ref.role), ref.block].append(_kept(ref, ranks[ref.name]))
+        cells[roles.index(ref.role), ref.block].append(_kept(ref, ranks[ref.name], storage))
     kept = np.full((len(roles), blocks), np.nan)
     for cell, found in cells.items():
         kept[cell] = np.mean(found)
@@ -54,7 +55,7 @@ def plot_kept_ranks(refs: Sequence[LinearRef], ranks: Mapping[str, int], file: P
     return figure
 
 
-def _kept(ref: LinearRef, rank: int) -> float:
+def _kept(ref: LinearRef, rank: int, storage: Storage) -> float:
     if rank == ref.full_rank:
         return 1.0
-    return rank * (ref.in_features + ref.out_features) / (ref.parameters)
+    return storage.cost(ref.out_features, ref.in_features, rank) / ref.parameters

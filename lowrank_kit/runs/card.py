@@ -151,8 +151,12 @@ def _facts(plan: _Plan | None, folder: Path, manifest: Mapping[str, Any]) -> lis
         )
         lines.append(f"Ranks of {len(ranks)} matrices: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}")
     config = read_json(folder / "config.json", dict) or {}
-    if factored := (config.get("lowrank") or {}).get("ranks"):
-        lines.append(f"Stored as two factors: {len(factored)} matrices")
+    lowrank = config.get("lowrank") or {}
+    if factored := lowrank.get("ranks"):
+        pivots = len(lowrank.get("pivot_rows") or ())
+        lines.append(
+            f"Stored as two factors: {len(factored)} matrices{f', {pivots} of them by pivot rows' if pivots else ''}"
+        )
     if versions := manifest.get("versions"):
         lines.append(f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}")
     return lines

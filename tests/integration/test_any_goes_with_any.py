@@ -1,6 +1,7 @@
-"""Every truncation with every allocation and every correction, on one tiny model with one cache."""
+"""Every truncation with every allocation and every correction, and storages with each of these, on one tiny model."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -14,11 +15,28 @@ from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.storages.storage import Storage
 from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
-STRUCTURES = Structure.known
+STORAGES, STRUCTURES = Storage.known, Structure.known
+# Pairs with a storage other than the default: it meets factors and costs alone.
+WITH_STORAGE = [
+    choice
+    for storage in STORAGES.keys() - {"factors"}
+    for choice in (
+        *((truncation, "lagrangian", "none", storage) for truncation in TRUNCATIONS),
+        *(("two_sided", allocation, "none", storage) for allocation in ALLOCATIONS),
+        *(("two_sided", "uniform", correction, storage) for correction in CORRECTIONS),
+    )
+]
+ADDS_LOSSES = [name for name, allocation in ALLOCATIONS.items() if allocation.adds_losses]
+CHOICES = [
+    *((*choice, "factors", "none") for choice in product(TRUNCATIONS, ALLOCATIONS, CORRECTIONS)),
+    *((*choice, "none") for choice in sorted({*WITH_STORAGE})),
+    *(("two_sided", *choice, "channels") for choice in product(ADDS_LOSSES, CORRECTIONS, STORAGES)),
+]
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
 
@@ -52,12 +70,9 @@ def refused(method, layout):
     return True
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize(("truncation", "allocation", "correction", "storage", "structure"), CHOICES)
 def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
-    truncation, allocation, correction, structure, model, cache, tmp_path
+    truncation, allocation, correction, storage, structure, model, cache, tmp_path
 ):
     method = TruncatedSVD(
         name="any",
@@ -66,6 +81,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         correction=CORRECTIONS[correction](),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
+        storage=STORAGES[storage](),
         structure=STRUCTURES[structure](),
     )
     layout = layout_of(model)
@@ -113,6 +129,4 @@ def test_what_is_refused_is_known(model):
     }
     joint = {("joint", a, c, "none") for a in ALLOCATIONS for c in ("sequential", "residual")}
     channels = {(t, a, c, "channels") for t in TRUNCATIONS for a in ALLOCATIONS for c in CORRECTIONS}
-    assert found == joint | channels - {
-        ("two_sided", a, c, "channels") for a in ("lagrangian", "loss") for c in CORRECTIONS
-    }
+    assert found == joint | channels - {("two_sided", a, c, "channels") for a in ADDS_LOSSES for c in CORRECTIONS}

@@ -97,7 +97,9 @@ def test_a_correction_is_refused_for_experts_and_not_for_the_attention(job):
     assert "experts" not in json.loads((run / "checkpoint/config.json").read_text())["lowrank"]
 
 
-@pytest.mark.parametrize("method", ["svd", "kfac_svd", "energy_svd", "basis_sharing", "grasp", "shortgpt"])
+@pytest.mark.parametrize(
+    "method", ["svd", "kfac_svd", "energy_svd", "basis_sharing", "grasp", "shortgpt", "prune_comp"]
+)
 def test_other_methods_take_experts_too(method, job):
     run = execute(job(method=method, family="qwen3_moe"))
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoint")(IDS).logits.isfinite().all()

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.checkpoint import save_compressed, save_dense
 from lowrank_kit.models.experts import list_experts, with_factors
-from lowrank_kit.models.factored import ranks_of, replace_linear, share_down, shared_downs
+from lowrank_kit.models.factored import pivot_rows_of, ranks_of, replace_linear, share_down, shared_downs
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import ModelSource, load_config, load_model, skeleton
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
@@ -122,7 +124,7 @@ class Checkpoints:
 
 
 def factor(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
-    """Factor all linears but those of the last block's MLP, at two different ranks, with random factors."""
+    """Factor all linears but those of the last block's MLP, at two ranks, with random factors; pivots in block 1."""
     draw = torch.Generator().manual_seed(0)
     list_experts(model)
     refs = [ref for ref in layout_of(model).linears if ref.block < 2 or ref.role in ("q", "qkv")]
@@ -131,7 +133,8 @@ def factor(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
         up, down = (
             torch.randn(*shape, generator=draw) for shape in ((ref.out_features, rank), (rank, ref.in_features))
         )
-        replace_linear(model, ref.name, LowRankFactors(up / rank**0.5, down / ref.in_features**0.5))
+        storage = Pivot() if ref.block == 1 else Factors()
+        storage.put(model, [ref.name], LowRankFactors(up / rank**0.5, down / ref.in_features**0.5))
     if share:
         first, second = (next(ref.name for ref in refs if ref.block == block) for block in (0, 1))
         share_down(model, second, first)
@@ -199,7 +202,9 @@ def test_a_saved_folder_is_whole_and_says_what_it_is(saved, family):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == f"lowrank_{family}"
     experts = {"experts": with_factors(model)} if family in WITH_EXPERTS else {}
-    assert config["lowrank"] == {"ranks": ranks_of(model), "shared_down": shared_downs(model), **experts}
+    stored = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "pivot_rows": pivot_rows_of(model)}
+    assert config["lowrank"] == stored | experts
+    assert config["lowrank"]["pivot_rows"]
     assert bool(config["lowrank"]["shared_down"]) == (family in SHARED)
     assert (folder / f"modeling_lowrank_{family}.py").is_file()
     assert len(list(folder.glob("*.safetensors"))) > 1 or family != SHARDED

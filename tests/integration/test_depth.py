@@ -32,6 +32,10 @@ RUNS = [
     ("shortgpt", (), "llama"),
     ("shortgpt", ("method.choice=contiguous", "method.distance=angular"), "gpt2"),
     ("shortgpt", ("method.blocks=[1,4]",), "llama"),
+    ("prune_comp", (), "llama"),
+    ("prune_comp", ("method.iterative=false",), "gpt2"),
+    ("replace_me", (), "llama"),
+    ("replace_me", ("method.objective=cosine", "method.distance=angular"), "opt"),
     ("laco", (), "llama"),
     ("laco", ("method.merged=2", "method.interval=2", "method.differences=original"), "opt"),
 ]
@@ -55,11 +59,11 @@ def test_a_run_ends_with_results_and_a_stock_checkpoint_of_fewer_blocks(method, 
     records = {r["checkpoint"]: r["value"] for r in read(run / "results.json")}
     assert set(records) == {"dense", "final"}
     assert records["dense"] != records["final"]
-    picture = {"shortgpt": "influence.png", "laco": "similarity.png"}[method]
+    picture = {"laco": "similarity.png", "replace_me": "distance.png"}.get(method, "influence.png")
     assert [file.name for file in (run / "plots").iterdir()] == [picture]
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "laco"])
+@pytest.mark.parametrize("method", ["shortgpt", "laco", "prune_comp", "replace_me"])
 def test_stages_apart_give_what_one_run_gives(method, job, tmp_path):
     whole, parts = execute(job(method)), tmp_path / "parts"
     for stages in ("[calibrate]", "[plan]", "[apply]", "[train,evaluate]"):
@@ -75,6 +79,7 @@ def test_stages_apart_give_what_one_run_gives(method, job, tmp_path):
         ("shortgpt", ["method.blocks=[7]"], "no block 7; legal are 0 to 5"),
         ("shortgpt", ["method.blocks=[0]"], "lower method.ratio to 0.1666"),
         ("shortgpt", ["method.choice=both"], "contiguous"),
+        ("replace_me", ["calibration.samples=1", "calibration.seq_len=16"], "16 calibration tokens cannot determine"),
         ("laco", ["method.lowest=4"], "no room for a merge"),
         ("laco", ["method.merged=1"], "merged"),
     ],

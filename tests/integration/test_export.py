@@ -10,12 +10,13 @@ from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.export import main
 from lowrank_kit.models.checkpoint import save_compressed
-from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.portable import LowRankLinear
+from lowrank_kit.models.portable import LowRankLinear, PivotLinear
 from lowrank_kit.pipeline import execute
 from lowrank_kit.runs.directory import run_name
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.training.initialise import adapt
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -26,9 +27,9 @@ def run(tiny_model, checkpoint, tmp_path):
     """A run directory with a compressed model of bfloat16 weights, and that model."""
     model = tiny_model("llama", tie_word_embeddings=True, dtype="bfloat16")
     for ref in layout_of(model).linears[:9]:
-        replace_linear(
-            model, ref.name, LowRankFactors(torch.randn(ref.out_features, 5), torch.randn(5, ref.in_features) / 32)
-        )
+        storage = Pivot() if ref.role in ("q", "v", "down") else Factors()
+        up, down = torch.randn(ref.out_features, 5), torch.randn(5, ref.in_features) / 32
+        storage.put(model, [ref.name], LowRankFactors(up, down))
     save_compressed(model, tmp_path / "run/checkpoint", AutoTokenizer.from_pretrained(checkpoint("llama")))
     return tmp_path / "run"
 
@@ -54,9 +55,10 @@ def test_dense_keeps_the_stored_dtype_and_rounds_once(run, tmp_path):
     layers = [(n, m) for n, m in factored.named_modules() if isinstance(m, LowRankLinear)]
     assert len(layers) == 9
     for name, layer in layers:
-        product = torch.from_numpy(
-            layer.up.weight.detach().double().numpy() @ layer.down.weight.detach().double().numpy()
-        )
+        down = layer.down.weight.detach().double().numpy()
+        product = torch.from_numpy(layer.up.weight.detach().double().numpy() @ down)
+        if isinstance(layer, PivotLinear):
+            product = torch.cat([torch.from_numpy(down), product])[layer.index]
         assert torch.equal(dense.get_submodule(name).weight, product.to(torch.bfloat16))
 
 

@@ -63,7 +63,7 @@ def test_each_part_runs_by_the_ordinary_command(site, python, language_arguments
         "minor": arguments("method=minor"),
         "both parts": [
             *language_arguments(*on_stablelm, "method.rank_multiple=1", method="svd_llm"),
-            *("truncation=shrunk", "method.truncation.strength=0.02", "allocation=by_depth"),
+            *("truncation=shrunk", "method.truncation.strength=0.02", "allocation=by_depth", "storage=rounded"),
         ],
         "drop_last": language_arguments(*on_stablelm, method="drop_last"),
     }
@@ -75,6 +75,10 @@ def test_each_part_runs_by_the_ordinary_command(site, python, language_arguments
     plan = json.loads((tmp_path / "both parts" / "plan.json").read_text())
     ranks = [plan["ranks"][f"model.layers.{block}.mlp.up_proj"] for block in range(3)]
     assert ranks[0] < ranks[1] < ranks[2]
+    weights = load_file(tmp_path / "both parts" / "checkpoint" / "model.safetensors")
+    factors = [tensor for name, tensor in weights.items() if ".up.weight" in name or ".down.weight" in name]
+    assert factors
+    assert all(factor.bfloat16().float().equal(factor) for factor in factors)
     assert json.loads((tmp_path / "drop_last" / "plan.json").read_text())["kept_blocks"] == [0, 1]
     kept = load_file(tmp_path / "drop_last" / "checkpoint" / "model.safetensors")
     assert {name.split(".")[2] for name in kept if ".layers." in name} == {"0", "1"}

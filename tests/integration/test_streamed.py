@@ -47,6 +47,7 @@ def command(language_arguments, composed, tmp_path, monkeypatch):
 
 METHODS = ["svd", "svd_llm", "svd_llm_v2", "d_rank", "hisvd", "fwsvd", "kfac_svd", "zs_svd"]
 KEPT = "method.allocation.keep.influence=0.5"
+PIVOT = "storage=pivot"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,7 +55,7 @@ def test_streamed_is_resident_bit_for_bit(method, command):
     same(command("streamed", STREAMED, method=method), command("resident", method=method))
 
 
-@pytest.mark.parametrize("word", ["dtype=bfloat16", KEPT, "method.roles=[gate,up,down]"])
+@pytest.mark.parametrize("word", ["dtype=bfloat16", KEPT, "method.roles=[gate,up,down]", PIVOT])
 def test_so_are_half_precision_floors_and_blocks_of_which_little_changes(word, command):
     same(command("streamed", STREAMED, word), command("resident", word))
 
@@ -85,7 +86,8 @@ def _loaded(folder):
     return model, layout_of(model)
 
 
-def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
+@pytest.mark.parametrize("words", [(), (PIVOT,)], ids=str)
+def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -100,12 +102,12 @@ def test_a_killed_run_goes_on_at_its_block(command, monkeypatch):
 
     monkeypatch.setattr(Streamed, "write", dies)
     with pytest.raises(Killed):
-        command("streamed", STREAMED)
+        command("streamed", STREAMED, *words)
     assert written == [0, 1]
-    run = command("streamed", STREAMED)
+    run = command("streamed", STREAMED, *words)
     assert written == [0, 1, 1, 2][: len(written)]
     assert written.count(0) == 1
-    same(run, command("resident"))
+    same(run, command("resident", *words))
 
 
 def test_one_block_is_in_memory_at_a_time(command, monkeypatch):

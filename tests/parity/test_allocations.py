@@ -72,7 +72,7 @@ def wanted(monkeypatch):
         proportional = module.proportional
 
         def noted(candidates, budget, weights):
-            costs = [weight * candidate.cost_per_rank for weight, candidate in zip(weights, candidates, strict=True)]
+            costs = [weight * candidate.first_rank_cost for weight, candidate in zip(weights, candidates, strict=True)]
             kept.update({c.name: cost / sum(costs) for c, cost in zip(candidates, costs, strict=True)})
             return proportional(candidates, budget, weights)
 

@@ -1,4 +1,4 @@
-"""Methods that take blocks away, or components inside them: ShortGPT, LaCo, GRASP."""
+"""Methods that take blocks away, or components inside them: ShortGPT, LaCo, GRASP, ReplaceMe, Prune&Comp."""
 
 from copy import deepcopy
 from itertools import pairwise
@@ -9,7 +9,10 @@ import torch
 
 from lowrank_kit.compressors.grasp import Grasp
 from lowrank_kit.compressors.laco import LaCo
+from lowrank_kit.compressors.prune_comp import PruneComp
+from lowrank_kit.compressors.replace_me import ReplaceMe
 from lowrank_kit.compressors.shortgpt import ShortGPT
+from lowrank_kit.truncations.optimal import Optimal
 
 BLOCKS = 6
 
@@ -137,4 +140,107 @@ def test_grasp_keeps_the_components_on_which_the_loss_depends(propagate, model, 
                 kept = sorted(np.argsort(score)[::-1][:rank].tolist())
                 assert plan.kept[name] == kept, name
                 expected[name] = sum(s[k] * np.outer(u[:, k], vh[k]) for k in kept)
+    same_model(compressed, model, expected)
+
+
+@torch.no_grad()
+def mlp_outputs(model, rows, block):
+    """What the MLP of a block writes, in float64: [rows, tokens, d]."""
+    seen = []
+    handle = model.model.layers[block].mlp.register_forward_hook(lambda _m, _x, y: seen.append(y.double()))
+    model(input_ids=rows)
+    handle.remove()
+    return seen[0].numpy()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_replace_me_maps_the_mlp_outputs_to_what_the_run_gives(ridge, model, rows, work):
+    """Arxiv 2505.02819: T* = (M^T M + alpha I)^-1 M^T (L_i+n - Y_i) for the run across which states turn least."""
+    plan, compressed = work(model, ReplaceMe(name="x", ratio=0.3, ridge=ridge))
+    h = states(model, rows).reshape(BLOCKS + 1, -1, 32)
+    norms = np.linalg.norm(h, axis=-1)
+    across = {i: 1 - np.mean(np.sum(h[i] * h[i + 2], -1) / (norms[i] * norms[i + 2])) for i in range(1, BLOCKS - 1)}
+    first = min(across, key=across.get)
+    assert plan.kept_blocks == tuple(b for b in range(BLOCKS) if b not in (first, first + 1))
+    assert [plan.scores[f"blocks {i}-{i + 1}"] for i in across] == pytest.approx(list(across.values()), rel=1e-4)
+    m = mlp_outputs(model, rows, first - 1).reshape(-1, 32)
+    y = h[first] - m
+    alpha = ridge * np.trace(m.T @ m) / 32
+    # Rows of the paper are tokens: its T is the transpose of ours.
+    transform = np.linalg.solve(m.T @ m + alpha * np.eye(32), m.T @ (h[first + 2] - y))
+    expected = without(model, (first, first + 1))
+    down = expected.model.layers[first - 1].mlp.down_proj.weight
+    down.data = torch.as_tensor(transform.T @ down.data.double().numpy()).float()
+    torch.testing.assert_close(logits(compressed, rows), logits(expected, rows), rtol=0, atol=1e-3)
+
+
+def test_replace_me_by_angle_is_the_authors_descent(model, rows, work):
+    """ReplaceMe/utils.py, adam_method: 10 passes of Adam from I at 1e-4; fewer than 1024 tokens are one step a pass."""
+    plan, compressed = work(model, ReplaceMe(name="x", ratio=0.3, objective="cosine"))
+    first = min(set(range(BLOCKS)) - set(plan.kept_blocks))
+    h = states(model, rows).reshape(BLOCKS + 1, -1, 32)
+    m = mlp_outputs(model, rows, first - 1).reshape(-1, 32)
+    target = h[first + 2] - (h[first] - m)
+    target /= np.linalg.norm(target, axis=1, keepdims=True)
+    t, mean, square = np.eye(32), np.zeros((32, 32)), np.zeros((32, 32))
+    for step in range(1, 11):
+        x = m @ t
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        unit = x / length
+        gradient = m.T @ (((unit * target).sum(1, keepdims=True) * unit - target) / length) / len(m)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        t -= 1e-4 * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+    expected = without(model, (first, first + 1))
+    down = expected.model.layers[first - 1].mlp.down_proj.weight
+    down.data = torch.as_tensor(t.T @ down.data.double().numpy()).float()
+    found = compressed.model.layers[first - 1].mlp.down_proj.weight
+    torch.testing.assert_close(found, down, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("iterative", [True, False])
+def test_prune_comp_gives_the_stream_the_magnitude_behind_the_block(iterative, model, rows, work):
+    """Arxiv 2507.18212, as magcomp.py has it: embedding and earlier outputs times the mean ratio of magnitudes."""
+    with torch.no_grad():
+        # Later blocks turn the stream more: those that go have others behind them.
+        for block in model.model.layers[3:]:
+            block.self_attn.o_proj.weight *= 4
+            block.mlp.down_proj.weight *= 4
+    plan, compressed = work(model, PruneComp(name="x", ratio=0.3, iterative=iterative))
+    current, present, gone = deepcopy(model), list(range(BLOCKS)), []
+    original, first = influence(model, rows), None
+    while len(gone) < 2:
+        bi = influence(current, rows) if iterative else [original[block] for block in present]
+        place = int(np.argmin(bi))
+        h = states(current if iterative else model, rows)
+        where = place if iterative else present[place]
+        scale = (np.abs(h[where + 1]).mean(1) / np.abs(h[where]).mean(1)).mean()
+        first = first or scale
+        current = without(current, {place})
+        current.model.embed_tokens.weight.data *= scale
+        for block in current.model.layers[:place]:
+            block.self_attn.o_proj.weight.data *= scale
+            block.mlp.down_proj.weight.data *= scale
+        gone.append(present.pop(place))
+    assert plan.kept_blocks == tuple(present)
+    assert [plan.scores[f"block {b}"] for b in range(BLOCKS)] == pytest.approx(original, rel=1e-4)
+    assert plan.scores[f"scale {gone[0]}"] == pytest.approx(first, rel=1e-5)
+    expected = logits(current, rows)
+    assert (logits(without(model, gone), rows) - expected).abs().max() > 0.1
+    torch.testing.assert_close(logits(compressed, rows), expected, rtol=0, atol=2e-3)
+
+
+def test_grasp_activation_cuts_the_redundant_blocks_by_the_optimal_truncation(model, rows, work, seen, same_model):
+    """GRASP's blocks and ranks; ``U_k U_k^T W`` with U_k the first left singular vectors of ``W X^T``."""
+    usual = {"ratio": 0.2, "selection": "removed", "removed_share": 0.7}
+    plan, compressed = work(model, Grasp(name="x", truncation=Optimal(), metric="magnitude", **usual))
+    bi, layers, expected = influence(model, rows), seen(model), {}
+    redundant = sorted(range(BLOCKS), key=lambda block: bi[block])[:2]
+    assert {int(name.split(".")[2]) for name in plan.kept} == set(redundant)
+    for name, layer in layers.items():
+        if int(name.split(".")[2]) in redundant:
+            out, columns = layer.weight.shape
+            u = np.linalg.svd(layer.weight @ layer.x.T, full_matrices=False)[0][
+                :, : int(out * columns * 0.3 / (out + columns))
+            ]
+            expected[name] = u @ u.T @ layer.weight
     same_model(compressed, model, expected)

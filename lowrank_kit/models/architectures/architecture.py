@@ -15,6 +15,9 @@ Kind = Literal["attention", "mlp", "expert"]
 Product = Literal["query", "key", "value", "gate", "hidden", "fused", "residual"]
 """What a linear's outputs are; ``fused``: several of these side by side; ``residual``: added to the residual stream."""
 
+Joining = Literal["added", "scaled", "normed"]
+"""What those outputs meet on their way to the stream: nothing, a constant factor, or a norm of them or of the sum."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -93,6 +96,8 @@ class Architecture:
         pooler: a module of the base model above its blocks, which some checkpoints lack.
         plain_residual: blocks add to the residual stream what they compute of its RMS norm and do nothing else to it,
             in modules that are called as Llama's.
+        joining: how what a block's linears write reaches the residual stream. Unless that is behind norms, others read
+            norms of the stream.
         blocks_stand_alone: a block takes nothing but the hidden states from those before it: some may be left out.
         heads_follow_width: the attention has as many heads as its separate query, key and value matrices have rows
             for, and the MLP is gated: both can be narrowed.
@@ -106,6 +111,7 @@ class Architecture:
     heads: tuple[str, ...] = ("lm_head", "score")
     pooler: str | None = None
     plain_residual: bool = False
+    joining: Joining = "added"
     blocks_stand_alone: bool = True
     heads_follow_width: bool = False
     starts_with_bos: bool = False

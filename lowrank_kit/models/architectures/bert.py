@@ -21,6 +21,7 @@ _BERT = Architecture(
     None,
     heads=("classifier", "cls", "lm_head"),
     pooler="pooler",
+    joining="normed",
 )
 
 register(_BERT, "bert")

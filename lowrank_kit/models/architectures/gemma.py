@@ -18,10 +18,12 @@ _GEMMA = Architecture(
 _BLOCK = ATTENTION + gated_mlp("pre_feedforward_layernorm")
 
 register(_GEMMA, "gemma")
-register(replace(_GEMMA, stacks=(Stack("layers", _BLOCK),)), "gemma2", "gemma3_text")
+_NORMED = replace(_GEMMA, stacks=(Stack("layers", _BLOCK),), joining="normed")
+
+register(_NORMED, "gemma2", "gemma3_text")
 register(
     replace(
-        _GEMMA,
+        _NORMED,
         stacks=(Stack("language_model.layers", _BLOCK),),
         embedding="language_model.embed_tokens",
         final_norm="language_model.norm",
@@ -45,6 +47,6 @@ _FOURTH: tuple[Group | OneOf, ...] = (
 )
 
 register(
-    replace(_GEMMA, stacks=(Stack("layers", _FOURTH),), blocks_stand_alone=False, heads_follow_width=False),
+    replace(_NORMED, stacks=(Stack("layers", _FOURTH),), blocks_stand_alone=False, heads_follow_width=False),
     "gemma4_text",
 )

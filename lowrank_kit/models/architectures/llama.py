@@ -15,4 +15,4 @@ _LLAMA = Architecture(
 
 register(_LLAMA, "llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Granite scales what its blocks add to the residual stream.
-register(replace(_LLAMA, plain_residual=False), "granite")
+register(replace(_LLAMA, plain_residual=False, joining="scaled"), "granite")

@@ -3,4 +3,13 @@
 from lowrank_kit.models.architectures.architecture import Architecture, Stack, register
 from lowrank_kit.models.architectures.roles import attention, gated_mlp
 
-register(Architecture((Stack("layers", attention(None) + gated_mlp(None)),), "embed_tokens", "norm"), "olmo2", "olmo3")
+register(
+    Architecture(
+        (Stack("layers", attention(None) + gated_mlp(None)),),
+        "embed_tokens",
+        "norm",
+        joining="normed",
+    ),
+    "olmo2",
+    "olmo3",
+)

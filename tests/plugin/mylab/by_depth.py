@@ -5,11 +5,11 @@ from typing import Literal
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation
-from lowrank_kit.allocations.budget import break_even_of, proportional
+from lowrank_kit.allocations.budget import proportional
 
 
 class ByDepth(Allocation):
-    """``k ~ uniform rank * (1 + slope * depth)``, depth from 0 in the first block to 1 in the last."""
+    """Keep ``1 + slope * depth`` times as much of a matrix, depth from 0 in the first block to 1 in the last."""
 
     kind: Literal["by_depth"] = "by_depth"
     """Marks the rule."""
@@ -19,8 +19,5 @@ class ByDepth(Allocation):
     def ranks(self, candidates, budget, probe=None):
         """See `Allocation`."""
         last = max(1, *(candidate.block for candidate in candidates))
-        weights = [
-            uniform * (1 + self.slope * candidate.block / last)
-            for uniform, candidate in zip(break_even_of(candidates), candidates, strict=True)
-        ]
+        weights = [candidate.dense_cost * (1 + self.slope * candidate.block / last) for candidate in candidates]
         return proportional(candidates, budget, weights)

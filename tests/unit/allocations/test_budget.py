@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from lowrank_kit.allocations.allocation import Allocation, Budget
 from lowrank_kit.allocations.asvd import Strs
+from lowrank_kit.allocations.budget import options_of
 from lowrank_kit.allocations.d_rank import DRank
 from lowrank_kit.allocations.hisvd import HiSvd
 from lowrank_kit.allocations.loss import Loss
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.storage import Storage
 
 RULES = [
     *(rule() for rule in Allocation.known.values()),
@@ -75,6 +78,7 @@ def problems(draw):
     floor = draw(st.sampled_from([0.0, 0.0, 0.5, 1.0]))
     dense = draw(st.sampled_from([True, True, False]))
     keep = draw(st.floats(0.05, 1.0))
+    storage = Storage.known[draw(st.sampled_from(sorted(Storage.known)))]()
     return (
         seed,
         {r: shapes[r] for r in roles},
@@ -83,6 +87,7 @@ def problems(draw):
         zeros,
         Budget(0, draw(st.sampled_from([1, 2, 4])), floor, dense),
         keep,
+        storage,
     )
 
 
@@ -90,7 +95,7 @@ def problems(draw):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_every_rule_meets_the_budget_or_says_why_not(make, all_spectra, tails_probe, rule, problem):
-    seed, shapes, blocks, members, zeros, budget, keep = problem
+    seed, shapes, blocks, members, zeros, budget, keep, storage = problem
     generator = torch.Generator().manual_seed(seed)
     candidates = []
     for block in range(blocks):
@@ -99,7 +104,9 @@ def test_every_rule_meets_the_budget_or_says_why_not(make, all_spectra, tails_pr
             tail = scale * torch.arange(1, min(members * out, width) + 1, dtype=torch.float64) ** -(3 * power)
             if zeros:
                 tail[len(tail) // 3 :] = 0
-            candidates.append(make(role, block * members, (out, width), tail, members, **all_spectra(tail, generator)))
+            spectra = all_spectra(tail, generator)
+            candidate = make(role, block * members, (out, width), tail, members, **spectra)
+            candidates.append(replace(candidate, storage=storage))
     budget = replace(budget, parameters=int(keep * total(candidates)))
     try:
         ranks = rule.ranks(candidates, budget, tails_probe(candidates))
@@ -137,9 +144,39 @@ def test_uniform_keeps_the_same_fraction_of_every_matrix(smollm2, keep):
     assert all(max(found) - min(found) <= 1 for found in by_shape.values())
 
 
+@pytest.mark.parametrize("keep", [0.97, 0.8, 0.4])
+def test_uniform_keeps_the_same_fraction_of_every_matrix_whatever_a_rank_costs(smollm2, keep):
+    pivots = [replace(candidate, storage=Pivot()) for candidate in smollm2]
+    ranks = Uniform().ranks(pivots, Budget(int(keep * total(smollm2)), dense=False))
+    for c in pivots:
+        (out, width), rank = c.shape, ranks[c.name]
+        # One rank more and one less enclose the share.
+        assert (rank - 1) * (out + width - rank + 1) < keep * out * width < (rank + 1) * (out + width - rank - 1)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_pivots_leave_no_gap_below_dense(smollm2, multiple):
+    """The options of a matrix go up to full rank by steps of about one price; two factors end at break-even."""
+    pivots = [replace(candidate, storage=Pivot()) for candidate in smollm2]
+    for plain, candidate in zip(smollm2, pivots, strict=True):
+        assert candidate.break_even == candidate.full_rank - 1 > plain.break_even
+    for candidate, options in zip(pivots, options_of(pivots, Budget(total(smollm2), multiple)), strict=True):
+        out, width = candidate.shape
+        assert list(options.ranks) == list(range(multiple, min(out, width) + 1, multiple))
+        assert list(options.costs) == [rank * (out + width - rank) for rank in options.ranks]
+
+
+def test_the_same_bytes_buy_the_published_ranks(make):
+    """Of a 4096 x 4096 matrix: 2264 for 1638 at a ratio of 0.2, 1505 for 1228 at 0.4, 923 for 819 at 0.6."""
+    plain = make("o", 0, (4096, 4096), torch.ones(4096))
+    pivot = replace(plain, storage=Pivot())
+    for keep, ranks in {0.8: (1638, 2264), 0.6: (1228, 1505), 0.4: (819, 923)}.items():
+        assert (int(plain.rank_at(keep * 4096**2)), int(pivot.rank_at(keep * 4096**2))) == ranks
+
+
 def test_a_joint_basis_shares_one_down(make):
     joint = make("o", 0, (576, 576), torch.ones(576), members=4)
-    assert joint.cost_per_rank == 576 + 4 * 576
+    assert joint.first_rank_cost == 576 + 4 * 576
     assert joint.dense_cost == 4 * 576 * 576
     assert joint.full_rank == 576
     assert joint.break_even == 460  # 461 would cost more than the four matrices

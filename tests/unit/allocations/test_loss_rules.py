@@ -51,8 +51,8 @@ def test_lagrangian_equalises_the_saving_per_parameter(smollm2):
     budget = Budget(int(0.5 * total(smollm2)), dense=False)
     ranks = Lagrangian().ranks(smollm2, budget)
     inside = [c for c in smollm2 if 1 < ranks[c.name] < c.break_even]
-    last = [float(c.tail[ranks[c.name] - 1]) / c.cost_per_rank for c in inside]
-    following = [float(c.tail[ranks[c.name]]) / c.cost_per_rank for c in inside]
+    last = [float(c.tail[ranks[c.name] - 1]) / c.first_rank_cost for c in inside]
+    following = [float(c.tail[ranks[c.name]]) / c.first_rank_cost for c in inside]
     # What the last kept rank of any matrix saves is at least what the next of any other would, but for round-off.
     assert sorted(last)[1] >= sorted(following)[-2]
 
@@ -68,7 +68,7 @@ def naive_zero_sum(candidates, budget, floor):
     kept = {c.name: c.full_rank for c in candidates}
 
     def cost(c):
-        return c.dense_cost if kept[c.name] > c.break_even else kept[c.name] * c.cost_per_rank
+        return c.dense_cost if kept[c.name] > c.break_even else kept[c.name] * c.first_rank_cost
 
     running, sums = 0.0, []
     while sum(map(cost, candidates)) > budget:
@@ -93,11 +93,11 @@ def test_zero_sum_walks_as_published(make, keep, share):
             candidates.append(make(role, block, shape, change.abs(), change=change))
     budget = Budget(int(keep * total(candidates)))
     # The floor rounds down to multiples of one, at least one.
-    floor = {c.name: max(int(share * c.dense_cost / c.cost_per_rank), 1) for c in candidates}
+    floor = {c.name: max(int(share * c.dense_cost / c.first_rank_cost), 1) for c in candidates}
     expected, sums = naive_zero_sum(candidates, budget.parameters, floor)
     ranks = ZeroSum().ranks(candidates, budget)
     # Ours may give back what the last drop freed beyond the budget, a rank at most.
-    assert all(0 <= c.cost(ranks[c.name]) - c.cost(expected[c.name]) <= c.cost_per_rank for c in candidates)
+    assert all(0 <= c.cost(ranks[c.name]) - c.cost(expected[c.name]) <= c.first_rank_cost for c in candidates)
     assert sum(ranks[n] != expected[n] for n in ranks) <= 2
     assert max(map(abs, sums)) <= 2 * max(float(c.spectra["change"].abs().max()) for c in candidates)
 
@@ -115,7 +115,7 @@ def naive_strs(candidates, budget, probe, grid):
     for c in candidates:
         points[c.name] = {c.full_rank: 0.0}
         for share in grid:
-            rank = max(min(int(share * c.dense_cost / c.cost_per_rank + 1e-9), c.break_even), 1)
+            rank = max(min(int(share * c.dense_cost / c.first_rank_cost + 1e-9), c.break_even), 1)
             points[c.name][rank] = probe.loss_change({c.name: rank})
     for threshold in sorted({loss for found in points.values() for loss in found.values()}):
         plan = {name: min(r for r, loss in found.items() if loss <= threshold) for name, found in points.items()}

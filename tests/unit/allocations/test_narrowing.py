@@ -89,8 +89,8 @@ def test_one_multiplier_decides_for_all_blocks(make):
     last, following = [], []
     for c in [*narrowed, *(c for c in candidates if c.name not in gone)]:
         k = ranks[c.name]
-        last += [float(c.tail[k - 1]) / c.cost_per_rank] if k > 1 else []
-        following += [float(c.tail[k]) / c.cost_per_rank] if k < c.break_even else []
+        last += [float(c.tail[k - 1]) / c.first_rank_cost] if k > 1 else []
+        following += [float(c.tail[k]) / c.first_rank_cost] if k < c.break_even else []
     assert sorted(last)[1] >= sorted(following)[-2]
 
 

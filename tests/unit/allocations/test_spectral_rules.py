@@ -63,7 +63,7 @@ def test_d_rank_minimises_effective_rank_over_rank(make):
     shapes, effective = {"q": (300, 300), "k": (100, 300), "gate": (500, 300)}, {"q": 40, "k": 90, "gate": 200}
     tails = {role: flat_then_zero(min(shape), effective[role]) for role, shape in shapes.items()}
     candidates = [make(role, 0, shape, tails[role], whitened=tails[role]) for role, shape in shapes.items()]
-    cost = np.array([c.cost_per_rank for c in candidates])
+    cost = np.array([c.first_rank_cost for c in candidates])
     r = np.array([effective[c.role] for c in candidates])
     budget = 60_000
     best = minimize(

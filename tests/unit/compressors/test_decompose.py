@@ -191,10 +191,10 @@ def test_role_scope_gives_every_role_the_ratio(tiny_model, samples, method):
     plan, found = compress(model, method(scope="role", allocation=Lagrangian(), ratio=0.5), samples)
     for role in layout_of(model).roles:
         members = [c for c in found.candidates if c.role == role]
-        kept = sum(plan.ranks[c.name] * c.cost_per_rank for c in members)
+        kept = sum(plan.ranks[c.name] * c.first_rank_cost for c in members)
         dense = sum(c.dense_cost for c in members)
         # What a role cannot spend of its own share goes to the next one.
-        assert abs(kept - dense / 2) <= 2 * max(c.cost_per_rank for c in found.candidates)
+        assert abs(kept - dense / 2) <= 2 * max(c.first_rank_cost for c in found.candidates)
 
 
 def test_the_probe_measures_a_dense_matrix_dense(tiny_model, samples, method):

@@ -9,6 +9,7 @@ from lowrank_kit.compose import Composer
 from lowrank_kit.config import RunConfig, load
 from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.storages.storage import Storage
 from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
@@ -20,7 +21,7 @@ CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for na
 LOCAL = ("data=local", "experiment=astra_math_small", "experiment=astra_code_small")
 NEEDED = {
     **{name: ["++data.root=rows"] for name in LOCAL},
-    **{part: ["method=svd"] for part in ("allocation", "truncation", "correction", "structure")},
+    **{part: ["method=svd"] for part in ("allocation", "truncation", "correction", "storage", "structure")},
 }
 
 
@@ -63,6 +64,7 @@ def test_what_says_nothing_is_not_in_a_configuration():
     assert not {"instructions", "max_length"} & set(plain["task"])
     assert "method" not in plain["recovery"]
     assert "effects" not in plain["eval"]
+    assert "storage" not in plain["method"]
     usual = {"hub_path", "hub_name", "split", "instruction_column", "input_column", "output_columns", "label_column"}
     assert set(plain["recovery"]["sets"]["alpaca"]) == usual
 
@@ -73,7 +75,13 @@ def test_a_part_that_the_method_does_not_have_is_refused_with_those_that_have_it
         COMPOSER.jobs([f"method={method}", "allocation=hisvd"], multirun=False)
 
 
-PARTS = {"truncation": Truncation, "allocation": Allocation, "correction": Correction, "structure": Structure}
+PARTS = {
+    "truncation": Truncation,
+    "allocation": Allocation,
+    "correction": Correction,
+    "storage": Storage,
+    "structure": Structure,
+}
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items() if name not in ("method", "task")}
 
 

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.architectures import registered
+from lowrank_kit.models.blocks import joining_of
 from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.layout import ModelLayout, layout_of
 
@@ -163,3 +164,26 @@ def test_select_keeps_execution_order_and_rejects_unknown_roles(tiny_model):
     assert layout.select() == layout.linears
     with pytest.raises(ConfigError, match=r"'qkv'.*q, k, v, o, gate, up, down"):
         layout.select(["q", "qkv"])
+
+
+@pytest.mark.parametrize("family", [family for family in DECODERS if family != "gemma4_text"])
+def test_what_a_block_writes_joins_the_stream_as_its_architecture_says(family, tiny_model):
+    """In the first block; of experts, what their module gives."""
+    model = tiny_model(family)
+    layout = layout_of(model)
+    joining = joining_of(layout)
+    writers = {ref.name for ref in layout.linears if ref.block == 0 and ref.writes_residual and ref.expert is None}
+    writers |= {ref.name.rsplit(".", 2)[0] for ref in layout.linears if ref.block == 0 and ref.expert is not None}
+    written: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
+    for name in writers:
+        model.get_submodule(name).register_forward_hook(lambda _m, _x, output: written.append(output))
+    model.get_submodule(layout.blocks[0]).register_forward_hook(
+        lambda _m, x, output: streams.extend([x[0], output[0] if isinstance(output, tuple) else output])
+    )
+    forward(model)
+    before, after = streams
+    total, added = sum(output.reshape(before.shape) for output in written), after - before
+    factor = float((added * total).sum() / (total * total).sum())
+    is_multiple = bool((added - factor * total).norm() < 1e-3 * added.norm())
+    assert joining == ("normed" if not is_multiple else "added" if factor == pytest.approx(1, abs=1e-3) else "scaled")

@@ -268,11 +268,13 @@ SHAPES = [
     *(None, 3, [OTHER], {OTHER: 4}, {OTHER: [4]}, {OTHER: [4, "8"]}, {OTHER: [0, 8]}, {OTHER: [4, 8, 2]}),
     *({OTHER: [True, 8]}, {"model.norm": [4, 8]}),
 ]
+PIVOTS = [None, 3, {OTHER: 4}, {LINEAR: 5}, {LINEAR: -1}, {LINEAR: True}, {LINEAR: "4"}, {"nowhere": 4}]
 NO_LOWRANK = [
     *(None, 3, [], "none", {}, {"ranks": {LINEAR: 4}}, {"shared_down": {}}),
     *({"ranks": ranks, "shared_down": {}} for ranks in RANKS),
     *({"ranks": {LINEAR: 4, OTHER: 4}, "shared_down": shared} for shared in SHARED),
     {"ranks": {LINEAR: 4, OTHER: 5}, "shared_down": {LINEAR: OTHER}},
+    *({"ranks": {LINEAR: 4}, "shared_down": {}, "pivot_rows": pivots} for pivots in PIVOTS),
     *({"ranks": {}, "shared_down": {}, "shapes": shapes} for shapes in SHAPES),
     *({"ranks": {}, "shared_down": {}, "shortcuts": names} for names in (3, "model", [3], ["model.norm"], ["nowhere"])),
 ]

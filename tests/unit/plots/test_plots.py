@@ -8,6 +8,7 @@ from lowrank_kit.plots.block_scores import influence_table
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.ratio import plot_loss_against_ratio
 from lowrank_kit.plots.singular_values import plot_spectra
+from lowrank_kit.storages.two_factors import Factors
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_only_linears_with_a_spectrum_are_drawn(refs, tmp_path):
 
 
 def test_rank_map_holds_the_kept_fraction_of_every_linear_and_marks_the_dense(refs, ranks, tmp_path):
-    panel, _ = plot_rank_map(refs, ranks, tmp_path / "map.png").axes
+    panel, _ = plot_rank_map(refs, ranks, Factors(), tmp_path / "map.png").axes
     cells = np.ma.getdata(panel.images[0].get_array())
     assert cells.shape == (7, 3)
     # gate: 48 x 32 at rank 4.
@@ -50,7 +51,7 @@ def test_rank_map_holds_the_kept_fraction_of_every_linear_and_marks_the_dense(re
 
 
 def test_cells_without_a_linear_stay_empty(refs, ranks, tmp_path):
-    panel, _ = plot_rank_map(refs[1:], ranks, tmp_path / "map.png").axes
+    panel, _ = plot_rank_map(refs[1:], ranks, Factors(), tmp_path / "map.png").axes
     cells = panel.images[0].get_array()
     assert np.argwhere(np.ma.getmaskarray(np.ma.masked_invalid(cells))).tolist() == [[6, 0]]
 
@@ -77,7 +78,7 @@ def test_loss_against_ratio_is_sorted_and_has_the_dense_line(tmp_path):
 def test_equal_data_gives_an_equal_file(refs, ranks, tmp_path, suffix):
     files = [tmp_path / f"{name}.{suffix}" for name in "ab"]
     for file in files:
-        plot_rank_map(refs, ranks, file)
+        plot_rank_map(refs, ranks, Factors(), file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].stat().st_size > 1000
 

@@ -14,10 +14,12 @@ from lowrank_kit.adapters.lora_ga import LoraGA
 from lowrank_kit.adapters.pissa import Pissa
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.models.factored import replace_linear, share_down
+from lowrank_kit.models.factored import share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.training.initialise import adapt
 
 FACTORED_ROLES, RANK = ("q", "v", "down"), 10
@@ -33,7 +35,8 @@ def compressed(tiny_model):
     for ref in layout_of(model).linears:
         if ref.role in FACTORED_ROLES:
             u, s, vh = torch.linalg.svd(weight_of(model.get_submodule(ref.name)).detach(), full_matrices=False)
-            replace_linear(model, ref.name, LowRankFactors(u[:, :RANK] * s[:RANK], vh[:RANK]))
+            storage = Factors() if ref.role == "v" else Pivot()
+            storage.put(model, [ref.name], LowRankFactors(u[:, :RANK] * s[:RANK], vh[:RANK]))
     return model
 
 

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from lowrank_kit.config import RecoveryConfig, TrainConfig
 from lowrank_kit.data.padding import RightPadded
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.models.factored import replace_linear, share_down
+from lowrank_kit.models.factored import share_down
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.training.fit import Examples, Session
 from lowrank_kit.training.recover import distillation_loss, learner, recover, replaced_linears
 
@@ -33,7 +35,8 @@ def compressed(tiny_model):
     for ref in layout_of(model).linears:
         if ref.block == 1 and ref.role not in ("o", "down"):
             u, s, v = torch.linalg.svd(weight_of(model.get_submodule(ref.name)).detach(), full_matrices=False)
-            replace_linear(model, ref.name, LowRankFactors(u[:, :6] * s[:6], v[:6]))
+            storage = Factors() if ref.kind == "attention" else Pivot()
+            storage.put(model, [ref.name], LowRankFactors(u[:, :6] * s[:6], v[:6]))
     return model
 
 
