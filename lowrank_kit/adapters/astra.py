@@ -100,14 +100,12 @@ class Astra(InitialisedAdapter):
         targets = self.targets(layout)
         cost = [self.trained_by(ref, 1) for ref in targets]
         scores = {ref.name: log1p(effective_rank(kept[ref.name]["spectrum"])) for ref in targets}
-        allocated = allocate(
-            [ranks[ref.name] * scores[ref.name] for ref in targets],
-            cost,
-            budget=sum(c * ranks[ref.name] for c, ref in zip(cost, targets, strict=True)),
-            floor=[1] * len(targets),
-            cap=[kept[ref.name]["basis"].shape[1] for ref in targets],
-        )
-        return self._plan_of(layout, dict(zip(ranks, allocated, strict=True)), scores)
+        configured = [c * ranks[ref.name] for c, ref in zip(cost, targets, strict=True)]
+        weights = [price * scores[ref.name] for price, ref in zip(configured, targets, strict=True)]
+        most = [kept[ref.name]["basis"].shape[1] for ref in targets]
+        prices = [range(c, c * m + 1, c) for c, m in zip(cost, most, strict=True)]
+        paid = allocate(weights, prices, cost, sum(configured))
+        return self._plan_of(layout, {ref.name: n + 1 for ref, n in zip(targets, paid, strict=True)}, scores)
 
     def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
         """``B = Q``, ``A = Q^T W``."""

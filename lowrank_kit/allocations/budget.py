@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from lowrank_kit.allocations.allocation import Budget, Candidate
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.errors import ConfigError
-from lowrank_kit.spectral.allocate import spend, water_fill
+from lowrank_kit.spectral.allocate import allocate, spend
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,9 @@ def proportional(candidates: Sequence[Candidate], budget: Budget, weights: Seque
         ConfigError: see `options_of`.
     """
     options = options_of(candidates, budget)
-    step_costs = [budget.multiple * candidate.first_rank_cost for candidate in candidates]
-    in_steps = [weight / step for weight, step in zip(weights, step_costs, strict=True)]
-    bounds = [(o.costs[0] / step, o.costs[-1] / step) for o, step in zip(options, step_costs, strict=True)]
-    low, high = zip(*bounds, strict=True)
-    ideal = water_fill(in_steps, step_costs, budget.parameters, low, high)
-    start = [o.within(x * step) for o, x, step in zip(options, ideal, step_costs, strict=True)]
-
-    def deficit(item: int, index: int) -> float:
-        return ideal[item] - options[item].costs[index] / step_costs[item]
-
-    return finish(candidates, budget, options, start, deficit)
+    units = [budget.multiple * candidate.first_rank_cost for candidate in candidates]
+    chosen = allocate(weights, [o.costs for o in options], units, budget.parameters)
+    return {c.name: o.ranks[index] for c, o, index in zip(candidates, options, chosen, strict=True)}
 
 
 def keep_of(candidates: Sequence[Candidate], budget: Budget) -> float:

@@ -1,10 +1,15 @@
 """From calibration samples to the batches that a model reads."""
 
+from collections.abc import Mapping
+
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.memory import free_bytes, rows_that_fit
+
+Batch = Mapping[str, Tensor]
+"""Model inputs ``[rows, tokens]`` by name, with attention masks."""
 
 
 def batches_of(model: PreTrainedModel, samples: CalibrationSamples) -> list[dict[str, Tensor]]:

@@ -7,10 +7,10 @@ from typing import Any
 from jaxtyping import Bool, Float, Int64
 
 from lowrank_kit import distributed
+from lowrank_kit.calibration.batches import Batch
 from lowrank_kit.calibration.next_token_loss import SummedLoss, predicted_tokens
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.texts import measured
-from lowrank_kit.calibration.walk import Batch
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
@@ -57,7 +57,7 @@ class GradientCollector:
         return {ref.name: partial(self._observe, ref) for ref in self._refs}
 
     def loss(self, number: int, batch: Batch) -> Tensor | None:
-        """See `lowrank_kit.calibration.walk.Loss`."""
+        """See `lowrank_kit.calibration.backward.Loss`."""
         self._rows[number], self._tokens[number] = batch["input_ids"].shape[0], batch["input_ids"].numel()
         if self._request.moments:
             real = batch["attention_mask"].bool()

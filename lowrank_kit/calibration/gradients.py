@@ -7,10 +7,12 @@ from jaxtyping import Float
 from rich.progress import Progress
 
 from lowrank_kit import distributed
+from lowrank_kit.calibration.backward import backward
+from lowrank_kit.calibration.batches import Batch
 from lowrank_kit.calibration.gradient_collector import GradientCollector
 from lowrank_kit.calibration.next_token_loss import SummedLoss, check_predicted, next_token_loss
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
-from lowrank_kit.calibration.walk import Batch, BlockWalk
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.streamed import weights_of
@@ -62,7 +64,7 @@ def stream_gradients(
         linears = [ref for block in blocks for ref in wanted[block]]
         collector = GradientCollector(model, linears, request, next_token_loss, opening)
         with walk.watching(writes=collector.writes):
-            for block in walk.backward(collector.loss, min(blocks), bar.advance):
+            for block in backward(walk, collector.loss, min(blocks), bar.advance):
                 if block in blocks:
                     yield block, collector.statistics(wanted[block])
 
@@ -93,7 +95,7 @@ def weight_gradients(
         loss = partial(next_token_loss, ahead=ahead)
     collector = GradientCollector(walk.model, refs, GradientRequest(mean=True), loss)
     with walk.watching(writes=collector.writes):
-        for _ in walk.backward(collector.loss, min(ref.block for ref in refs), on_batch):
+        for _ in backward(walk, collector.loss, min(ref.block for ref in refs), on_batch):
             pass
     return {name: found.mean for name, found in collector.statistics(refs).items() if found.mean is not None}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from jaxtyping import Float, Int64
 
-from lowrank_kit.calibration.walk import Batch
+from lowrank_kit.calibration.batches import Batch
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError

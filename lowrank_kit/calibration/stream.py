@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lowrank_kit import distributed
+from lowrank_kit.calibration.batches import Batch
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import measured
-from lowrank_kit.calibration.walk import Batch, BlockWalk
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of

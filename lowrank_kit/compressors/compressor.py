@@ -36,8 +36,8 @@ class Context:
     """What a compressor works with.
 
     ``samples`` are calibration windows of equal length, ``probe_windows`` the held-out ones that ``method.probe`` asks
-    for. ``cache`` is the folder of the content-keyed cache, by default one of this
-    process alone. ``progress`` shows bars; None: none are shown.
+    for. ``cache`` is the folder of the content-keyed cache, by default one of this process alone. ``unfinished`` is
+    where `apply` keeps what a killed run goes on from; None: nowhere. ``progress`` shows bars; None: none are shown.
     """
 
     model: "PreTrainedModel"
@@ -45,6 +45,7 @@ class Context:
     samples: CalibrationSamples
     cache: Path = field(default_factory=own_folder)
     probe_windows: Int64[Tensor, "windows tokens"] | None = None
+    unfinished: Path | None = None
     progress: "Progress | None" = None
 
 

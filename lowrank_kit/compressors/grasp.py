@@ -17,13 +17,14 @@ from lowrank_kit.calibration.collect import calibration_key
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.influence import block_influence
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.walk import BlockWalk, frozen
+from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.factored import replace_linear
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.modes import frozen
 from lowrank_kit.plan import Plan
 from lowrank_kit.plots.block_scores import influence_table, plot_influence
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map

@@ -26,6 +26,7 @@ from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.blocks import block_sizes, fewest_blocks, ranks_with
 from lowrank_kit.models.depth import collapse, drop_blocks, take_matrices
 from lowrank_kit.models.layout import ModelLayout
+from lowrank_kit.models.modes import evaluating
 from lowrank_kit.plan import Plan
 from lowrank_kit.plots.block_scores import plot_influence
 from lowrank_kit.progress import Bar
@@ -122,13 +123,9 @@ class LaCo(Compressor):
             for sample in context.samples.sequences[: self.sentences]
         )
         texts, model = replace(context.samples, sequences=few), context.model
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             trials = MergeTrials(model, context.layout, texts, self.differences, context.progress)
             return self.decide(context.layout, trials.similarity)
-        finally:
-            model.train(was_training)
 
     def apply(self, plan: Plan, statistics: None, context: Context) -> "PreTrainedModel":
         """Merge as planned and drop what was merged, in place."""

@@ -18,8 +18,8 @@ from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Pr
 from lowrank_kit.allocations.budget import largest, options_of
 from lowrank_kit.allocations.narrowing import Narrowing
 from lowrank_kit.allocations.uniform import Uniform
+from lowrank_kit.calibration.backward import BACKWARD
 from lowrank_kit.calibration.influence import block_influence
-from lowrank_kit.calibration.walk import BACKWARD
 from lowrank_kit.compressors.compressor import Compressor, Context
 from lowrank_kit.compressors.probe import LossProbe
 from lowrank_kit.corrections.correction import Correction, Factorisation
@@ -181,9 +181,8 @@ class TruncatedSVD(Compressor):
 
     def apply(self, plan: Plan, statistics: Statistics, context: Context) -> "PreTrainedModel":
         """Factorise the planned matrices, in place."""
-        work = Factorisation(
-            context.model, plan, statistics.decomposition, context.samples, context.progress, self.storage
-        )
+        found, samples = statistics.decomposition, context.samples
+        work = Factorisation(context.model, plan, found, samples, context.unfinished, context.progress, self.storage)
         self.correction.factorise(work)
         return context.model
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -19,7 +20,7 @@ def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
     kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
     if kind == "extra_forbidden":
         siblings = _fields_of(_annotation_at(schema, steps[:-1]))
-        return f"{key} is not a key{did_you_mean(str(steps[-1]), siblings)}"
+        return f"{key} is not a key{_elsewhere(schema, key) or did_you_mean(str(steps[-1]), siblings)}"
     if kind == "missing":
         return f"{key} is missing"
     shown = repr(value)
@@ -33,6 +34,40 @@ def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
     if kind == "value_error" and isinstance(value, Mapping):
         return f"{key}: {message}"
     return f"{key}={shown if len(shown) < 80 else shown[:76] + '...'} {message}"
+
+
+def _elsewhere(schema: type[BaseModel], key: str) -> str:
+    """The nearest key of the same name in another section, and which choices have it; empty: there is none."""
+    typed = tuple(key.split("."))
+    places = _places(schema, typed[-1])
+    if not places:
+        return ""
+
+    def nearness(place: tuple[str, ...]) -> tuple[int, bool, int]:
+        shared = takewhile(lambda steps: steps[0] == steps[1], zip(typed, place, strict=False))
+        return len(list(shared)), not places[place], -len(place)
+
+    near = max(places, key=nearness)
+    meant = "" if near == typed else f"; did you mean '{'.'.join(near)}'?"
+    return meant + (f"; {' and '.join(places[near])} have it" if places[near] else "")
+
+
+def _places(annotation: Any, name: str, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
+    """The paths of all keys of this name, each with the choices that have it; none: whatever is chosen."""
+    annotation = _bare(annotation)
+    found: dict[tuple[str, ...], list[str]] = {}
+    if _has_choices(annotation):
+        for kind, member in sorted(annotation.known.items()):
+            for place in _places(member, name, at):
+                found.setdefault(place, []).append(f"{'.'.join(at)}={kind}")
+        return {place: [] if len(kinds) == len(annotation.known) else kinds for place, kinds in found.items()}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for field, info in annotation.model_fields.items():
+            found |= {(*at, field): []} if field == name else _places(info.annotation, name, (*at, field))
+    elif get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            found |= _places(member, name, at)
+    return found
 
 
 def _typed_steps(schema: type[BaseModel], steps: tuple[int | str, ...]) -> Iterator[str]:

@@ -1,8 +1,11 @@
 """What a correction is: how the planned factors come into the model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -36,6 +39,8 @@ class Factorisation:
     plan: Plan
     decomposition: Decomposition
     samples: CalibrationSamples
+    folder: Path | None = None
+    """Where finished blocks are kept for a killed run to go on from; None: nowhere."""
     progress: "Progress | None" = None
     storage: Storage = field(default_factory=Factors)
 
@@ -49,6 +54,21 @@ class Factorisation:
         """Take the planned channels out of the model, in place; ``weight`` is what reads those that stay."""
         keep_units(self.model, units, self.plan.kept[units.name])
         set_weight(self.model.get_submodule(units.columns[0].name), weight)
+
+    @property
+    def made_of(self) -> str:
+        """A digest of what the factors are made of: the plan, the decomposition, the model; and how they are stored."""
+        storage = self.storage.model_dump(mode="json")
+        facts = json.dumps([asdict(self.plan), self.decomposition.store.key.digest, storage], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def outline(self, refs: Iterable[LinearRef]) -> None:
+        """Give linears of a block on disk the form that they have there, without any values."""
+        for ref in refs:
+            if (units := self.narrowed.get(ref.name)) is None:
+                self.storage.outline(self.model, ref.name, self.plan.ranks[ref.name])
+            elif ref.writes_residual:
+                keep_units(self.model, units, self.plan.kept[units.name])
 
 
 class Correction(Choice):

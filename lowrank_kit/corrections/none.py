@@ -1,16 +1,12 @@
 """No correction: every matrix is replaced by its own truncation."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Literal
 
 from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.deferred import torch
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
-from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.models.units import Units
 
@@ -30,10 +26,11 @@ class Uncorrected(Correction):
             if group[0].name not in work.narrowed and plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
         narrowed = {units.block: units for units in work.narrowed.values()}
-        weights, made_of = weights_of(model), _digest(work)
+        weights, made_of = weights_of(model), work.made_of
         for index, of_block in groups.items():
             if weights.is_written(index, made_of):
-                _outline(work, of_block, narrowed.get(index))
+                refs = [ref for group in of_block for ref in group]
+                work.outline([*refs, *(narrowed[index].linears if index in narrowed else ())])
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block, narrowed.get(index))
@@ -52,19 +49,3 @@ class Uncorrected(Correction):
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
             work.storage.put(model, [ref.name for ref in group], projection.factors(stacked, plan.ranks[first]))
-
-
-def _outline(work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None) -> None:
-    """Give a block that was written before the form that it has in the checkpoint; its weights are not in memory."""
-    if narrowed is not None:
-        keep_units(work.model, narrowed, work.plan.kept[narrowed.name])
-    for group in groups:
-        for ref in group:
-            work.storage.outline(work.model, ref.name, work.plan.ranks[ref.name])
-
-
-def _digest(work: Factorisation) -> str:
-    """What the factors are made of: the plan, the decomposition, the model; and how they are stored."""
-    storage = work.storage.model_dump(mode="json")
-    facts = json.dumps([asdict(work.plan), work.decomposition.store.key.digest, storage], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()

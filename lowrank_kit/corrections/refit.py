@@ -11,34 +11,36 @@ Two walks go through the blocks together, of the original and of the compressed 
 linears that share an input are visited in order. What the original block's linears read waits on the CPU.
 """
 
+import hashlib
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float, Float64
 from pydantic import Field
 
 from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import load_gradients
+from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
 from lowrank_kit.corrections.correction import Correction, Factorisation
+from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.eliminate import compensated
+from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.truncation import Layer, Truncation
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +48,15 @@ log = logging.getLogger(__name__)
 class Refit(Correction):
     """In order of execution, every matrix is refitted to its original outputs on the compressed model's inputs."""
 
-    to_stream: ClassVar[bool] = False
-    """Whether what writes to the residual stream makes up for what the stream lacks."""
-
     anchor: float = Field(default=1.0, ge=0)
     """Weight of the error on the original inputs against that on the compressed ones."""
     ridge: float = Field(default=0.001, gt=0)
     """Pull towards the original weight, as a share of the inputs' mean energy."""
+
+    @property
+    def to_stream(self) -> bool:
+        """Whether what writes to the residual stream makes up for what the stream lacks."""
+        return False
 
     def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
         """Raise `ConfigError` for a truncation that joins blocks, and for experts, which may read other tokens."""
@@ -87,6 +91,7 @@ class Refit(Correction):
         batches = batches_of(model, samples)
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
+        finished = FinishedBlocks(work.folder, self._digest(work))
         for before, block in zip(original.forward(), compressed.forward(), strict=True):
             index = block.index
             if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
@@ -96,7 +101,8 @@ class Refit(Correction):
                     layout.model_type, " and ".join(roles),
                 )  # fmt: skip
                 writers.clear()
-            groups = list(blocks[index].values())
+            is_finished = index in finished
+            groups = [] if is_finished else list(blocks[index].values())
             with _noted(original, [group[0].name for group in groups], writers[index]) as reads:
                 before.pass_on()
             gradients = decomposition.gradients if groups else None
@@ -113,8 +119,36 @@ class Refit(Correction):
                 correction = sums.correction(self.anchor, self.ridge, kept)
                 for ref in group:
                     self._replace(work, ref, correction, known.get(ref.name))
+            if is_finished:
+                refs = [ref for group in blocks[index].values() for ref in group]
+                work.outline(
+                    ref for ref in refs if ref.name in work.narrowed or work.plan.ranks[ref.name] < ref.full_rank
+                )
+                finished.restore(index, block.module, model.device)
+            elif groups:
+                self.finish(block, original.states, samples.opening, finished)
+                finished.keep(index, block.module)
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             bar.advance()
+
+    def started(self, factors: LowRankFactors) -> LowRankFactors:
+        """The form in which factors go into the model."""
+        return factors
+
+    def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
+        """Work on a block whose matrices are replaced.
+
+        Args:
+            block: reached by all batches of the compressed model, and not yet passed on.
+            targets: what the original block gives in the original model, by batch.
+            opening: tokens at the beginning of every row at which nothing is measured.
+            finished: keeps what is begun of the block.
+        """
+
+    def _digest(self, work: Factorisation) -> str:
+        """What the blocks are made of."""
+        settings = [self.model_dump(mode="json"), work.samples.fingerprint()]
+        return hashlib.sha256(json.dumps([work.made_of, settings]).encode()).hexdigest()
 
     def _replace(
         self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
@@ -140,7 +174,8 @@ class Refit(Correction):
             projection = work.decomposition.request.truncation.project([Layer(corrected, None, statistics)])
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
-        work.storage.put(work.model, [ref.name], projection.factors(corrected, rank))
+        factors = self.started(projection.factors(corrected, rank))
+        work.storage.put(work.model, [ref.name], factors)
 
 
 @dataclass
@@ -210,7 +245,7 @@ class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
 
     def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: "torch.device") -> None:
-        self._opening = opening
+        self._ref, self._opening = ref, opening
         self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
         self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
         self._difference = torch.zeros_like(self._new.gram)
@@ -239,7 +274,12 @@ class _Sums:
         left, start = (slice(None), every) if kept is None else (list(kept), compensated(every, gram, kept))
         damped = gram[left][:, left].clone()
         damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
-        root = torch.linalg.cholesky(damped)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            raise LowRankKitError(
+                f"{self._ref.name} cannot be refitted: its inputs do not determine a weight, and a ridge of {ridge:g} "
+                "is too little beside them; raise method.correction.ridge, to 1e-5 or more"
+            )
         inputs = start + torch.cholesky_solve(self._difference[:, left].T, root).T
         residual = None if self._stream is None else torch.cholesky_solve(self._stream[:, left].T, root).T
         moments = Moments(gram / (1 + anchor), self._new.total, self._new.count)

@@ -1,6 +1,6 @@
 """Sequential correction that also makes up for what the residual stream lacks."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lowrank_kit.corrections.refit import Refit
 
@@ -11,7 +11,10 @@ class Residual(Refit):
     h and h' are the streams of the original and of the compressed model that the outputs are added to.
     """
 
-    to_stream: ClassVar[bool] = True
-
     kind: Literal["residual"] = "residual"
     """Marks the correction."""
+
+    @property
+    def to_stream(self) -> bool:
+        """See `Refit`."""
+        return True

@@ -91,6 +91,15 @@ class ModelLayout:
     on_top: tuple[str, ...]
     head_dim: int
 
+    def blocks_of(self, stack: int) -> range:
+        """The numbers of a stack's blocks, counted over all stacks."""
+        first = sum(len(earlier) for earlier in self.stacks[:stack])
+        return range(first, first + len(self.stacks[stack]))
+
+    def stack_of(self, block: int) -> int:
+        """The stack that a block is in."""
+        return next(stack for stack in range(len(self.stacks)) if block in self.blocks_of(stack))
+
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that exist in this model, in order of first appearance."""

@@ -35,6 +35,12 @@ class LowRankFactors:
         left, right = torch.linalg.qr(self.up).R, torch.linalg.qr(self.down.T).R
         return float(torch.linalg.matrix_norm(left @ right.T))
 
+    def balanced(self) -> "LowRankFactors":
+        """The same product ``U S V^T``, as ``U sqrt(S)`` and ``sqrt(S) V^T``: both factors learn at the same pace."""
+        left, right = torch.linalg.qr(self.up), torch.linalg.qr(self.down.T)
+        u, s, vh = torch.linalg.svd(left.R @ right.R.T)
+        return LowRankFactors(left.Q @ u * s.sqrt(), (vh.T * s.sqrt()).T @ right.Q.T)
+
     def __iter__(self) -> Iterator[Float[Tensor, "_ _"]]:
         """Up, then down, so that ``up, down = factors`` unpacks them."""
         return iter((self.up, self.down))

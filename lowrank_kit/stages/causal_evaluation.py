@@ -21,6 +21,7 @@ from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.directory import write_atomically
 from lowrank_kit.runs.provenance import VERSIONS
 from lowrank_kit.stages.models import Models
+from lowrank_kit.stages.workplace import Workplace
 
 if TYPE_CHECKING:
     from lowrank_kit.stages.suite import Suite
@@ -33,25 +34,19 @@ WINDOWS = "windows"
 class CausalEvaluator:
     """What a task measures on causal models: perplexity on texts and answers to benchmarks, the same for every model.
 
-    ``folder`` is the run directory, where answers to benchmarks lie; ``cache`` is the root of all caches, None: what
-    the original answers is not shared. `texts` and `suite` read no weights and raise `ConfigError` for what cannot be
-    measured; see `TaskTexts.evaluation` and `PreparedBenchmark`.
+    Answers to benchmarks lie in the run directory; without caches, what the original answers is not shared. `texts` and
+    `suite` read no weights and raise `ConfigError` for what cannot be measured; see `TaskTexts.evaluation` and
+    `PreparedBenchmark`.
     """
 
     def __init__(
-        self,
-        task: CausalTask,
-        data: TaskTexts,
-        settings: EvalConfig,
-        models: Models,
-        folder: Path,
-        cache: Path | None,
+        self, task: CausalTask, data: TaskTexts, settings: EvalConfig, models: Models, place: Workplace
     ) -> None:
-        self._task, self._data, self._settings, self._models = task, data, settings, models
-        self._folder, self._cache = folder, cache
+        self._task, self._data, self._settings, self._models, self._place = task, data, settings, models, place
 
     def check(self) -> None:
         """Find out what is wrong with the texts and benchmarks, before a model is loaded."""
+        self._place.manifest.record("bos", self._data.openings(self._models.reader))
         _ = self.texts, self.suite
 
     @cached_property
@@ -72,7 +67,7 @@ class CausalEvaluator:
         benchmarks = [PreparedBenchmark(questions, allowed) for questions in self._data.benchmarks.values()]
         reader, batch_size = self._models.reader, self._settings.batch_size
         opening = self._data.opening("eval", reader)
-        return Suite(benchmarks, reader.tokenizer, batch_size, reader.longest, VERSIONS, self._folder, opening)
+        return Suite(benchmarks, reader.tokenizer, batch_size, reader.longest, VERSIONS, self._place.path, opening)
 
     def evaluate(
         self,
@@ -83,7 +78,7 @@ class CausalEvaluator:
         as_it_came: bool = False,
     ) -> list[EvalRecord]:
         """The records of one model; ``layout`` is its own, without adapters. ``as_it_came``: once for all runs."""
-        cache = self._cache if as_it_came else None
+        cache = self._place.caches if as_it_came else None
         key = StatisticsKey.of(
             model, layout, reads="loss", text="", batch_size=self._task.batch_size, request={"quantity": "perplexity"}
         )
@@ -122,7 +117,7 @@ class CausalEvaluator:
             "bos": text.opening.facts(),
             "windows_sha256": content_hash(text.windows),
         }
-        file = self._folder / WINDOWS / checkpoint / f"{text.name}.json"
+        file = self._place.path / WINDOWS / checkpoint / f"{text.name}.json"
         write_atomically(file, json.dumps(kept) + "\n")
 
     def _measure(

@@ -83,9 +83,7 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, CausalData]):
 
     @cached_property
     def _evaluator(self) -> CausalEvaluator:
-        self.place.manifest.record("bos", self.data.texts.openings(self.models.reader))
-        place = self.place
-        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, place.path, place.caches)
+        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, self.place)
 
     @property
     def _instructions(self) -> TaskInstructions:

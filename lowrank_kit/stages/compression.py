@@ -46,6 +46,8 @@ from lowrank_kit.training.recover import Recovered, recover
 log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+# What `apply` goes on from after it was killed.
+UNFINISHED = ".unfinished"
 
 
 class CompressionStages:
@@ -109,6 +111,7 @@ class CompressionStages:
         dense = _size(context.model)
         model = self.method.apply(plan, statistics, context)
         save_compressed(model, self._checkpoint, self.models.tokenizer)
+        self.place.run.remove(UNFINISHED)
         self.place.manifest.record("size", {"dense": dense, "compressed": _size(model)})
         return self._checkpoint
 
@@ -215,7 +218,8 @@ class CompressionStages:
         model = original.model
         if self.method.factorises:
             list_experts(model)
-        return Context(model, layout_of(model), self._samples, folder, self._probe_windows, progress)
+        unfinished = self.place.path / UNFINISHED
+        return Context(model, layout_of(model), self._samples, folder, self._probe_windows, unfinished, progress)
 
     def _compress_now(self) -> Path:
         with self.compressible() as original, self._statistics_folder() as folder, StageProgress() as progress:
@@ -292,9 +296,7 @@ class CompressionStages:
 
     @cached_property
     def _evaluator(self) -> CausalEvaluator:
-        self.place.manifest.record("bos", self.data.texts.openings(self.models.reader))
-        place = self.place
-        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, place.path, place.caches)
+        return CausalEvaluator(self.task, self.data.texts, self.config.eval, self.models, self.place)
 
     @cached_property
     def _samples(self) -> CalibrationSamples:

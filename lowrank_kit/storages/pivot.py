@@ -38,8 +38,8 @@ class Pivot(Storage):
 
     def outline(self, model: "nn.Module", name: str, rank: int) -> None:
         """See `Storage`."""
-        out_features, in_features = weight_of(model.get_submodule(name)).shape
-        rows, coefficients = (
-            torch.empty(n, m, device="meta") for n, m in ((rank, in_features), (out_features - rank, rank))
-        )
-        replace_by_pivots(model, name, PivotFactors(rows, coefficients, torch.arange(out_features, device="meta")))
+        weight = weight_of(model.get_submodule(name))
+        out_features, in_features = weight.shape
+        rows, coefficients = weight.new_empty(rank, in_features), weight.new_empty(out_features - rank, rank)
+        index = torch.arange(out_features, device=weight.device)
+        replace_by_pivots(model, name, PivotFactors(rows, coefficients, index))

@@ -29,5 +29,5 @@ class Storage(Choice):
         raise NotImplementedError
 
     def outline(self, model: "nn.Module", name: str, rank: int) -> None:
-        """Give a linear whose weights are not in memory the form that `put` gives it alone, without any values."""
+        """Give a linear the form that `put` gives it alone, without any values: its weights come from elsewhere."""
         raise NotImplementedError

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lowrank_kit.deferred import torch
 from lowrank_kit.models.factored import replace_linear, share_down
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.factors import LowRankFactors
@@ -32,6 +31,7 @@ class Factors(Storage):
 
     def outline(self, model: "nn.Module", name: str, rank: int) -> None:
         """See `Storage`."""
-        out_features, in_features = weight_of(model.get_submodule(name)).shape
-        up, down = (torch.empty(*shape, device="meta") for shape in ((out_features, rank), (rank, in_features)))
+        weight = weight_of(model.get_submodule(name))
+        out_features, in_features = weight.shape
+        up, down = (weight.new_empty(shape) for shape in ((out_features, rank), (rank, in_features)))
         replace_linear(model, name, LowRankFactors(up, down))

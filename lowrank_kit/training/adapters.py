@@ -20,7 +20,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.files import read_json
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.models.linear import is_transposed, set_weight, weight_of
 from lowrank_kit.models.load import load_like
 from lowrank_kit.models.weight_files import REMEDY, save_tensors
 from lowrank_kit.plan import Plan
@@ -170,7 +170,13 @@ def attach(
     heads = [layout.head] if task_type == "SEQ_CLS" and layout.head else []
     in_full = tuple(dict.fromkeys([*new_modules, *heads]))
     alphas = {name: method.alpha_of(rank) for name, rank in plan.ranks.items()}
-    options = {"use_rslora": method.rslora, "lora_dropout": method.dropout, **method.lora_options()}
+    options = {
+        "use_rslora": method.rslora,
+        "lora_dropout": method.dropout,
+        # One family has all its linears one way round.
+        "fan_in_fan_out": is_transposed(model.get_submodule(next(iter(plan.ranks)))),
+        **method.lora_options(),
+    }
     config = _lora_config(plan.ranks, alphas, task_type, list(in_full) or None, **options)
     wrapped = method.wrap(model, config, kept or {}, batches)
     initial = {name: _as_stored(start) for name, start in factors.items()}

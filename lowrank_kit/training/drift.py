@@ -1,11 +1,14 @@
 """How far a training moves the hidden states of a model."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from lowrank_kit.models.modes import evaluating
 
 
 @torch.no_grad()
@@ -19,19 +22,13 @@ def hidden_states(
         hidden = output[0] if isinstance(output, tuple) else output
         found[number].append(hidden.flatten(0, -2).float().cpu())
 
-    handles = [
-        block.register_forward_hook(lambda module, args, output, number=number: keep(number, output))
-        for number, block in enumerate(blocks)
-    ]
-    was_training = model.training
-    model.eval()
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for number, block in enumerate(blocks):
+            hook = block.register_forward_hook(lambda module, args, output, number=number: keep(number, output))
+            stack.callback(hook.remove)
         for row in inputs:
             model(**row)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
     return [torch.cat(parts) for parts in found]
 
 

@@ -116,7 +116,7 @@ def fit(
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=examples.eval_batch_size,
         gradient_accumulation_steps=passes,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=_SCHEDULERS[settings.scheduler],

@@ -20,6 +20,8 @@ from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
+# One window is held out of three.
+REFINE = {"refine": {"passes": 1}}
 STORAGES, STRUCTURES = Storage.known, Structure.known
 # Pairs with a storage other than the default: it meets factors and costs alone.
 WITH_STORAGE = [
@@ -78,7 +80,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         name="any",
         ratio=0.4,
         rank_multiple=1,
-        correction=CORRECTIONS[correction](),
+        correction=CORRECTIONS[correction](**REFINE.get(correction, {})),
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
         storage=STORAGES[storage](),
@@ -87,7 +89,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
     layout = layout_of(model)
     if refused(method, layout):
         return
-    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=4)
+    samples = CalibrationSamples(tuple({"input_ids": row} for row in windows(4, seed=0)), batch_size=3)
     work = Compression(method, Context(copy.deepcopy(model), layout, samples, cache, windows(1, seed=1)))
     work.calibrate()
     plan = work.plan()
@@ -127,6 +129,6 @@ def test_what_is_refused_is_known(model):
             layout,
         )
     }
-    joint = {("joint", a, c, "none") for a in ALLOCATIONS for c in ("sequential", "residual")}
+    joint = {("joint", a, c, "none") for a in ALLOCATIONS for c in CORRECTIONS.keys() - {"none"}}
     channels = {(t, a, c, "channels") for t in TRUNCATIONS for a in ALLOCATIONS for c in CORRECTIONS}
     assert found == joint | channels - {("two_sided", a, c, "channels") for a in ADDS_LOSSES for c in CORRECTIONS}

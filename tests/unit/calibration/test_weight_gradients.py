@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from lowrank_kit.calibration import walk as walk_module
+from lowrank_kit.calibration import backward as backward_module
 from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.errors import LowRankKitError
@@ -83,7 +83,7 @@ def sigma_gradients_of(model, found):
 @pytest.mark.parametrize("case", MODELS)
 def test_one_pass_gives_what_autograd_gives_on_explicit_singular_values(case, recompute, lively, batches, monkeypatch):
     if recompute:
-        monkeypatch.setattr(walk_module, "ACTIVATION_BYTES", 0)
+        monkeypatch.setattr(backward_module, "ACTIVATION_BYTES", 0)
     family, config = MODELS[case]
     model = lively(family, **config)
     found = weight_gradients(BlockWalk(model, layout_of(model), batches), layout_of(model).linears)
@@ -113,7 +113,7 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_explicit_singular_values_are(l
 @pytest.mark.parametrize("room", [0, 1, 2])
 def test_blocks_below_build_no_graph_and_those_without_room_are_recomputed(room, lively, batches, monkeypatch):
     # 40 tokens a batch; 528 numbers go in and out of a block's linears.
-    monkeypatch.setattr(walk_module, "ACTIVATION_BYTES", (room + 0.5) * 40 * 528 * 4)
+    monkeypatch.setattr(backward_module, "ACTIVATION_BYTES", (room + 0.5) * 40 * 528 * 4)
     model, runs = lively(), Counter()
     layout = layout_of(model)
     for number, path in enumerate(layout.blocks):

@@ -8,6 +8,7 @@ from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.corrections.sequential import Sequential
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.portable import LowRankLinear
 from lowrank_kit.truncations.scaled import Scaled
@@ -173,3 +174,8 @@ def test_asvd_scales_by_the_magnitudes_of_the_inputs_that_the_fit_is_measured_on
     expected = (u[:, :rank] * s[:rank]) @ vh[:rank] / scale
     found = model.get_submodule(name).dense_weight().detach().double()
     assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_ridge_too_small_for_singular_inputs_is_named(tiny_model, samples, method):
+    with pytest.raises(LowRankKitError, match=r"cannot be refitted.*method\.correction\.ridge"):
+        run(tiny_model("llama"), method(correction=Sequential(anchor=0, ridge=1e-30), ratio=0.8), samples)

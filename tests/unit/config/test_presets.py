@@ -9,7 +9,7 @@ from lowrank_kit.help import help_text
 
 COMPOSER = Composer()
 COMPRESSORS = ["svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd", "kfac_svd",
-               "basis_sharing", "grasp", "laco", "shortgpt", "prune_comp", "replace_me", "slicegpt",
+               "basis_sharing", "aa_svd", "grasp", "laco", "shortgpt", "prune_comp", "replace_me", "slicegpt",
                "llm_pruner"]  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def test_a_preset_is_valid_and_shows_in_the_resolved_configuration(method):
         ("method=kfac_svd", {"method.truncation.gradient_shrinkage": 0.3, "method.truncation.input_shrinkage": 0.1}),
         ("method=kfac_svd", {"method.truncation.gradient_clipping": (0.1, 10.0)}),
         ("method=kfac_svd", {"method.truncation.window_margin": 0.125}),
+        ("method=aa_svd", {"method.correction.passes": 25, "calibration.batch_size": 32}),
         ("method=grasp", {"method.selection": "removed", "method.propagate": True, "calibration.samples": 512}),
         ("method=replace_me", {"method.distance": "angular", "calibration.samples": 8000}),
         ("method=laco", {"method.threshold": 0.6, "method.merged": 3}),

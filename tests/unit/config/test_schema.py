@@ -39,6 +39,8 @@ def test_group_lists_the_eight_tasks_in_order(check):
         ("method.subspace=tial", "method.subspace='tial' is not legal; did you mean 'tail'?"),
         ("method.rank=0", "method.rank=0 should be greater than or equal to 1"),
         ("method.rank=8.0", "method.rank=8.0 should be a valid integer"),
+        ("method.path=x", "method.path is not a key; did you mean 'model.path'?"),
+        ("train.samples=3", "train.samples is not a key; did you mean 'calibration.samples'?"),
         ("train.learning_rat=1", "train.learning_rat is not a key; did you mean 'learning_rate'?"),
         ("train.learning_rate=-1", "train.learning_rate=-1 should be greater than 0"),
         ("train.warmup_ratio=1.5", "train.warmup_ratio=1.5 should be less than or equal to 1"),
@@ -61,6 +63,27 @@ def test_problem_is_named_with_the_nearest_legal_spelling(check, override, expec
         check(override)
     assert expected in str(caught.value)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("method.keep=1", "'method.allocation.keep'?"),
+        ("method.blocks=[1]", "'method.allocation.keep.blocks'?"),
+        ("method.anchor=1", "'method.correction.anchor'?; method.correction="),
+        ("method.probe_windows=2", "'method.allocation.probe_windows'?; method.allocation=asvd and "),
+        ("method.truncation.ratio=0.2", "'method.ratio'?"),
+    ],
+)
+def test_a_key_of_another_section_is_told_its_place(check, override, expected):
+    with pytest.raises(ConfigError) as caught:
+        check("method=svd_llm", "task=perplexity", override)
+    assert f"{override.split('=')[0]} is not a key; did you mean {expected}" in str(caught.value)
+
+
+def test_a_key_of_another_choice_is_told_who_has_it(check):
+    with pytest.raises(ConfigError, match=r"probe_windows is not a key; method\.allocation=asvd and .* have it"):
+        check("method=svd_llm", "task=perplexity", "method.allocation.probe_windows=2")
 
 
 def test_every_problem_is_listed_at_once(check):

@@ -87,7 +87,7 @@ def test_a_sliced_model_trains_with_and_without_gradient_checkpointing(tiny_mode
     for checkpointing in (False, True):
         model = sliced(trained_looking(tiny_model("llama")), 20).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         assert all(g is not None and g.abs().sum() > 0 for g in gradients[-1])

@@ -28,3 +28,10 @@ def test_the_norm_is_right_where_components_nearly_cancel():
     down = torch.tensor([[1.0 + 2.0**-30], [-1.0]], dtype=torch.float64)
     factors = LowRankFactors(torch.ones(1, 2, dtype=torch.float64), down)
     assert factors.norm() == pytest.approx(2.0**-30, rel=1e-3, abs=0)
+
+
+def test_balanced_factors_have_the_roots_of_the_singular_values(factors):
+    found, s = factors.balanced(), torch.linalg.svdvals(factors.dense())[:3]
+    torch.testing.assert_close(found.dense(), factors.dense())
+    torch.testing.assert_close(found.up.T @ found.up, torch.diag(s))
+    torch.testing.assert_close(found.down @ found.down.T, torch.diag(s))

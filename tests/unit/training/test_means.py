@@ -123,7 +123,7 @@ def test_every_split_of_a_step_descends_the_mean_over_all_of_it(kind, family, se
     expected = loss_by_hand(kind, reference, teacher, examples)
     expected.backward()
     loss, gradient = one_step(kind, model, teacher, examples, tokenizer, tmp_path, batch_size, accumulation)
-    assert loss == pytest.approx(float(expected), rel=2e-4, abs=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=2e-4, abs=1e-6)
     scale = max(float(p.grad.abs().max()) for p in reference.parameters() if p.grad is not None)
     for name, parameter in reference.named_parameters():
         if parameter.grad is not None:

@@ -75,7 +75,7 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(method, family
         ready = adapt(tiny_model(family), method, samples(), task_type="CAUSAL_LM")
         model = ready.model.train()
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(1)
         loss = model(**batch()).loss
         loss.backward()

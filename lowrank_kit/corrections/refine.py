@@ -1,0 +1,186 @@
+"""Block-local refinement: a factorised block is trained to give what the original gave (AA-SVD, arXiv 2604.02119)."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil, cos, pi
+from typing import TYPE_CHECKING, Literal
+
+from jaxtyping import Float
+from pydantic import Field
+
+from lowrank_kit.calibration.hidden import Hidden
+from lowrank_kit.calibration.walk import Block
+from lowrank_kit.corrections.finished import FinishedBlocks
+from lowrank_kit.corrections.refit import Refit
+from lowrank_kit.deferred import Tensor, no_grad, torch
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.spectral.factors import LowRankFactors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+class Refine(Refit):
+    """See `Refit`; every block it has factorised is then trained, by itself and without labels.
+
+    The block reads what the compressed model gives it, and learns to give what the original block gave in the original
+    model. All its parameters are trained (AdamW, linear warm-up, cosine), in float32, a batch of calibration windows a
+    step. The last windows are held out of that: training ends when they gain nothing any more, and the best pass
+    stands. Only one block and its optimiser are held, beside the hidden states before and behind it.
+    """
+
+    kind: Literal["refine"] = "refine"
+    """Marks the correction."""
+    residual: bool = True
+    """What training begins with: the closed form of `residual`; false: that of `sequential`."""
+    passes: int = Field(default=8, ge=1)
+    """Passes over the calibration windows, at most."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """The highest; it rises from 0 over the first tenth of the steps, and falls to a tenth."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW."""
+    held_out: float = Field(default=0.125, ge=0, lt=1)
+    """Share of the calibration windows that decide when to stop; 0: none, and the last pass stands."""
+    patience: int = Field(default=2, ge=1)
+    """Passes in a row without gain on these windows, after which training ends."""
+
+    @property
+    def to_stream(self) -> bool:
+        """See `Refit`."""
+        return self.residual
+
+    def started(self, factors: LowRankFactors) -> LowRankFactors:
+        """See `Refit`; the authors balance by the singular values that the metric sees, which depend on the tokens."""
+        return factors.balanced()
+
+    def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
+        """Train the block, from the last pass that a killed run has left of it."""
+        numbers = list(block.walk.numbers)
+        held = ceil(self.held_out * len(numbers))
+        if held == len(numbers):
+            raise ConfigError(
+                f"method.correction=refine holds out {self.held_out:g} of the calibration windows, and all of them are "
+                f"read in {held} batch(es): more calibration.samples, a lower calibration.batch_size, or "
+                "method.correction.held_out=0"
+            )
+        learnt = len(numbers) - held
+        with _in_float32(block.module):
+            training = _Training(self, block, targets, opening, numbers[:learnt], numbers[learnt:])
+            training.run(finished)
+        losses = training.losses
+        log.debug("block %d: %s", block.index, " ".join(f"{loss:.4g}" for loss in losses))
+
+
+class _Training:
+    """Of one block, from pass to pass."""
+
+    def __init__(
+        self,
+        settings: Refine,
+        block: Block,
+        targets: Hidden,
+        opening: int,
+        learnt: list[int],
+        held: list[int],
+    ) -> None:
+        self._settings, self._block, self._targets, self._opening = settings, block, targets, opening
+        self._learnt, self._held = learnt, held
+        self._parameters = dict(block.module.named_parameters())
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=settings.weight_decay)
+        self._best: dict[str, Tensor] = {}
+        self.losses: list[float] = []
+
+    def run(self, finished: FinishedBlocks) -> None:
+        """Train until nothing is gained, and leave the best parameters in the block."""
+        state = finished.begun(self._block.index)
+        if state is None:
+            self._note()
+        else:
+            self._load(state)
+        while len(self.losses) <= self._settings.passes and not self._is_stale():
+            self._pass(len(self.losses) - 1)
+            self._note()
+            finished.begin(self._block.index, self._state())
+        self._put(self._best)
+
+    def _is_stale(self) -> bool:
+        best = self.losses.index(min(self.losses))
+        return bool(self._held) and len(self.losses) - 1 - best >= self._settings.patience
+
+    def _pass(self, number: int) -> None:
+        # Its own order for every pass, the same for a run that goes on.
+        order = torch.randperm(len(self._learnt), generator=torch.Generator().manual_seed(number)).tolist()
+        for step, chosen in enumerate(order, number * len(order)):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._rate(step)
+            self._optimizer.zero_grad()
+            with torch.enable_grad():
+                error = self._error(self._learnt[chosen])
+            error.backward()
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
+            self._optimizer.step()
+
+    def _rate(self, step: int) -> float:
+        steps = self._settings.passes * len(self._learnt)
+        warm = ceil(steps / 10)
+        share = (step + 1) / warm if step < warm else 0.55 + 0.45 * cos(pi * (step - warm) / (steps - warm))
+        return self._settings.learning_rate * share
+
+    def _error(self, number: int) -> Float[Tensor, ""]:
+        """Mean squared error of a batch's outputs, as a share of the first held-out error."""
+        output, target = (t[:, self._opening :] for t in (self._block.recorded(number), self._targets[number]))
+        return (output - target).square().mean()
+
+    @no_grad
+    def _note(self) -> None:
+        """Measure the held-out windows, and keep the parameters where they are the best ones."""
+        self.losses.append(sum(float(self._error(number)) for number in self._held) / max(1, len(self._held)))
+        if not self._held or self.losses[-1] == min(self.losses):
+            self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @no_grad
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        moments = self._optimizer.state_dict()["state"]
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            **{f"now.{name}": parameter for name, parameter in self._parameters.items()},
+            **{f"best.{name}": tensor for name, tensor in self._best.items()},
+            **{f"moment.{key}.{index}": tensor for index, found in moments.items() for key, tensor in found.items()},
+        }
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        self.losses = state["losses"].tolist()
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            kind, _, rest = name.partition(".")
+            if kind == "moment":
+                key, _, index = rest.rpartition(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            elif rest:
+                parts[kind][rest] = tensor
+        self._put(parts["now"])
+        self._best = {name: tensor.to(self._parameters[name]) for name, tensor in parts["best"].items()}
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+
+
+@contextmanager
+def _in_float32(block: "nn.Module") -> Iterator[None]:
+    """Parameters that are trained, in float32, or small steps would be rounded away; afterwards as they were."""
+    dtype = next(block.parameters()).dtype
+    wanted = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
+    block.float().requires_grad_()
+    try:
+        yield
+    finally:
+        block.to(dtype)
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(wanted[name])
+            parameter.grad = None
