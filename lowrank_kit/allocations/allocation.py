@@ -90,7 +90,7 @@ class Candidate:
         """Parameters at this rank; `full_rank` means dense."""
         return self.dense_cost if rank == self.full_rank else self.storage.cost(*self.shape, rank)
 
-    def rank_at(self, parameters: float) -> float:
+    def rank_at(self, parameters: float | int) -> float:
         """The rank that costs so many parameters, between whole ones in proportion."""
         cost = partial(self.storage.cost, *self.shape)
         rank = bisect_right(range(1, self.members[0].full_rank), parameters, key=cost)

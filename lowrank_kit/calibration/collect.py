@@ -14,7 +14,7 @@ from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerSt
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
+from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
 from lowrank_kit.models.streamed import weights_of
@@ -110,7 +110,7 @@ def reduce_spans(
     samples: CalibrationSamples,
     refs: Collection[LinearRef],
     request: StatisticsRequest,
-    reduce: Callable[[Sequence[LayerStatistics]], dict[str, Kept]],
+    reduce: Callable[[list[LayerStatistics]], dict[str, Kept]],
     *,
     spans: Sequence[Sequence[int]],
     gradients: CalibrationStore | None = None,
@@ -121,7 +121,8 @@ def reduce_spans(
     Args:
         model, samples, refs, progress: as for `calibrate`.
         request: which statistics ``reduce`` reads.
-        reduce: called once a span with the statistics of its linears, while no other span's are held.
+        reduce: called once a span with the statistics of its linears, while no other span's are held; it may take
+            them out of the list, which is the last to hold them.
         spans: neighbouring blocks that are reduced together, in execution order; other blocks are known already.
         gradients: where gradient statistics lie or are put; needed where ``request`` asks for them.
     """
@@ -140,17 +141,22 @@ def reduce_spans(
     for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
         if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
-            statistics = [replace(layer, gradient=found[layer.ref.name]) for layer in statistics]
+            statistics = [replace(layer, gradient=found.pop(layer.ref.name)) for layer in statistics]
         waiting += statistics
+        del statistics
         members = next(members for members in spans if block in members)
         if block == members[-1]:
-            with torch.no_grad():
-                results = {name: _on_cpu(kept) for name, kept in reduce(waiting).items()}
+            yield members[0], _reduced(reduce, waiting)
             # Else these moments would live on while the next block's are summed.
             waiting = []
-            yield members[0], results
-        del statistics
         bar.advance()
+
+
+@no_grad
+def _reduced(
+    reduce: Callable[[list[LayerStatistics]], dict[str, Kept]], statistics: list[LayerStatistics]
+) -> dict[str, Kept]:
+    return {name: _on_cpu(kept) for name, kept in reduce(statistics).items()}
 
 
 def _statistics(

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.errors import LowRankKitError
 
 DEVICE_BYTES = 2**30
 """What lies on an accelerator, unless its creator says otherwise."""
@@ -38,7 +39,7 @@ class Hidden:
         self.files = 0
 
     def __setitem__(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep a copy. Raises `OSError` where it goes to disk and the disk is full."""
+        """Keep a copy. Raises `LowRankKitError` where it goes to disk and the disk is full."""
         self._coming.pop(key, None)
         there = self._held.get(key)
         if there is None or there[1].shape != tensor.shape or there[1].dtype != tensor.dtype:
@@ -91,7 +92,13 @@ class Hidden:
         self.files += 1
         with file.open("wb") as opened:
             # Now, where it can be reported: a disk that is full when a page is written kills the process.
-            os.posix_fallocate(opened.fileno(), 0, tensor.nbytes)
+            try:
+                os.posix_fallocate(opened.fileno(), 0, tensor.nbytes)
+            except OSError as error:
+                raise LowRankKitError(
+                    f"{tensor.nbytes} bytes of hidden states find no room in '{self._folder.name}' ({error.strerror}): "
+                    "make some, or name another folder by TMPDIR"
+                ) from error
         mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         # The mapping keeps the file's content alive; with it goes the room on disk.
         file.unlink()

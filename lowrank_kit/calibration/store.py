@@ -75,7 +75,11 @@ class CalibrationStore:
         self._whole.add(block)
 
     def load(self, block: int) -> BlockResults:
-        """Read one block's results back. Raises `LowRankKitError` for a damaged file."""
+        """One block's results. Raises `LowRankKitError` for a damaged file.
+
+        Tensors are mapped, so that what nobody reads takes no memory; what was read does, as long as there is one of
+        the block's tensors.
+        """
         touch(self.folder)
         results: BlockResults = {}
         for name, tensor in self._read(block).items():

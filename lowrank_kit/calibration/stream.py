@@ -69,8 +69,6 @@ def stream_statistics(
         if linears:
             collector.add_up()
             yield block.index, collector.statistics()
-        # Else it would hold this block's moments while the next block's are summed.
-        del collector
 
 
 def _masks(batches: Sequence[Batch], name: str, opening: int) -> list[Tensor | None]:
@@ -137,15 +135,16 @@ class MomentCollector:
             magnitude.count = int(distributed.total(magnitude.count))
 
     def statistics(self) -> list[LayerStatistics]:
-        """What was collected, a record for every linear."""
+        """What was collected, a record for every linear; it is held no longer."""
         found = []
         for name, group in self._groups.items():
             magnitude = self._magnitudes[name].mean() if name in self._magnitudes else None
+            inputs = self._inputs.pop(name, None)
             for ref in group:
-                if name in self._inputs:
-                    found.append(LayerStatistics(ref, "input", self._inputs[name], magnitude))
+                if inputs is not None:
+                    found.append(LayerStatistics(ref, "input", inputs, magnitude))
                 else:
-                    moments = self._outputs.get(ref.name) or Moments.zeros(0)
+                    moments = self._outputs.pop(ref.name, None) or Moments.zeros(0)
                     found.append(LayerStatistics(ref, "output", moments, magnitude))
         return found
 

@@ -85,7 +85,7 @@ class Compressor(Method):
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""
-        total = sum(ref.parameters for ref in layout.linears)
+        total = layout.parameters
         # 1 - 0.9 is a hair less than a tenth in binary.
         return int(round((1 - self.ratio) * total, 6))
 

@@ -33,7 +33,7 @@ from lowrank_kit.spectral.attribution import drop_change
 from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.plain import Plain
-from lowrank_kit.truncations.truncation import Truncation, check_tokens
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,10 +172,6 @@ class Grasp(Compressor):
         budget = Budget(self.budget(layout) - elsewhere, elsewhere=elsewhere)
         return dict(Uniform().ranks([_candidate(ref) for ref in refs], budget))
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for too few calibration tokens to measure components of this truncation by."""
-        check_tokens(self.truncation.needs(), layout.select(), tokens)
-
     def score(self, sigma: Float64[Tensor, " r"], change: Float64[Tensor, " r"] | None) -> Float64[Tensor, " r"]:
         """Score of every component from its singular value and the loss's first-order change when it is dropped."""
         if change is None:
@@ -239,13 +235,13 @@ class Grasp(Compressor):
     def decide(self, layout: ModelLayout, kept: Mapping[str, list[int]], influence: Sequence[float]) -> Plan:
         """The plan that keeps these components; ``influence`` as in `redundant`, empty where it was not measured."""
         ranks = {ref.name: len(kept[ref.name]) if ref.name in kept else ref.full_rank for ref in layout.linears}
-        before = sum(ref.parameters for ref in layout.linears)
+        before = layout.parameters
         after = sum(_candidate(ref).cost(ranks[ref.name]) for ref in layout.linears)
         scores = dict(zip(layout.blocks, influence, strict=False))
         return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, after, scores, dict(kept))
 
     def _published_ranks(self, refs: Sequence[LinearRef]) -> dict[str, int]:
-        break_even = {ref: ref.parameters / (ref.out_features + ref.in_features) for ref in refs}
+        break_even = {ref: _candidate(ref).rank_at(ref.parameters) for ref in refs}
         # A share of 0.9 leaves a hair less than a tenth in binary.
         ranks = {ref.name: math.floor(even * (1 - self.removed_share) + 1e-9) for ref, even in break_even.items()}
         smallest = min(refs, key=lambda ref: break_even[ref])

@@ -79,7 +79,7 @@ class LLMPruner(Compressor):
         """How many units leave, by name. Raises `ConfigError` where even one of each a block is too much."""
         units = self.units(layout)
         heads, channels = ([u for u in units if u.kind == kind] for kind in ("heads", "channels"))
-        total = sum(ref.parameters for ref in layout.linears)
+        total = layout.parameters
         target = total - self.budget(layout)
         most = {u.name: u.cost * (u.count - 1) for u in units}
         if target > sum(most.values()):
@@ -137,7 +137,7 @@ class LLMPruner(Compressor):
             left = u.count - removed[u.name]
             kept[u.name], lost[u.name] = sorted(order[:left]), float(scores[u.name][order[left:]].sum())
             ranks |= {ref.name: min(sides) for ref, *sides in u.sides(left)}
-        before = sum(ref.parameters for ref in layout.linears)
+        before = layout.parameters
         after = before - _cost(units, [removed[u.name] for u in units])
         return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, after, lost, kept)
 

@@ -67,7 +67,7 @@ class SliceGPT(Compressor):
         for width in widths:
             if self._parameters(layout, width) <= self.budget(layout):
                 return width
-        total = sum(ref.parameters for ref in layout.linears)
+        total = layout.parameters
         if not widths:
             raise ConfigError(
                 f"method.multiple={self.multiple} exceeds the hidden size {hidden}: choose a divisor of it"
@@ -97,7 +97,7 @@ class SliceGPT(Compressor):
         """What slicing leaves of every matrix: the smaller of its new sides."""
         width = self.width(layout)
         ranks = {ref.name: min(width, _other_side(ref)) for ref in layout.linears}
-        before = sum(ref.parameters for ref in layout.linears)
+        before = layout.parameters
         blocks = tuple(range(len(layout.blocks)))
         return Plan(self.name, ranks, blocks, before, self._parameters(layout, width))
 

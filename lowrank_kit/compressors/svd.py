@@ -150,10 +150,6 @@ class TruncatedSVD(Compressor):
         """See `Compressor.probe`."""
         return self.allocation.probe
 
-    def check_tokens(self, layout: ModelLayout, tokens: int) -> None:
-        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
-        self.request(layout).check_tokens(tokens)
-
     def calibrate(self, context: Context) -> Statistics:
         """Decompose every matrix; spectra and vectors go to the content-keyed cache, for every ratio to come."""
         model, samples = context.model, context.samples
@@ -224,7 +220,7 @@ class TruncatedSVD(Compressor):
             unspent = left - sum(c.cost(chosen[c.name]) for c in part)
             unspent += sum(n.dense_cost - n.cost(chosen[n.name]) for n in narrowable)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
-        before = cost = sum(ref.parameters for ref in layout.linears)
+        before = cost = layout.parameters
         for candidate in candidates:
             rank = chosen[candidate.name]
             cost += candidate.cost(rank) - candidate.dense_cost
@@ -246,7 +242,7 @@ class TruncatedSVD(Compressor):
 
         What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
         """
-        keep, total = self.allocation.keep, sum(ref.parameters for ref in layout.linears)
+        keep, total = self.allocation.keep, layout.parameters
         held: list[Candidate] = []
         free: list[Candidate] = []
         for candidate in candidates:

@@ -22,13 +22,17 @@ class RuntimeConfig(Section):
 
     weights: Literal["resident", "streamed"] = "resident"
     """`streamed`: while it is compressed, the model lies in memory a block at a time; each comes from the checkpoint's
-    safetensors and goes, compressed, to the new checkpoint. For the SVD family without correction or probe. What is
-    evaluated is loaded whole, or spread with kind=spread."""
+    safetensors and goes, compressed, to the new checkpoint. For the SVD family without correction or probe. With
+    kind=ddp every process takes its share of the calibration windows through the blocks. What is evaluated is loaded
+    whole, or spread with kind=spread."""
 
     @model_validator(mode="after")
-    def _one_process_streams(self) -> "RuntimeConfig":
-        if self.weights == "streamed" and self.kind not in ("single", "spread"):
-            raise ValueError(f"weights=streamed is for one process, not kind={self.kind}: use runtime=single or spread")
+    def _nothing_shards_what_streams(self) -> "RuntimeConfig":
+        if self.weights == "streamed" and self.kind in ("fsdp", "deepspeed"):
+            raise ValueError(
+                f"weights=streamed has a block in memory at a time, and kind={self.kind} shards models that are "
+                "trained: use kind=ddp for several processes, single or spread for one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,15 +26,16 @@ class Uncorrected(Correction):
             if group[0].name not in work.narrowed and plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
         narrowed = {units.block: units for units in work.narrowed.values()}
-        weights, made_of = weights_of(model), work.made_of
+        weights = weights_of(model)
+        weights.go_on(work.made_of)
         for index, of_block in groups.items():
-            if weights.is_written(index, made_of):
+            if weights.is_written(index):
                 refs = [ref for group in of_block for ref in group]
                 work.outline([*refs, *(narrowed[index].linears if index in narrowed else ())])
                 continue
             with weights.block(index):
                 self._factorise_block(work, of_block, narrowed.get(index))
-                weights.write(index, made_of)
+                weights.write(index)
 
     def _factorise_block(
         self, work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None

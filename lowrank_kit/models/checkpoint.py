@@ -55,9 +55,7 @@ def save_compressed(
     }
     twin, source = _empty_twin(model, factors), weights_of(model)
     if isinstance(source, Streamed):
-        source.finish(twin, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        source.finish(twin, folder, tokenizer)
         return
     weights = model.state_dict()
     pack(weights, model, listed)

@@ -38,11 +38,9 @@ def fingerprint(model: PreTrainedModel, layout: ModelLayout, reads: Reads = "blo
 def _digest(model: PreTrainedModel, name: str, tensor: Tensor) -> str:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
-    held: Tensor | None = tensor
-    if tensor.is_meta:
-        # Of a model that is streamed or spread: what waits in memory or on disk until a forward pass needs it.
-        held = weights_of(model).read(name)
-        held = load_offloaded_parameter(model, name) if held is None else held
-    assert held is not None
+    held = weights_of(model).read(name)
+    if held is None:
+        # Of a model that is spread, what waits in memory or on disk until a forward pass needs it.
+        held = load_offloaded_parameter(model, name) if tensor.is_meta else tensor
     values = held.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()

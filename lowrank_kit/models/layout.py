@@ -91,6 +91,11 @@ class ModelLayout:
     on_top: tuple[str, ...]
     head_dim: int
 
+    @property
+    def parameters(self) -> int:
+        """Of all linears in the blocks, as dense matrices."""
+        return sum(ref.parameters for ref in self.linears)
+
     def blocks_of(self, stack: int) -> range:
         """The numbers of a stack's blocks, counted over all stacks."""
         first = sum(len(earlier) for earlier in self.stacks[:stack])

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
+from lowrank_kit.deferred import PreTrainedModel, PreTrainedTokenizerBase, Tensor, nn, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import ModelLayout
-from lowrank_kit.models.weight_files import save_tensors, weight_files
+from lowrank_kit.models.weight_files import check_tensors, save_tensors, weight_files
 
 INDEX = "model.safetensors.index.json"
 MADE_OF = "made_of"
@@ -33,15 +33,18 @@ class Resident:
         """Inside, the weights of this block are there."""
         yield
 
-    def is_written(self, index: int, made_of: str) -> bool:
-        """Whether this block of the new checkpoint lies on disk, made of the same."""
+    def go_on(self, made_of: str) -> None:
+        """Keep what lies on disk of a new checkpoint that is made of this; remove that of another."""
+
+    def is_written(self, index: int) -> bool:
+        """Whether this block of the new checkpoint lies on disk."""
         return False
 
-    def write(self, index: int, made_of: str) -> None:
+    def write(self, index: int) -> None:
         """Put a block that was changed, and is there, into the new checkpoint, if that is written block by block."""
 
     def read(self, name: str) -> Tensor | None:
-        """A weight that is not in memory; None: it is."""
+        """A weight as the checkpoint has it; None: it is in memory."""
         return None
 
 
@@ -60,10 +63,14 @@ class Shards:
 
     def read(self, name: str) -> Tensor:
         """A copy, so that nothing of the file stays mapped."""
+        return self.mapped(name).clone()
+
+    def mapped(self, name: str) -> Tensor:
+        """The file's own bytes: what nobody looks at takes no memory."""
         from safetensors import safe_open
 
         with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name).clone()
+            return opened.get_tensor(name)
 
 
 class Streamed(Resident):
@@ -104,38 +111,47 @@ class Streamed(Resident):
         # A head that is tied to the embedding has no weights of its own.
         return self._shards.read(name).to(self._dtype) if name in self._shards.shapes else None
 
-    def is_written(self, index: int, made_of: str) -> bool:
+    def go_on(self, made_of: str) -> None:
         """See `Resident`."""
-        from safetensors import SafetensorError, safe_open
+        # Beside the shards: two entries of their metadata would be in any order, and the bytes not always the same.
+        note = self._output / MADE_OF
+        if not note.is_file() or note.read_text() != made_of:
+            shutil.rmtree(self._output, ignore_errors=True)
+            self._output.mkdir(parents=True)
+            note.write_text(made_of)
 
-        file = self._output / self._file(index)
+    def is_written(self, index: int) -> bool:
+        """See `Resident`."""
         try:
-            with safe_open(file, framework="pt") as opened:
-                return (opened.metadata() or {}).get(MADE_OF) == made_of
-        except (OSError, SafetensorError):
+            check_tensors(self._output / self._file(index))
+        except LowRankKitError:
             return False
+        return True
 
-    def write(self, index: int, made_of: str) -> None:
+    def write(self, index: int) -> None:
         """See `Resident`. Raises `LowRankKitError` where the disk is full; what was written before is kept."""
         path = self._layout.blocks[index]
-        self._write(index, self._model.get_submodule(path).state_dict(prefix=f"{path}."), made_of)
+        self._write(index, self._model.get_submodule(path).state_dict(prefix=f"{path}."))
 
-    def finish(self, twin: PreTrainedModel, folder: Path) -> None:
+    def finish(self, twin: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write all else, with what ``twin`` says of the new model, and move the checkpoint into its place."""
         outside = {
             name: tensor for name, tensor in self._model.state_dict().items() if not name.startswith(self._prefixes)
         }
         for name in self._model.all_tied_weights_keys:
             outside.pop(name, None)
-        self._write(len(self._layout.blocks), outside, "")
+        self._write(len(self._layout.blocks), outside)
         self._write_index()
         with tempfile.TemporaryDirectory() as settings:
             # Elsewhere: transformers removes the shards that it finds and does not know.
             twin.to(self._dtype).save_pretrained(settings, state_dict={})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(settings)
             for file in Path(settings).iterdir():
                 if file.suffix != ".safetensors":
                     shutil.copyfile(file, self._output / file.name)
         shutil.rmtree(folder, ignore_errors=True)
+        (self._output / MADE_OF).unlink()
         self._output.replace(folder)
 
     def _write_index(self) -> None:
@@ -158,19 +174,12 @@ class Streamed(Resident):
     def _file(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._layout.blocks) + 1:05d}.safetensors"
 
-    def _write(self, index: int, tensors: Mapping[str, Tensor], made_of: str) -> None:
-        self._output.mkdir(parents=True, exist_ok=True)
+    def _write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         file = self._output / self._file(index)
         temporary = file.with_suffix(".tmp")
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_tensors(contiguous, temporary, {"format": "pt", MADE_OF: made_of})
-        # safetensors has an exception of its own for what the system refuses.
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            raise LowRankKitError(
-                f"'{file}' cannot be written ({error}): make room and start the run again; it goes on at this block"
-            ) from error
+        save_tensors(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"}
+        )
         temporary.replace(file)
 
     def _load(self, index: int) -> None:
@@ -228,7 +237,7 @@ def stream(
     _make_buffers(model, device)
     for name in wanted:
         if not name.startswith(prefixes):
-            _put(model, name, shards.read(name).to(device, dtype))
+            _put(model, name, shards.mapped(name).to(device, dtype))
     model.tie_weights()
     model.config.dtype = dtype
     _STREAMED[model] = Streamed(model.eval(), layout, shards, dtype, output)

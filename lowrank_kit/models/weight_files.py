@@ -42,11 +42,21 @@ def check_tensors(file: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file of safetensors, with the permissions that any new file gets."""
+    """Write a file of safetensors, with the permissions that any new file gets.
+
+    Raises `LowRankKitError` where the system refuses, for want of room above all; nothing of the file is left then.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), file, dict(metadata) if metadata else None)
-    share(file)
+    try:
+        save_file(dict(tensors), file, dict(metadata) if metadata else None)
+        share(file)
+    except (OSError, SafetensorError) as error:
+        file.unlink(missing_ok=True)
+        raise LowRankKitError(
+            f"'{file}' cannot be written ({error}): make room and start the run again; it goes on at this file"
+        ) from error
 
 
 def share(*files: Path) -> None:

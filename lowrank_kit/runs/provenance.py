@@ -27,7 +27,8 @@ def git_revision(checkout: Path) -> dict[str, Any] | None:
     """
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(checkout), *arguments]
+        # A look needs no lock, and one that is killed would leave it.
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -3,9 +3,10 @@
 Order: descending. Signs: `fix_signs`. Rank: `numerical_rank`. Equal inputs give equal outputs on one machine.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 from jaxtyping import Float, Float64
@@ -22,6 +23,9 @@ Measured at 576 on two busy cores: 0.08 s, against 0.13 to 3.9 s with two thread
 
 Which = Literal["largest", "middle", "smallest"]
 """Where in the descending spectrum a run of eigenpairs is taken."""
+
+COLUMNS_AT_A_TIME = 512
+"""Of a tall matrix, what is copied at a time while it is worked on."""
 
 SUBSET_SHARE = 0.2
 """Up to this share of the pairs, computing a subset beats the full decomposition (at n = 576 and 1536)."""
@@ -134,7 +138,7 @@ def output_eigenvalues(
 
     With a bias p = min(out, in + 1). The numerical rank is `numerical_rank(values, p)`.
     """
-    return eigenvalues(_OutputGram(weight, inputs, bias).gram)
+    return eigenvalues(output_gram(weight, inputs, bias)[0])
 
 
 def output_eigenpairs(
@@ -152,9 +156,30 @@ def output_eigenpairs(
     smaller side: for `out > in` and `W = Q R` the outputs lie in the span of Q, so the vectors of `R C R^T`
     are lifted by Q: orthonormal to round-off however ill-conditioned C is, with no root or inverse of C.
     """
-    output = _OutputGram(weight, inputs, bias)
-    pairs = range_eigenpairs(output.gram, count, which, tolerance=tolerance, rank_bound=inputs.count)
-    return Eigenpairs(pairs.values, fix_signs(output.lift(pairs.vectors)))
+    gram, lift = output_gram(weight, inputs, bias)
+    pairs = range_eigenpairs(gram, count, which, tolerance=tolerance, rank_bound=inputs.count)
+    return Eigenpairs(pairs.values, lift(pairs.vectors))
+
+
+def output_gram(
+    weight: Float[Tensor, "out in"], inputs: Moments, bias: Float[Tensor, " out"] | None = None
+) -> tuple[Float64[Tensor, "p p"], Callable[[Tensor], Tensor]]:
+    """`sum y y^T` for `y = W x + b` on the smaller side, and what lifts its vectors to the outputs, signs fixed."""
+    weight, second_moment = weight.detach(), inputs.gram
+    if bias is not None:
+        weight = torch.cat([weight.double(), bias.detach().double()[:, None]], 1)
+        second_moment = inputs.augmented()
+    _check_finite(weight)
+    out, width = weight.shape
+    if out <= width:
+        weight = weight.double()
+        return weight @ second_moment @ weight.T, lambda vectors: vectors
+    # By columns, as LAPACK has it, which puts the reflectors into their place.
+    reflectors = torch.empty(width, out, dtype=torch.float64, device=weight.device).T.copy_(weight)
+    tau = reflectors.new_empty(width)
+    torch.geqrf(reflectors, out=(reflectors, tau))
+    triangle = reflectors[:width].triu()
+    return triangle @ second_moment @ triangle.T, partial(_lifted, reflectors, tau)
 
 
 def svd(
@@ -190,27 +215,14 @@ def random_orthonormal(n: int, k: int, seed: int) -> Float64[Tensor, "n k"]:
     return fix_signs(torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator)).Q)
 
 
-class _OutputGram:
-    """`sum y y^T` of a linear layer on its smaller side, and the way back to the outputs."""
-
-    def __init__(self, weight: Tensor, inputs: Moments, bias: Tensor | None) -> None:
-        weight, second_moment = weight.detach().double(), inputs.gram
-        if bias is not None:
-            weight = torch.cat([weight, bias.detach().double()[:, None]], 1)
-            second_moment = inputs.augmented()
-        _check_finite(weight)
-        self.out, self.reflectors = weight.shape[0], None
-        if weight.shape[0] > weight.shape[1]:
-            self.reflectors, self.tau = torch.geqrf(weight)
-            weight = self.reflectors[: weight.shape[1]].triu()
-        self.gram = weight @ second_moment @ weight.T
-
-    def lift(self, vectors: Tensor) -> Tensor:
-        if self.reflectors is None:
-            return vectors
-        padded = vectors.new_zeros(self.out, vectors.shape[1])
-        padded[: vectors.shape[0]] = vectors
-        return torch.ormqr(self.reflectors, self.tau, padded)
+def _lifted(reflectors: Tensor, tau: Tensor, vectors: Tensor) -> Tensor:
+    """`Q [vectors; 0]`, signs fixed."""
+    lifted = vectors.new_empty(reflectors.shape[0], vectors.shape[1])
+    for place, part in zip(*(each.split(COLUMNS_AT_A_TIME, 1) for each in (lifted, vectors)), strict=True):
+        padded = torch.nn.functional.pad(part, (0, 0, 0, len(lifted) - len(part)))
+        place.copy_(torch.ormqr(reflectors, tau, padded))
+        place.mul_(_signs(place))
+    return lifted
 
 
 def _solve(symmetric: Tensor, ascending: tuple[int, int] | None) -> Eigenpairs:
@@ -225,13 +237,17 @@ def _solve(symmetric: Tensor, ascending: tuple[int, int] | None) -> Eigenpairs:
 
 
 def _lapack_eigh(symmetric: Tensor, **options: Any) -> Any:
-    """What `scipy.linalg.eigh` returns, by one BLAS thread where more would only wait for each other."""
+    """What `scipy.linalg.eigh` returns, by one BLAS thread where more would only wait for each other.
+
+    The matrix is overwritten: vectors take its place.
+    """
     # Imported at the first decomposition: whoever only reads settings does without.
     from scipy.linalg import eigh
 
     one_thread = symmetric.shape[0] <= ONE_THREAD_SIDE
     with _blas().limit(limits=1, user_api="blas") if one_thread else nullcontext():
-        return eigh(symmetric.numpy(), check_finite=False, **options)
+        # Transposed it is the same, and lies by columns as LAPACK has it: no copy.
+        return eigh(symmetric.numpy().T, check_finite=False, overwrite_a=True, **options)
 
 
 @cache
@@ -251,6 +267,10 @@ def _relative(size: int, tolerance: float | None) -> float:
 
 
 def _signs(vectors: Tensor) -> Tensor:
+    return torch.cat([_signs_of_few(part) for part in vectors.split(COLUMNS_AT_A_TIME, 1)])
+
+
+def _signs_of_few(vectors: Tensor) -> Tensor:
     magnitudes = vectors.abs()
     leading = magnitudes >= (1 - 1e-6) * magnitudes.amax(0, keepdim=True)
     first = leading.to(torch.int8).argmax(0, keepdim=True)
@@ -260,7 +280,7 @@ def _signs(vectors: Tensor) -> Tensor:
 def _symmetric(gram: Tensor) -> Tensor:
     _check_finite(gram)
     gram = gram.detach().double()
-    return (gram + gram.T) / 2
+    return (gram + gram.T).div_(2)
 
 
 def _check_finite(matrix: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Float, Float64
 
 from lowrank_kit.deferred import Tensor, torch
-from lowrank_kit.spectral.eigenpairs import eigh, numerical_rank, output_eigenpairs
+from lowrank_kit.spectral.eigenpairs import eigh, numerical_rank, output_gram
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 
@@ -59,14 +59,18 @@ def output_projection(
 ) -> Projection:
     """Project on output directions, given C as moments of the inputs and the root `B^(1/2)` (None: identity).
 
-    A vector `root` is a diagonal. No root or inverse of C is taken, so that a singular or ill-conditioned C is as
-    good as any: `W' = B^(-1/2) U U^T B^(1/2) W` with U the eigenvectors of `B^(1/2) W C W^T B^(1/2)`.
+    A vector `root` is a diagonal. Directions that no output has come last: the full rank is W itself. No root or
+    inverse of C is taken, so that a singular or ill-conditioned C is as good as any: `W' = B^(-1/2) U U^T B^(1/2) W`
+    with U the eigenvectors of `B^(1/2) W C W^T B^(1/2)`.
 
     Raises:
         ValueError: non-finite entries.
     """
-    pairs = output_eigenpairs(_times(root, weight.detach().double()), inputs, tolerance=0.0)
-    return _from_eigenvectors(pairs.values, pairs.vectors, root)
+    gram, lift = output_gram(weight if root is None else _times(root, weight.detach().double()), inputs)
+    pairs = eigh(gram)
+    # Of a wide model each of these is as large as the weight.
+    del gram
+    return _from_eigenvectors(pairs.values, lift(pairs.vectors), root)
 
 
 def output_projection_from_gram(

@@ -1,7 +1,7 @@
 """Calibrate and decompose a model once for every ratio: spectra in memory, projections on disk, block by block."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from lowrank_kit.models.units import Units
 from lowrank_kit.spectral.eliminate import Elimination, compensated, eliminate
 from lowrank_kit.spectral.truncate import Projection
 from lowrank_kit.truncations.spectra import Spectrum
-from lowrank_kit.truncations.truncation import Layer, Truncation, check_tokens, groups_of
+from lowrank_kit.truncations.truncation import Layer, Truncation, groups_of, warn_of_few_tokens
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -53,10 +53,6 @@ class Request:
             magnitudes=any(r.magnitudes for r in requests),
             gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
         )
-
-    def check_tokens(self, tokens: int) -> None:
-        """Raise `ConfigError` for fewer than a matrix's smaller side: its outputs would not be determined."""
-        check_tokens(self.needs(), self.refs, tokens)
 
     def decomposed(self, layers: Sequence[Layer]) -> Kept:
         """The projection of one group of linears and its spectra, as named tensors."""
@@ -96,7 +92,6 @@ class Decomposition:
     store: CalibrationStore
     gradients: CalibrationStore | None
     """Gradient statistics of the original model, where the truncation or a spectrum reads them."""
-    _read: tuple[int, dict[str, Kept]] = field(default=(-1, {}), init=False)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -109,29 +104,26 @@ class Decomposition:
                 if "tokens" in kept:
                     self.starved[name] = int(kept["tokens"])
                     continue
+                # Copies: whatever is kept of a mapped file holds all of it that was read.
                 if "order" in kept:
-                    self.eliminations[name] = Elimination(kept["order"], kept["losses"])
+                    self.eliminations[name] = Elimination(kept["order"].clone(), kept["losses"].clone())
                     continue
-                found = {s.name: kept[f"spectrum_{s.name}"] for s in request.extra}
-                own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: kept["values"]}
-                self.values[name], self.spectra[name] = kept["values"], found | own
+                values = kept["values"].clone()
+                found = {s.name: kept[f"spectrum_{s.name}"].clone() for s in request.extra}
+                own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: values}
+                self.values[name], self.spectra[name] = values, found | own
         wanted = groups_of(request.truncation, request.refs)
         self.groups = [group for group in wanted if group[0].name in self.values]
 
     def projection(self, name: str) -> Projection:
-        """The projection of the group whose first linear this is; ask in execution order to read every file once."""
+        """The projection of the group whose first linear this is."""
         first = self.request.span_of(next(group[0] for group in self.groups if group[0].name == name))
-        return unpack(self._of_span(first)[name])
+        return unpack(self.store.load(first)[name])
 
     def narrowed(self, units: Units, weight: Float[Tensor, "out n"], kept: Sequence[int]) -> Float64[Tensor, "out k"]:
         """The weight that reads the kept channels of an MLP and makes up for the others, in float64."""
-        inputs = self._of_span(self.request.span_of(units.columns[0]))[units.name]["inputs"]
+        inputs = self.store.load(self.request.span_of(units.columns[0]))[units.name]["inputs"]
         return compensated(weight, inputs.to(weight.device), kept)
-
-    def _of_span(self, first: int) -> dict[str, Kept]:
-        if self._read[0] != first:
-            self._read = (first, self.store.load(first))
-        return self._read[1]
 
 
 def decompose(
@@ -154,11 +146,10 @@ def decompose(
         progress: shows a bar a pass.
 
     Raises:
-        ConfigError: fewer calibration tokens than a matrix's smaller side: its outputs would not be determined.
         LowRankKitError: weights or activations that are not finite.
     """
     needed, truncation = request.needs(), request.truncation
-    request.check_tokens(samples.tokens)
+    warn_of_few_tokens(needed, request.refs, samples.tokens)
     reduction = {"truncation": truncation.model_dump(mode="json"), "spectra": [s.name for s in request.extra]}
     if request.units:
         reduction["units"] = [units.name for units in request.units]
@@ -169,15 +160,19 @@ def decompose(
     spans = [first for first in request.spans if blocks is None or first in blocks]
     gradients = _gradient_store(cache, key, needed)
 
-    def reduce_span(statistics: Sequence[LayerStatistics]) -> dict[str, Kept]:
+    def reduce_span(statistics: list[LayerStatistics]) -> dict[str, Kept]:
+        groups = truncation.members([layer.ref for layer in statistics])
         by_name = {layer.ref.name: layer for layer in statistics}
+        # From here on moments last as long as a linear that they belong to has to be decomposed.
+        statistics.clear()
         found = {}
-        for group in truncation.members([layer.ref for layer in statistics]):
-            if needed.reads_activations and (seen := _starved(by_name[group[0].name])) is not None:
+        for group in groups:
+            members = [by_name.pop(ref.name) for ref in group]
+            if needed.reads_activations and (seen := _starved(members[0])) is not None:
                 found[group[0].name] = {"tokens": torch.tensor(seen)}
                 continue
             try:
-                found[group[0].name] = request.decomposed([_layer(model, by_name[ref.name]) for ref in group])
+                found[group[0].name] = request.decomposed([_layer(model, layer) for layer in members])
             except ValueError as error:
                 raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
         for units in request.units:
@@ -197,6 +192,8 @@ def decompose(
             progress=progress,
         ):
             store.save(first, results)
+            # Else they would live on while the next span is decomposed.
+            del results
     return Decomposition(request, spans, store, gradients)
 
 

@@ -1,5 +1,6 @@
 """What a truncation is: the metric in which a weight's low-rank approximation is best."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from jaxtyping import Float, Float64
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Choice
 from lowrank_kit.deferred import Tensor
-from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,18 @@ def groups_of(truncation: Truncation, refs: Sequence[LinearRef]) -> list[tuple[L
     return [group for found in spans.values() for group in truncation.members(found)]
 
 
-def check_tokens(request: StatisticsRequest, refs: Sequence[LinearRef], tokens: int) -> None:
-    """Raise `ConfigError` where moments are asked for over fewer tokens than a matrix's smaller side has directions."""
+def warn_of_few_tokens(request: StatisticsRequest, refs: Sequence[LinearRef], tokens: int) -> None:
+    """Say where moments are over fewer tokens than a matrix's smaller side has directions.
+
+    The truncation is best for these tokens all the same; of the directions that none of them has, it knows nothing.
+    """
     largest = max(refs, key=lambda ref: ref.full_rank)
     if request.moments is not None and tokens < (side := largest.full_rank):
-        raise ConfigError(
-            f"{tokens} calibration tokens cannot determine the {side} directions of {largest.name}: raise "
-            f"calibration.samples or calibration.seq_len; their product should be ten times {side}, and {side} at least"
-        )
+        log.warning(
+            "%d calibration tokens have %d of the %d directions of %s at most, and what it makes of others counts "
+            "as no loss: for a model to be used, calibration.samples times calibration.seq_len should be ten times %d",
+            tokens, tokens, side, largest.name, side,
+        )  # fmt: skip
 
 
 def mean_inputs(layer: Layer) -> Moments:

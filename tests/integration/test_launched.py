@@ -1,5 +1,6 @@
 """Runs that a launcher starts: by accelerate as by torchrun, and killed in the middle of their training."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +81,37 @@ def test_accelerate_starts_what_torchrun_starts(words, composed, environment, tm
     one = execute(composed(words("train.max_steps=3")))
     for name, tensor in adapter(one).items():
         torch.testing.assert_close(adapter(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def factors(run: Path) -> dict[str, torch.Tensor]:
+    """The compressed weights: of a factored matrix its product, which no choice of signs changes."""
+    found = {n: t for file in (run / "checkpoint").glob("*.safetensors") for n, t in load_file(file).items()}
+    ups = [name.removesuffix(".up.weight") for name in found if name.endswith(".up.weight")]
+    return found | {name: found.pop(f"{name}.up.weight") @ found.pop(f"{name}.down.weight") for name in ups}
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "kfac_svd"])
+def test_two_processes_compress_a_streamed_model(method, language_arguments, composed, environment, tmp_path):
+    words = language_arguments(
+        "method.ratio=0.4", "method.rank_multiple=1", "run.stages=[calibrate,plan,apply]", method=method
+    )
+    runs = {}
+    for weights in ("streamed", "resident"):
+        runs[weights] = tmp_path / weights
+        apart = environment | {"LOWRANK_KIT_CACHE": str(tmp_path / f"{weights}-cache")}
+        log = runs[weights].with_suffix(".log")
+        started = start(TORCHRUN, [*words, f"runtime.weights={weights}", f"run.dir={runs[weights]}"], apart, log)
+        assert started.wait(timeout=240) == 0, log.read_text()
+    one = execute(composed(words))
+    found = factors(runs["streamed"])
+    for other, exactly in ((runs["resident"], True), (one, False)):
+        plans = [json.loads((run / "plan.json").read_text())["ranks"] for run in (runs["streamed"], other)]
+        assert plans[0] == plans[1]
+        expected = factors(other)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(found[name], tensor, **tolerance)
 
 
 @pytest.mark.nightly

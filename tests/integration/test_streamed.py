@@ -1,12 +1,18 @@
 """Models that are compressed while one block of them is in memory: the same bytes as of one that is there whole."""
 
 import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.fingerprint import fingerprint
@@ -33,16 +39,22 @@ def same(run, other):
 
 
 @pytest.fixture
-def command(language_arguments, composed, tmp_path, monkeypatch):
-    """Run a command in a folder and with a cache of its own."""
+def words_of(language_arguments, tmp_path, monkeypatch):
+    """The words of a command that works in a folder and with a cache of its own, from here on."""
 
-    def run(name, *words, method="svd_llm", **settings):
+    def build(name, *words, method="svd_llm", **settings):
         monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path / name / "cache"))
         stages = "run.stages=[calibrate,plan,apply]"
         words = ["method.ratio=0.4", "method.rank_multiple=1", stages, f"run.root={tmp_path / name}", *words]
-        return execute(composed(language_arguments(*words, method=method, **settings)))
+        return language_arguments(*words, method=method, **settings)
 
-    return run
+    return build
+
+
+@pytest.fixture
+def command(words_of, composed):
+    """Run a command in a folder and with a cache of its own."""
+    return lambda name, *words, **settings: execute(composed(words_of(name, *words, **settings)))
 
 
 METHODS = ["svd", "svd_llm", "svd_llm_v2", "d_rank", "hisvd", "fwsvd", "kfac_svd", "zs_svd"]
@@ -93,12 +105,12 @@ def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
 
     written, write = [], Streamed.write
 
-    def dies(weights, index, made_of):
+    def dies(weights, index):
         if index == 1 and 1 not in written:
             written.append(1)
             raise Killed
         written.append(index)
-        write(weights, index, made_of)
+        write(weights, index)
 
     monkeypatch.setattr(Streamed, "write", dies)
     with pytest.raises(Killed):
@@ -108,6 +120,75 @@ def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     assert written == [0, 1, 1, 2][: len(written)]
     assert written.count(0) == 1
     same(run, command("resident", *words))
+
+
+AT_WORK = """
+import sys
+from matplotlib.figure import Figure
+from lowrank_kit.compose import Composer, force_dotted
+from lowrank_kit.pipeline import execute
+Figure.savefig = lambda figure, file, **options: open(file, "w").close()
+[config] = Composer().jobs(force_dotted(sys.argv[1:]), multirun=False)
+execute(config)
+"""
+
+
+def killed(words, is_reached):
+    """Run a command in a process of its own, and kill that outright as soon as it is there."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", AT_WORK, *words], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not is_reached():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(kills, command, words_of, tiny_model, checkpoint, tmp_path):
+    model, blocks = tmp_path / "model", 40
+    tiny_model("llama", num_hidden_layers=blocks).save_pretrained(model, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(model)
+
+    def files(run):
+        return {file.name: file.read_bytes() for file in (run / "checkpoint").iterdir()}
+
+    def done(name):
+        """Blocks decomposed, and shards written; what is being written counts, too."""
+        decomposed = tmp_path.glob(f"{name}/cache/calibration/*/*block-*")
+        return len(list(decomposed)), len(list(tmp_path.glob(f"{name}/*/.checkpoint/model-*")))
+
+    expected, draw = files(command("whole", STREAMED, path=model)), random.Random(0)
+    for number in range(kills):
+        name, moment = f"killed-{number}", draw.randrange(1, 2 * blocks + 1)
+        killed(words_of(name, STREAMED, path=model), lambda name=name, moment=moment: sum(done(name)) >= moment)
+        print("killed when of {} blocks {} were decomposed and {} written".format(blocks, *done(name)))
+        assert files(command(name, STREAMED, path=model)) == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard, other: shard.unlink(), "00002-of-.* is missing"),
+        (
+            lambda shard, other: os.truncate(shard, shard.stat().st_size - 8),
+            "00002-of-.* is damaged",
+        ),
+        (lambda shard, other: shard.write_bytes(other.read_bytes()), r"it lacks \d+ weights"),
+    ],
+    ids=["missing", "short", "of another model"],
+)
+def test_a_shard_that_is_not_the_models_is_named_before_the_work(
+    damage, message, command, checkpoint, tiny_model, tmp_path
+):
+    folder, other = tmp_path / "model", tmp_path / "other"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(folder)
+    tiny_model("gpt2").save_pretrained(other)
+    damage(next(folder.glob("model-00002-of-*")), other / "model.safetensors")
+    with pytest.raises(LowRankKitError, match=message):
+        command("streamed", STREAMED, f"model.path={folder}")
+    assert not list(tmp_path.glob("streamed/*/.checkpoint"))
 
 
 def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
@@ -125,21 +206,28 @@ def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
     assert set(there) == {1}
 
 
-def test_a_full_disk_is_said_and_loses_nothing(command, monkeypatch):
-    from lowrank_kit.models import streamed as module
+@contextmanager
+def files_of_at_most(size):
+    """What a full disk does to large files."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    save = module.save_tensors
 
-    def full(tensors, file, metadata=None):
-        if "00002" in file.name:
-            raise OSError(28, "No space left on device")
-        save(tensors, file, metadata)
-
-    monkeypatch.setattr(module, "save_tensors", full)
-    with pytest.raises(LowRankKitError, match=r"00002-of-.*No space left.*goes on at this block"):
+def test_a_full_disk_is_said_and_loses_nothing(command, tmp_path):
+    again = "make room and start the run again; it goes on at this file"
+    with files_of_at_most(16_000), pytest.raises(LowRankKitError, match=rf"block-0000.* cannot be written .*{again}"):
         command("streamed", STREAMED)
-    monkeypatch.setattr(module, "save_tensors", save)
+    command("streamed", STREAMED, "run.stages=[calibrate,plan]")
+    [cached] = {file.parent for file in tmp_path.glob("streamed/cache/calibration/*/block*")}
+    made = {file.name: file.stat().st_mtime_ns for file in cached.glob("block*")}
+    with files_of_at_most(16_000), pytest.raises(LowRankKitError, match=rf"model-00001-of-.* cannot be .*{again}"):
+        command("streamed", STREAMED)
     same(command("streamed", STREAMED), command("resident"))
+    assert {file.name: file.stat().st_mtime_ns for file in cached.glob("block*")} == made
 
 
 @pytest.mark.parametrize(

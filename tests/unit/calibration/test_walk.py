@@ -7,6 +7,7 @@ from lowrank_kit.calibration.gradients import weight_gradients
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.next_token_loss import model_loss
 from lowrank_kit.calibration.walk import BlockWalk
+from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import weight_of
 
@@ -155,5 +156,5 @@ def test_a_full_disk_is_reported(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(LowRankKitError, match=r"40 bytes .*No space left.* TMPDIR"):
         Hidden(torch.device("cpu"), memory_bytes=0)["state"] = torch.zeros(10)

@@ -74,6 +74,15 @@ def test_a_rank_deficient_input_is_reproduced_exactly_at_its_rank():
         assert (up @ down @ x.T - weight @ x.T).norm() < 1e-12 * (weight @ x.T).norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_of_few_tokens_their_rank_reproduces_the_outputs_and_the_full_rank_the_weight(shape):
+    weight, x = weight_of(shape), activations("well", shape[1])[:7]
+    projection = output_projection(weight, moments_of(x))
+    for rank, inputs in ((7, x), (min(shape), torch.eye(shape[1], dtype=torch.float64))):
+        up, down = projection.factors(weight, rank)
+        assert (inputs @ (weight - up @ down).T).norm() < 1e-6 * (inputs @ weight.T).norm()
+
+
 def test_ranks_beyond_the_components_are_padded_with_zeros():
     weight, x = weight_of((40, 30)), activations("deficient", 30)
     up, down = input_projection(moments_of(x).gram, weight.T @ weight).factors(weight, 25)
