@@ -159,6 +159,7 @@ def decompose(
     store = CalibrationStore(cache, key)
     spans = [first for first in request.spans if blocks is None or first in blocks]
     gradients = _gradient_store(cache, key, needed)
+    readers = {units.columns[0].name: units for units in request.units}
 
     def reduce_span(statistics: list[LayerStatistics]) -> dict[str, Kept]:
         groups = truncation.members([layer.ref for layer in statistics])
@@ -175,9 +176,8 @@ def decompose(
                 found[group[0].name] = request.decomposed([_layer(model, layer) for layer in members])
             except ValueError as error:
                 raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
-        for units in request.units:
-            if (reads := by_name.get(units.columns[0].name)) is not None:
-                found[units.name] = request.eliminated(_layer(model, reads))
+            if (units := readers.get(group[0].name)) is not None:
+                found[units.name] = request.eliminated(_layer(model, members[0]))
         return found
 
     with store.missing(spans) as missing:
