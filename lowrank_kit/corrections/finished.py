@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_kit.deferred import Tensor
-from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.weight_files import save_tensors
 
 if TYPE_CHECKING:
@@ -68,14 +67,5 @@ class FinishedBlocks:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{name}.safetensors"
         temporary = file.with_suffix(".tmp")
-        try:
-            save_tensors(
-                {key: t.detach().contiguous() for key, t in tensors.items()}, temporary, {MADE_OF: self._made_of}
-            )
-        # safetensors has an exception of its own for what the system refuses.
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            raise LowRankKitError(
-                f"'{file}' cannot be written ({error}): make room and start the run again; it goes on at this block"
-            ) from error
+        save_tensors({key: t.detach().contiguous() for key, t in tensors.items()}, temporary, {MADE_OF: self._made_of})
         temporary.replace(file)
