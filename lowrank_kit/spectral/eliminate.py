@@ -40,7 +40,8 @@ def eliminate(inputs: Float[Tensor, "n n"], metric: Float[Tensor, "n n"]) -> Eli
 
     The step of Optimal Brain Surgeon: channel j costs `M_jj / (C^-1)_jj`, then W and C^-1 become those of the channels
     left, and M with W. Two matrices are updated by products of rank `STEPS_PER_PRODUCT`: about `5 n^3` multiplications
-    in float64 and three matrices `[n, n]` in memory, 1.2 s for n = 1536 and 4 minutes for n = 11008 on two cores.
+    in float64 and three matrices `[n, n]` in memory: about 3 s of one core for n = 1536, and by `n^3` some 15 minutes for
+    n = 11008 (not measured).
     """
     scale, damped = _damped(inputs)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
