@@ -26,7 +26,7 @@ from lowrank_kit.config.plugins import conf_folders
 from lowrank_kit.config.sweeps import Launcher, Optuna, load_launcher, load_search
 from lowrank_kit.errors import ConfigError, did_you_mean
 
-PARTS_OF_METHODS = ("truncation", "allocation", "correction", "storage")
+PARTS_OF_METHODS = ("truncation", "allocation", "correction", "storage", "structure")
 """Config groups that some methods consist of, and others know nothing of."""
 
 

@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float64
 from pydantic import Field
@@ -17,6 +17,9 @@ from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.storages.storage import Storage
 from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.spectra import Spectrum
+
+if TYPE_CHECKING:
+    from lowrank_kit.allocations.narrowing import Narrowing
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Allocation(Choice):
 
     crosses_roles: ClassVar[bool] = False
     """The rule compares or moves ranks across roles: it must see all candidates at once, under one budget."""
+    adds_losses: ClassVar[bool] = False
+    """The rule minimises a sum of losses, so that other options than ranks may stand beside them."""
 
     keep: Keep = Field(default_factory=Keep)
     """What the rule does not decide. `ranks` never sees it."""
@@ -155,6 +160,20 @@ class Allocation(Choice):
 
         Raises:
             ConfigError: no ranks meet the budget; the message names the constraint and the nearest feasible value.
+        """
+        raise NotImplementedError
+
+    def ranks_or_channels(
+        self,
+        candidates: Sequence[Candidate],
+        narrowings: "Sequence[Narrowing]",
+        budget: Budget,
+        probe: Probe | None = None,
+    ) -> dict[str, int]:
+        """What `ranks` returns, and the channels left of every MLP that may be narrowed, for a rule that `adds_losses`.
+
+        The matrices of a narrowed MLP are dense in the answer: it costs the sum over the candidates, less what the
+        channels gone would. Raises as `ranks`.
         """
         raise NotImplementedError
 

@@ -71,6 +71,11 @@ def options_of(candidates: Sequence[Candidate], budget: Budget) -> list[Options]
     return floored
 
 
+def options_beside(others: Sequence[Candidate], candidates: Sequence[Candidate], budget: Budget) -> list[Options]:
+    """What others may get that stand for some of the candidates: from the same floor, a share of what these keep."""
+    return _with_floors(others, [_legal(other, budget) for other in others], budget, keep_of(candidates, budget))
+
+
 def largest(candidates: Sequence[Candidate], budget: Budget) -> int:
     """Parameters of all candidates at their last option: the most that a budget can be spent on."""
     return sum(_legal(candidate, budget).costs[-1] for candidate in candidates)

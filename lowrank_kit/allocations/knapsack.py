@@ -28,7 +28,7 @@ def relax(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
 
     Costs ascend within an item; the first options must fit together.
     """
-    hulls = [_lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
+    hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
     steps = []
     for item, hull in enumerate(hulls):
         for before, after in pairwise(hull):
@@ -94,7 +94,7 @@ def solve(
     return options.tolist() if fits and loss[picked].sum() < relaxed.loss else relaxed.chosen
 
 
-def _lower_hull(cost: Sequence[int], loss: Sequence[float]) -> list[int]:
+def lower_hull(cost: Sequence[int], loss: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull from the first point to the least loss."""
     hull: list[int] = []
     for point in range(min(range(len(loss)), key=loss.__getitem__) + 1):

@@ -1,11 +1,12 @@
 """Least total tail under the budget: one Lagrange multiplier for the whole model."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
-from lowrank_kit.allocations.budget import finish, losses_at, options_of, saving_per_parameter
+from lowrank_kit.allocations.budget import losses_at, options_beside, options_of
 from lowrank_kit.allocations.knapsack import relax
+from lowrank_kit.allocations.narrowing import Narrowing, choose
 
 
 class Lagrangian(Allocation):
@@ -17,12 +18,27 @@ class Lagrangian(Allocation):
     Published relatives: KFAC-SVD / LEMS and IO-SVD.
     """
 
+    adds_losses: ClassVar[bool] = True
+
     kind: Literal["lagrangian"] = "lagrangian"
     """Marks the rule."""
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""
-        options = options_of(candidates, budget)
-        losses = [losses_at(c.tail, o) for c, o in zip(candidates, options, strict=True)]
-        start = relax([o.costs for o in options], losses, budget.parameters).chosen
-        return finish(candidates, budget, options, start, saving_per_parameter(options, losses))
+        return self.ranks_or_channels(candidates, (), budget)
+
+    def ranks_or_channels(
+        self,
+        candidates: Sequence[Candidate],
+        narrowings: Sequence[Narrowing],
+        budget: Budget,
+        probe: Probe | None = None,
+    ) -> dict[str, int]:
+        """See `Allocation.ranks_or_channels`."""
+        options = [*options_of(candidates, budget), *options_beside(narrowings, candidates, budget)]
+        losses = [losses_at(c.tail, o) for c, o in zip([*candidates, *narrowings], options, strict=True)]
+
+        def solver(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> list[int]:
+            return relax(costs, losses, budget.parameters).chosen
+
+        return choose(candidates, narrowings, budget, options, losses, solver)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from math import exp, log
 from statistics import fmean, median
 from typing import Annotated, ClassVar, Literal
@@ -9,11 +10,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Budget, Candidate, MeasuredAllocation, Probe
-from lowrank_kit.allocations.budget import Options, finish, losses_at, options_of, saving_per_parameter
+from lowrank_kit.allocations.budget import Options, losses_at, options_beside, options_of
 from lowrank_kit.allocations.knapsack import solve
+from lowrank_kit.allocations.narrowing import Curves, Narrowing, choose
 from lowrank_kit.errors import LowRankKitError
-
-Curves = Sequence[Sequence[float]]
 
 
 class Loss(MeasuredAllocation):
@@ -30,6 +30,7 @@ class Loss(MeasuredAllocation):
     """
 
     crosses_roles: ClassVar[bool] = True
+    adds_losses: ClassVar[bool] = True
 
     kind: Literal["loss"] = "loss"
     """Marks the rule."""
@@ -44,21 +45,27 @@ class Loss(MeasuredAllocation):
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`. Also a `LowRankKitError` when no cut of any group raised the measured loss."""
-        assert probe is not None
-        options = options_of(candidates, budget)
-        tails = [losses_at(c.tail, o) for c, o in zip(candidates, options, strict=True)]
-        calibrated = self._calibrated(candidates, options, tails, probe)
-        depth = max(1, *(c.block for c in candidates))
-        weights = [[1 + bias * (1 - c.block / depth) for c in candidates] for bias in self.depth_bias]
-        weighted = [[[w * x for x in xs] for w, xs in zip(ws, calibrated, strict=True)] for ws in weights]
-        plans = [self._plan(candidates, budget, options, curves) for curves in [*weighted, tails]]
-        return min(plans, key=probe.loss_change)
+        return self.ranks_or_channels(candidates, (), budget, probe)
 
-    def _plan(
-        self, candidates: Sequence[Candidate], budget: Budget, options: Sequence[Options], losses: Curves
+    def ranks_or_channels(
+        self,
+        candidates: Sequence[Candidate],
+        narrowings: Sequence[Narrowing],
+        budget: Budget,
+        probe: Probe | None = None,
     ) -> dict[str, int]:
-        start = solve([o.costs for o in options], losses, budget.parameters)
-        return finish(candidates, budget, options, start, saving_per_parameter(options, losses))
+        """See `Allocation.ranks_or_channels`; channels are measured as a role of their own."""
+        assert probe is not None
+        options = [*options_of(candidates, budget), *options_beside(narrowings, candidates, budget)]
+        every = [*candidates, *narrowings]
+        tails = [losses_at(c.tail, o) for c, o in zip(every, options, strict=True)]
+        calibrated = self._calibrated(every, options, tails, probe)
+        depth = max(1, *(c.block for c in candidates))
+        weights = [[1 + bias * (1 - c.block / depth) for c in every] for bias in self.depth_bias]
+        weighted = [[[w * x for x in xs] for w, xs in zip(ws, calibrated, strict=True)] for ws in weights]
+        solver = partial(solve, budget=budget.parameters)
+        plans = [choose(candidates, narrowings, budget, options, curves, solver) for curves in [*weighted, tails]]
+        return min(plans, key=probe.loss_change)
 
     def _calibrated(
         self, candidates: Sequence[Candidate], options: Sequence[Options], tails: Curves, probe: Probe

@@ -12,7 +12,7 @@ from lowrank_kit.cache.entry import open_entry
 from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.deferred import PreTrainedModel, Tensor
+from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.evaluation.perplexity import perplexity
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
@@ -65,19 +65,33 @@ class LossProbe:
         # At full rank a matrix is left dense: as it is, not as a product of rounded factors.
         groups = self._decomposition.groups
         dense = {group[0].name: min(len(group) * group[0].out_features, group[0].in_features) for group in groups}
-        cut = {name for name, rank in ranks.items() if rank < dense[name]}
+        cut = {name for name, rank in ranks.items() if rank < dense.get(name, 0)}
         changed = [group for group in groups if group[0].name in cut]
-        if not changed:
+        narrowed = [
+            units for units in self._decomposition.request.units if ranks.get(units.name, units.count) < units.count
+        ]
+        if not changed and not narrowed:
             return 0.0
         with ExitStack() as stack:
+            for units in narrowed:
+                [down] = units.columns
+                module: Any = self._model.get_submodule(down.name)
+                weight = weight_of(module).detach().clone()
+                stack.callback(set_weight, module, weight)
+                kept = self._decomposition.eliminations[units.name].kept(ranks[units.name])
+                # A channel that nothing reads is as good as gone.
+                silenced = torch.zeros_like(weight)
+                silenced[:, kept] = self._decomposition.narrowed(units, weight, kept).to(weight.dtype)
+                set_weight(module, silenced)
             for group in changed:
                 projection = self._decomposition.projection(group[0].name)
                 for ref in group:
-                    module: Any = self._model.get_submodule(ref.name)
+                    module = self._model.get_submodule(ref.name)
                     factors = projection.factors(weight_of(module), ranks[group[0].name])
                     stack.callback(set_weight, module, weight_of(module).detach().clone())
                     set_weight(module, factors.dense())
-            return self._loss(min(group[0].block for group in changed)) - self._dense
+            blocks = [*(group[0].block for group in changed), *(units.block for units in narrowed)]
+            return self._loss(min(blocks)) - self._dense
 
     def _loss(self, first: int) -> float:
         """Mean loss over the windows, the blocks before `first` taken as known."""

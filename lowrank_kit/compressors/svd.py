@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import largest, options_of
+from lowrank_kit.allocations.narrowing import Narrowing
 from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.calibration.backward import BACKWARD
 from lowrank_kit.calibration.influence import block_influence
@@ -32,6 +33,8 @@ from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.singular_values import plot_spectra
 from lowrank_kit.storages.storage import Storage
 from lowrank_kit.storages.two_factors import Factors
+from lowrank_kit.structures.none import RankAlone
+from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.decompose import Decomposition, Request, decompose
 from lowrank_kit.truncations.truncation import Truncation, groups_of
 
@@ -47,6 +50,12 @@ class Statistics:
 
     decomposition: Decomposition
     influence: Float64[Tensor, " blocks"] | None
+
+    @property
+    def narrowings(self) -> list[Narrowing]:
+        """The MLPs that the allocation may narrow instead."""
+        found = self.decomposition
+        return [Narrowing.of(units, found.eliminations[units.name]) for units in found.request.units]
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -83,6 +92,8 @@ class TruncatedSVD(Compressor):
     # Left out where it is what it always was, so that older run directories are found again.
     storage: Storage = Field(default=Factors(), exclude_if=lambda storage: storage.kind == "factors")
     """How a low-rank matrix lies in the model, and what its rank costs."""
+    structure: Structure = Field(default=RankAlone(), exclude_if=lambda structure: structure.kind == "none")
+    """What blocks may lose instead of rank."""
 
     def targets(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
         """The linears to compress. Raises `ConfigError` for a role that the model does not have."""
@@ -90,7 +101,8 @@ class TruncatedSVD(Compressor):
 
     def request(self, layout: ModelLayout) -> Request:
         """What to decompose. Neither ratio nor rule plays a part, so that a sweep decomposes once."""
-        return Request(self.truncation, self.allocation.needs(), self.targets(layout))
+        targets = self.targets(layout)
+        return Request(self.truncation, self.allocation.needs(), targets, self.structure.units(layout, targets))
 
     @property
     def reads_gradients(self) -> bool:
@@ -100,12 +112,15 @@ class TruncatedSVD(Compressor):
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
         self.correction.check(self.truncation, self.targets(layout))
+        self.structure.check(self.truncation, self.allocation)
+        units = self.structure.units(layout, self.targets(layout))
         if self.reads_gradients:
             check_stand_alone(layout, BACKWARD)
-        if self.scope == "role" and self.allocation.crosses_roles:
+        if self.scope == "role" and (self.allocation.crosses_roles or units):
+            weighing = f"structure={self.structure.kind}" if units else f"the allocation {self.allocation.kind}"
             raise ConfigError(
-                f"method.scope=role cannot go with the allocation {self.allocation.kind}, which weighs roles against "
-                "each other: use method.scope=global"
+                f"method.scope=role cannot go with {weighing}, which weighs roles against each other: use "
+                "method.scope=global"
             )
         keep = self.allocation.keep
         keep.check(tuple(dict.fromkeys(ref.role for ref in self.targets(layout))), len(layout.blocks))
@@ -149,7 +164,9 @@ class TruncatedSVD(Compressor):
         probe = None
         if context.probe_windows is not None:
             probe = LossProbe(context.model, statistics.decomposition, context.probe_windows, context.progress)
-        plan = self.decide(context.layout, statistics.candidates, probe, statistics.influence)
+        plan = self.decide(
+            context.layout, statistics.candidates, probe, statistics.influence, narrowings=statistics.narrowings
+        )
         if starved := statistics.decomposition.starved:
             first, tokens = next(iter(starved.items()))
             log.warning(
@@ -179,21 +196,29 @@ class TruncatedSVD(Compressor):
         candidates: Sequence[Candidate],
         probe: Probe | None,
         influence: Float64[Tensor, " blocks"] | None = None,
+        narrowings: Sequence[Narrowing] = (),
     ) -> Plan:
         """Decide every rank, exactly within the budget, at the prices of `storage`.
 
-        ``probe`` is for an allocation that measures the model, ``influence`` (of every block) for floors by it.
+        ``probe`` is for an allocation that measures the model, ``influence`` (of every block) for floors by it,
+        ``narrowings`` are MLPs that the allocation may narrow instead of cutting all their matrices.
         """
         candidates = [replace(candidate, storage=self.storage) for candidate in candidates]
-        chosen = {c.name: c.full_rank for c in candidates}
+        chosen = {c.name: c.full_rank for c in [*candidates, *narrowings]}
         unspent = 0
         floors = self.allocation.keep.floors(influence)
         for rule, part, budget in self._budgets(layout, candidates, self.floor):
             left = budget.parameters + unspent
             # What the parts before could not spend may be more than this one can.
             budget = replace(budget, parameters=min(left, largest(part, budget)), block_floors=floors)
-            chosen |= rule.ranks(part, budget, probe)
-            unspent = left - sum(candidate.cost(chosen[candidate.name]) for candidate in part)
+            free = {candidate.name for candidate in part}
+            narrowable = [n for n in narrowings if rule is self.allocation and {ref.name for ref in n.members} <= free]
+            if narrowable:
+                chosen |= rule.ranks_or_channels(part, narrowable, budget, probe)
+            else:
+                chosen |= rule.ranks(part, budget, probe)
+            unspent = left - sum(c.cost(chosen[c.name]) for c in part)
+            unspent += sum(n.dense_cost - n.cost(chosen[n.name]) for n in narrowable)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
         before = cost = layout.parameters
         for candidate in candidates:
@@ -201,8 +226,14 @@ class TruncatedSVD(Compressor):
             cost += candidate.cost(rank) - candidate.dense_cost
             if rank < candidate.full_rank:
                 ranks |= {ref.name: rank for ref in candidate.members}
-        tails = {c.name: float(c.tail[chosen[c.name] :].sum()) for c in candidates}
-        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, tails)
+        kept = {}
+        for n in narrowings:
+            if (left := chosen[n.name]) < n.full_rank:
+                cost += n.cost(left) - n.dense_cost
+                ranks |= {ref.name: min(sides) for ref, *sides in n.units.sides(left)}
+                kept[n.name] = n.elimination.kept(left)
+        tails = {c.name: float(c.tail[chosen[c.name] :].sum()) for c in [*candidates, *narrowings]}
+        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, tails, kept)
 
     def _budgets(
         self, layout: ModelLayout, candidates: Sequence[Candidate], floor: float

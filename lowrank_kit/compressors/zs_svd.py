@@ -62,6 +62,11 @@ class ZeroSumSVD(TruncatedSVD):
                 f"method.stages={self.stages} with method.correction={self.correction.kind} would fit factors to the "
                 "outputs of a model that stages have changed: use method.stages=1, or method.correction=none"
             )
+        if self.structure.kind != "none":
+            raise ConfigError(
+                f"method.stages={self.stages} truncates matrices, and method.structure={self.structure.kind} takes "
+                "parts of them away: use method.stages=1, or method.structure=none"
+            )
         if self.truncation.span > 1:
             raise ConfigError(
                 f"method.stages={self.stages} truncates single matrices, and the truncation {self.truncation.kind} "

@@ -2,14 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxtyping import Float
+
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.config import Choice
+from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.models.linear import set_weight
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.units import Units
 from lowrank_kit.plan import Plan
 from lowrank_kit.storages.storage import Storage
 from lowrank_kit.storages.two_factors import Factors
@@ -37,6 +44,17 @@ class Factorisation:
     progress: "Progress | None" = None
     storage: Storage = field(default_factory=Factors)
 
+    @cached_property
+    def narrowed(self) -> dict[str, Units]:
+        """The MLPs that lose channels, by the names of all their matrices: none of these loses rank."""
+        planned = (units for units in self.decomposition.request.units if units.name in self.plan.kept)
+        return {ref.name: units for units in planned for ref in units.linears}
+
+    def narrow(self, units: Units, weight: Float[Tensor, "out k"]) -> None:
+        """Take the planned channels out of the model, in place; ``weight`` is what reads those that stay."""
+        keep_units(self.model, units, self.plan.kept[units.name])
+        set_weight(self.model.get_submodule(units.columns[0].name), weight)
+
     @property
     def made_of(self) -> str:
         """A digest of what the factors are made of: the plan, the decomposition, the model; and how they are stored."""
@@ -44,9 +62,13 @@ class Factorisation:
         facts = json.dumps([asdict(self.plan), self.decomposition.store.key.digest, storage], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
-    def outline(self, ref: LinearRef) -> None:
-        """Give a linear that is factored in a block on disk its form, without any values."""
-        self.storage.outline(self.model, ref.name, self.plan.ranks[ref.name])
+    def outline(self, refs: Iterable[LinearRef]) -> None:
+        """Give linears of a block on disk the form that they have there, without any values."""
+        for ref in refs:
+            if (units := self.narrowed.get(ref.name)) is None:
+                self.storage.outline(self.model, ref.name, self.plan.ranks[ref.name])
+            elif ref.writes_residual:
+                keep_units(self.model, units, self.plan.kept[units.name])
 
 
 class Correction(Choice):
@@ -56,5 +78,5 @@ class Correction(Choice):
         """Raise `ConfigError` for a truncation, or linears, that it does not go with."""
 
     def factorise(self, work: Factorisation) -> None:
-        """Replace every matrix whose planned rank is below full by its factors as they are stored, in place."""
+        """Replace every matrix of lower planned rank by its factors as stored, and narrow MLPs as planned, in place."""
         raise NotImplementedError

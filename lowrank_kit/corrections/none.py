@@ -8,10 +8,11 @@ from lowrank_kit.deferred import torch
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.models.units import Units
 
 
 class Uncorrected(Correction):
-    """The factors of the decomposition as they are."""
+    """The factors of the decomposition as they are, and its weights for the channels that stay."""
 
     kind: Literal["none"] = "none"
     """Marks the correction."""
@@ -22,21 +23,27 @@ class Uncorrected(Correction):
         blocks = layout_of(model).blocks
         groups: dict[int, list[Sequence[LinearRef]]] = {index: [] for index in range(len(blocks))}
         for group in work.decomposition.groups:
-            if plan.ranks[group[0].name] < group[0].full_rank:
+            if group[0].name not in work.narrowed and plan.ranks[group[0].name] < group[0].full_rank:
                 groups[group[0].block].append(group)
+        narrowed = {units.block: units for units in work.narrowed.values()}
         weights = weights_of(model)
         weights.go_on(work.made_of)
         for index, of_block in groups.items():
             if weights.is_written(index):
-                for ref in (ref for group in of_block for ref in group):
-                    work.outline(ref)
+                refs = [ref for group in of_block for ref in group]
+                work.outline([*refs, *(narrowed[index].linears if index in narrowed else ())])
                 continue
             with weights.block(index):
-                self._factorise_block(work, of_block)
+                self._factorise_block(work, of_block, narrowed.get(index))
                 weights.write(index)
 
-    def _factorise_block(self, work: Factorisation, groups: Sequence[Sequence[LinearRef]]) -> None:
+    def _factorise_block(
+        self, work: Factorisation, groups: Sequence[Sequence[LinearRef]], narrowed: Units | None
+    ) -> None:
         model, plan = work.model, work.plan
+        if narrowed is not None:
+            weight = weight_of(model.get_submodule(narrowed.columns[0].name))
+            work.narrow(narrowed, work.decomposition.narrowed(narrowed, weight, plan.kept[narrowed.name]))
         for group in groups:
             first = group[0].name
             projection = work.decomposition.projection(first)

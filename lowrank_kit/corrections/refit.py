@@ -37,6 +37,7 @@ from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
+from lowrank_kit.spectral.eliminate import compensated
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.truncation import Layer, Truncation
@@ -113,13 +114,16 @@ class Refit(Correction):
                     with _noted(compressed, [first.name], writers[index], stop=True) as found:
                         block.run(number)
                     sums.add(reads.pop((first.name, number)), found[first.name, number])
-                correction = sums.correction(self.anchor, self.ridge)
+                narrowed = work.narrowed.get(first.name) if first.writes_residual else None
+                kept = None if narrowed is None else work.plan.kept[narrowed.name]
+                correction = sums.correction(self.anchor, self.ridge, kept)
                 for ref in group:
                     self._replace(work, ref, correction, known.get(ref.name))
             if is_finished:
-                for ref in (ref for group in blocks[index].values() for ref in group):
-                    if work.plan.ranks[ref.name] < ref.full_rank:
-                        work.outline(ref)
+                refs = [ref for group in blocks[index].values() for ref in group]
+                work.outline(
+                    ref for ref in refs if ref.name in work.narrowed or work.plan.ranks[ref.name] < ref.full_rank
+                )
                 finished.restore(index, block.module, model.device)
             elif groups:
                 self.finish(block, original.states, samples.opening, finished)
@@ -154,7 +158,11 @@ class Refit(Correction):
         if correction.residual is not None:
             corrected = corrected + correction.residual
         rank = work.plan.ranks[ref.name]
-        if rank == ref.full_rank:
+        if (narrowed := work.narrowed.get(ref.name)) is not None and ref.writes_residual:
+            work.narrow(narrowed, corrected)
+            return
+        # What a channel is made of is corrected while all of them are there.
+        if rank == ref.full_rank or narrowed is not None:
             set_weight(module, corrected)
             return
         if gradient is not None and gradient.gram is not None and ref.out_features > ref.in_features:
@@ -222,10 +230,13 @@ def _stream(hidden: Tensor, written: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class _Correction:
-    """`W* = W inputs + residual`, and the moments and magnitudes that the truncation of W* is measured in."""
+    """`W* = W inputs + residual`, and the moments and magnitudes that the truncation of W* is measured in.
 
-    inputs: Float64[Tensor, "in in"]
-    residual: Float64[Tensor, "out in"] | None
+    Where the linear loses inputs, W* reads those that are left.
+    """
+
+    inputs: Float64[Tensor, "in left"]
+    residual: Float64[Tensor, "out left"] | None
     moments: Moments
     magnitudes: Float64[Tensor, " in"]
 
@@ -251,14 +262,17 @@ class _Sums:
         if self._stream is not None:
             _add_product(self._stream, self._rows(old.stream - new.stream), after)
 
-    def correction(self, anchor: float, ridge: float) -> _Correction:
+    def correction(self, anchor: float, ridge: float, kept: Sequence[int] | None = None) -> _Correction:
         """The minimiser W* of `|W X + (H - H') - W* X'|^2 + anchor |(W - W*) X|^2`, without H where no stream is kept.
 
         With `M = C_X'X' + anchor C_XX` it is `W + (W (C_XX' - C_X'X') + C_(H-H')X') (M + ridge I)^-1`; the ridge, in
-        units of the mean diagonal, pulls it towards W.
+        units of the mean diagonal, pulls it towards W. Of ``kept`` inputs alone: W* and X' are those columns and rows,
+        and W in the place that the ridge pulls to is W refitted to them.
         """
         gram = self._new.gram + anchor * self._old.gram
-        damped = gram.clone()
+        every = torch.eye(len(gram)).to(gram)
+        left, start = (slice(None), every) if kept is None else (list(kept), compensated(every, gram, kept))
+        damped = gram[left][:, left].clone()
         damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
         root, failed = torch.linalg.cholesky_ex(damped)
         if failed:
@@ -266,9 +280,8 @@ class _Sums:
                 f"{self._ref.name} cannot be refitted: its inputs do not determine a weight, and a ridge of {ridge:g} "
                 "is too little beside them; raise method.correction.ridge, to 1e-5 or more"
             )
-        inputs = torch.cholesky_solve(self._difference.T, root).T
-        inputs.diagonal().add_(1)
-        residual = None if self._stream is None else torch.cholesky_solve(self._stream.T, root).T
+        inputs = start + torch.cholesky_solve(self._difference[:, left].T, root).T
+        residual = None if self._stream is None else torch.cholesky_solve(self._stream[:, left].T, root).T
         moments = Moments(gram / (1 + anchor), self._new.total, self._new.count)
         magnitudes = self._new_magnitudes.mean() + anchor * self._old_magnitudes.mean()
         return _Correction(inputs, residual, moments, magnitudes / (1 + anchor))

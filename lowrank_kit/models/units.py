@@ -68,13 +68,26 @@ def units_of(layout: ModelLayout, blocks: Sequence[int]) -> list[Units]:
         )
     found = []
     for block in blocks:
-        of_kind = {kind: [r for r in layout.linears if (r.block, r.kind) == (block, kind)] for kind in _KINDS}
-        [key] = (ref for ref in of_kind["attention"] if ref.product == "key")
-        [down] = (ref for ref in of_kind["mlp"] if ref.writes_residual)
-        counts = {"attention": key.out_features // layout.head_dim, "mlp": down.in_features}
-        for kind, name in _KINDS.items():
-            # Rows of a weight are its outputs, columns its inputs.
-            rows = tuple(ref for ref in of_kind[kind] if not ref.writes_residual)
-            columns = tuple(ref for ref in of_kind[kind] if ref.writes_residual)
-            found.append(Units(name, block, counts[kind], rows, columns))
+        [key] = (ref for ref in layout.linears if (ref.block, ref.product) == (block, "key"))
+        [down] = (ref for ref in layout.linears if ref.block == block and ref.kind == "mlp" and ref.writes_residual)
+        found.append(_units("heads", layout, block, key.out_features // layout.head_dim))
+        found.append(_units("channels", layout, block, down.in_features))
     return found
+
+
+def channels_of(layout: ModelLayout) -> list[Units]:
+    """The channels of every MLP, gated or not, whose matrices are separate; experts have none."""
+    found = []
+    for block in range(len(layout.blocks)):
+        mlp = [ref for ref in layout.linears if (ref.block, ref.kind) == (block, "mlp")]
+        downs = [ref for ref in mlp if ref.writes_residual]
+        if len(downs) == 1 and all(ref.product != "fused" for ref in mlp):
+            found.append(_units("channels", layout, block, downs[0].in_features))
+    return found
+
+
+def _units(name: UnitKind, layout: ModelLayout, block: int, count: int) -> Units:
+    refs = [ref for ref in layout.linears if ref.block == block and _KINDS.get(ref.kind) == name]
+    # Rows of a weight are its outputs, columns its inputs.
+    rows = tuple(ref for ref in refs if not ref.writes_residual)
+    return Units(name, block, count, rows, tuple(ref for ref in refs if ref.writes_residual))

@@ -42,6 +42,7 @@ def _reads_gradients(config: Mapping[str, Any]) -> bool:
 
 def _dense(run: Path) -> list[str]:
     plan, checkpoint = (read_json(run / name, dict) or {} for name in ("plan.json", "checkpoint/config.json"))
-    factored = len((checkpoint.get("lowrank") or {}).get("ranks") or ())
+    lowrank = checkpoint.get("lowrank") or {}
+    changed = len({*(lowrank.get("ranks") or ()), *(lowrank.get("shapes") or ())})
     matrices = len(plan.get("ranks") or ())
-    return [f"{matrices - factored} of {matrices} dense"] if 0 < factored < matrices else []
+    return [f"{matrices - changed} of {matrices} dense"] if 0 < changed < matrices else []

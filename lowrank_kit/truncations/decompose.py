@@ -6,6 +6,8 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxtyping import Float, Float64
+
 from lowrank_kit.cache.key import StatisticsKey, maker_of
 from lowrank_kit.calibration.collect import calibration_key, reads_of, reduce_spans
 from lowrank_kit.calibration.statistics import GradientRequest, Kept, LayerStatistics, StatisticsRequest
@@ -15,6 +17,8 @@ from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
+from lowrank_kit.models.units import Units
+from lowrank_kit.spectral.eliminate import Elimination, compensated, eliminate
 from lowrank_kit.spectral.truncate import Projection
 from lowrank_kit.truncations.spectra import Spectrum
 from lowrank_kit.truncations.truncation import Layer, Truncation, groups_of, warn_of_few_tokens
@@ -31,6 +35,8 @@ class Request:
     truncation: Truncation
     spectra: frozenset[Spectrum]
     refs: tuple[LinearRef, ...]
+    units: tuple[Units, ...] = ()
+    """MLPs whose channels are eliminated one by one."""
 
     @property
     def extra(self) -> list[Spectrum]:
@@ -42,7 +48,8 @@ class Request:
         requests = [self.truncation.needs(), *(spectrum.needs() for spectrum in self.extra)]
         gradients = [r.gradient for r in requests if r.gradient is not None]
         return StatisticsRequest(
-            moments=next((r.moments for r in requests if r.moments is not None), None),
+            # Channels are inputs, whichever side is the smaller one.
+            moments="input" if self.units else next((r.moments for r in requests if r.moments is not None), None),
             magnitudes=any(r.magnitudes for r in requests),
             gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
         )
@@ -52,6 +59,12 @@ class Request:
         projection = self.truncation.project(layers)
         spectra = {f"spectrum_{spectrum.name}": spectrum.of(projection, layers) for spectrum in self.extra}
         return pack(projection) | spectra
+
+    def eliminated(self, layer: Layer) -> Kept:
+        """The elimination of the channels that this linear reads, and their second moments in float32."""
+        inputs, metric = self.truncation.seen_by_inputs(layer)
+        found = eliminate(inputs, metric)
+        return {"order": found.order, "losses": found.losses, "inputs": inputs.float()}
 
     def span_of(self, ref: LinearRef) -> int:
         """The first block of those that are decomposed together with this linear's."""
@@ -71,6 +84,7 @@ class Decomposition:
     """Every matrix's projection: its spectra at hand, its vectors read from disk when asked for.
 
     ``starved`` are matrices of experts that saw fewer tokens than they have directions: how many. They have none.
+    ``eliminations`` are of the channels of the request's MLPs, by the units' name.
     """
 
     request: Request
@@ -84,12 +98,16 @@ class Decomposition:
         self.values: dict[str, Tensor] = {}
         self.spectra: dict[str, Mapping[str, Tensor]] = {}
         self.starved: dict[str, int] = {}
+        self.eliminations: dict[str, Elimination] = {}
         for first in self.spans:
             for name, kept in self.store.load(first).items():
                 if "tokens" in kept:
                     self.starved[name] = int(kept["tokens"])
                     continue
                 # Copies: whatever is kept of a mapped file holds all of it that was read.
+                if "order" in kept:
+                    self.eliminations[name] = Elimination(kept["order"].clone(), kept["losses"].clone())
+                    continue
                 values = kept["values"].clone()
                 found = {s.name: kept[f"spectrum_{s.name}"].clone() for s in request.extra}
                 own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: values}
@@ -101,6 +119,11 @@ class Decomposition:
         """The projection of the group whose first linear this is."""
         first = self.request.span_of(next(group[0] for group in self.groups if group[0].name == name))
         return unpack(self.store.load(first)[name])
+
+    def narrowed(self, units: Units, weight: Float[Tensor, "out n"], kept: Sequence[int]) -> Float64[Tensor, "out k"]:
+        """The weight that reads the kept channels of an MLP and makes up for the others, in float64."""
+        inputs = self.store.load(self.request.span_of(units.columns[0]))[units.name]["inputs"]
+        return compensated(weight, inputs.to(weight.device), kept)
 
 
 def decompose(
@@ -128,12 +151,15 @@ def decompose(
     needed, truncation = request.needs(), request.truncation
     warn_of_few_tokens(needed, request.refs, samples.tokens)
     reduction = {"truncation": truncation.model_dump(mode="json"), "spectra": [s.name for s in request.extra]}
+    if request.units:
+        reduction["units"] = [units.name for units in request.units]
     asked = {"statistics": asdict(needed), "reduction": reduction}
     makers: list[type] = [Request, type(truncation), *(type(spectrum) for spectrum in request.extra)]
     key = calibration_key(model, samples, reads_of(needed), asked, makers, request.refs)
     store = CalibrationStore(cache, key)
     spans = [first for first in request.spans if blocks is None or first in blocks]
     gradients = _gradient_store(cache, key, needed)
+    readers = {units.columns[0].name: units for units in request.units}
 
     def reduce_span(statistics: list[LayerStatistics]) -> dict[str, Kept]:
         groups = truncation.members([layer.ref for layer in statistics])
@@ -150,6 +176,8 @@ def decompose(
                 found[group[0].name] = request.decomposed([_layer(model, layer) for layer in members])
             except ValueError as error:
                 raise LowRankKitError(f"{group[0].name} cannot be decomposed: {error}") from error
+            if (units := readers.get(group[0].name)) is not None:
+                found[units.name] = request.eliminated(_layer(model, members[0]))
         return found
 
     with store.missing(spans) as missing:

@@ -34,6 +34,9 @@ class Truncation(Choice):
     """Name of the `Spectrum` that the `values` of its projections are, so that an allocation which reads it needs no
     decomposition more; None: of none."""
 
+    of_loss: ClassVar[bool] = False
+    """Its values estimate the change of the loss, so that they compare across matrices and with lost channels."""
+
     @property
     def span(self) -> int:
         """Neighbouring blocks that are decomposed together."""
@@ -52,6 +55,10 @@ class Truncation(Choice):
 
         The projection's `values` are in per-token units. Raises `ValueError` for non-finite entries.
         """
+        raise NotImplementedError
+
+    def seen_by_inputs(self, layer: Layer) -> tuple[Float64[Tensor, "in in"], Float64[Tensor, "in in"]]:
+        """C, and the metric B of the outputs as the inputs see it, `W^T B W`. Needs the moments of all inputs."""
         raise NotImplementedError
 
 

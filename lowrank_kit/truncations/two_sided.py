@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import ClassVar, Literal
 
+from jaxtyping import Float64
 from pydantic import Field, field_validator
 
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
@@ -30,6 +31,7 @@ class TwoSided(Truncation):
     """
 
     spectrum: ClassVar[str | None] = "two_sided"
+    of_loss: ClassVar[bool] = True
 
     kind: Literal["two_sided"] = "two_sided"
     """Marks the truncation."""
@@ -68,12 +70,23 @@ class TwoSided(Truncation):
             if self.input_shrinkage:
                 outputs = self._shrunk(outputs, layer, weight @ weight.T)
             return output_projection_from_gram(outputs, root)
+        return input_projection(*self.seen_by_inputs(layer))
+
+    def seen_by_inputs(self, layer: Layer) -> tuple[Float64[Tensor, "in in"], Float64[Tensor, "in in"]]:
+        """As in `Truncation`, both shrunk."""
+        gradient, weight = layer.statistics.gradient, layer.weight.detach().double()
+        assert gradient is not None
+        assert gradient.gram is not None
+        gram, share = gradient.gram.double(), self.gradient_shrinkage
+        out_features, in_features = weight.shape
+        if out_features <= in_features:
+            gram = weight.T @ gram @ weight
         metric = (1 - share) * gram + share * gradient.energy / out_features * weight.T @ weight
         moments = layer.statistics.moments
         inputs = moments.gram / moments.count
         if self.input_shrinkage:
             inputs = self._shrunk(inputs, layer, torch.eye(in_features).to(inputs))
-        return input_projection(inputs, metric)
+        return inputs, metric
 
     def _shrunk(self, gram: Tensor, layer: Layer, identity: Tensor) -> Tensor:
         """C shrunk, as `gram` and `identity` see C and the identity matrix."""

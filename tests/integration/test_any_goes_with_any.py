@@ -16,12 +16,13 @@ from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.storages.storage import Storage
+from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
 TRUNCATIONS, ALLOCATIONS, CORRECTIONS = Truncation.known, Allocation.known, Correction.known
 # One window is held out of three.
 REFINE = {"refine": {"passes": 1}}
-STORAGES = Storage.known
+STORAGES, STRUCTURES = Storage.known, Structure.known
 # Pairs with a storage other than the default: it meets factors and costs alone.
 WITH_STORAGE = [
     choice
@@ -32,9 +33,11 @@ WITH_STORAGE = [
         *(("two_sided", "uniform", correction, storage) for correction in CORRECTIONS),
     )
 ]
+ADDS_LOSSES = [name for name, allocation in ALLOCATIONS.items() if allocation.adds_losses]
 CHOICES = [
-    *((*choice, "factors") for choice in product(TRUNCATIONS, ALLOCATIONS, CORRECTIONS)),
-    *sorted({*WITH_STORAGE}),
+    *((*choice, "factors", "none") for choice in product(TRUNCATIONS, ALLOCATIONS, CORRECTIONS)),
+    *((*choice, "none") for choice in sorted({*WITH_STORAGE})),
+    *(("two_sided", *choice, "channels") for choice in product(ADDS_LOSSES, CORRECTIONS, STORAGES)),
 ]
 SETTINGS = {"two_sided": {"input_shrinkage": 0.1, "gradient_clipping": (0.1, 10.0), "window_margin": 0.125}}
 
@@ -69,9 +72,9 @@ def refused(method, layout):
     return True
 
 
-@pytest.mark.parametrize(("truncation", "allocation", "correction", "storage"), CHOICES)
+@pytest.mark.parametrize(("truncation", "allocation", "correction", "storage", "structure"), CHOICES)
 def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
-    truncation, allocation, correction, storage, model, cache, tmp_path
+    truncation, allocation, correction, storage, structure, model, cache, tmp_path
 ):
     method = TruncatedSVD(
         name="any",
@@ -81,6 +84,7 @@ def test_it_ends_with_the_budget_and_a_checkpoint_or_is_refused(
         truncation=TRUNCATIONS[truncation](**SETTINGS.get(truncation, {})),
         allocation=ALLOCATIONS[allocation](),
         storage=STORAGES[storage](),
+        structure=STRUCTURES[structure](),
     )
     layout = layout_of(model)
     if refused(method, layout):
@@ -107,7 +111,8 @@ def test_what_is_refused_is_known(model):
     """No combination is refused by accident."""
     layout = layout_of(model)
     found = {
-        (truncation, correction)
+        (truncation, allocation, correction, structure)
+        for structure in STRUCTURES
         for truncation in TRUNCATIONS
         for allocation in ALLOCATIONS
         for correction in CORRECTIONS
@@ -119,8 +124,11 @@ def test_what_is_refused_is_known(model):
                 correction=CORRECTIONS[correction](),
                 truncation=TRUNCATIONS[truncation](),
                 allocation=ALLOCATIONS[allocation](),
+                structure=STRUCTURES[structure](),
             ),
             layout,
         )
     }
-    assert found == {("joint", correction) for correction in ("sequential", "residual", "refine")}
+    joint = {("joint", a, c, "none") for a in ALLOCATIONS for c in CORRECTIONS.keys() - {"none"}}
+    channels = {(t, a, c, "channels") for t in TRUNCATIONS for a in ALLOCATIONS for c in CORRECTIONS}
+    assert found == joint | channels - {("two_sided", a, c, "channels") for a in ADDS_LOSSES for c in CORRECTIONS}

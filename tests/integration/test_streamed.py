@@ -72,6 +72,13 @@ def test_so_are_half_precision_floors_and_blocks_of_which_little_changes(word, c
     same(command("streamed", STREAMED, word), command("resident", word))
 
 
+def test_so_are_mlps_that_lose_channels(command):
+    words = ["structure=channels"]
+    streamed = command("streamed", STREAMED, *words, method="kfac_svd")
+    assert json.loads((streamed / "plan.json").read_text())["kept"]
+    same(streamed, command("resident", *words, method="kfac_svd"))
+
+
 @pytest.mark.parametrize("family", ["gemma2", "opt", "gpt2"])
 def test_every_family_streams(family, command, checkpoint):
     words = [f"model.path={checkpoint(family)}"]

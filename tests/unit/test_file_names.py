@@ -6,7 +6,7 @@ from pathlib import Path
 import lowrank_kit
 
 # The parts of one method may all bear its name.
-CHOICES = {"adapters", "allocations", "compressors", "corrections", "storages", "truncations"}
+CHOICES = {"adapters", "allocations", "compressors", "corrections", "storages", "structures", "truncations"}
 
 
 def test_no_two_files_of_the_package_have_one_name():

@@ -10,6 +10,7 @@ from lowrank_kit.config import RunConfig, load
 from lowrank_kit.corrections.correction import Correction
 from lowrank_kit.errors import ConfigError
 from lowrank_kit.storages.storage import Storage
+from lowrank_kit.structures.structure import Structure
 from lowrank_kit.truncations.truncation import Truncation
 
 COMPOSER = Composer()
@@ -20,7 +21,7 @@ CHOICES = [f"{group}={name}" for group, names in COMPOSER.options.items() for na
 LOCAL = ("data=local", "experiment=astra_math_small", "experiment=astra_code_small")
 NEEDED = {
     **{name: ["++data.root=rows"] for name in LOCAL},
-    **{part: ["method=svd"] for part in ("allocation", "truncation", "correction", "storage")},
+    **{part: ["method=svd"] for part in ("allocation", "truncation", "correction", "storage", "structure")},
 }
 
 
@@ -74,7 +75,13 @@ def test_a_part_that_the_method_does_not_have_is_refused_with_those_that_have_it
         COMPOSER.jobs([f"method={method}", "allocation=hisvd"], multirun=False)
 
 
-PARTS = {"truncation": Truncation, "allocation": Allocation, "correction": Correction, "storage": Storage}
+PARTS = {
+    "truncation": Truncation,
+    "allocation": Allocation,
+    "correction": Correction,
+    "storage": Storage,
+    "structure": Structure,
+}
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items() if name not in ("method", "task")}
 
 
