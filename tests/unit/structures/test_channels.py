@@ -13,6 +13,7 @@ from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.compressors.compressor import Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.compressors.zs_svd import ZeroSumSVD
+from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.corrections.sequential import Sequential
@@ -176,6 +177,24 @@ def test_channels_that_nothing_is_lost_with_leave_the_model_what_it_was(family, 
     ids = samples.sequences[0]["input_ids"][None]
     expected, actual = model(ids).logits, found(ids).logits
     assert (expected - actual).norm() < 1e-3 * expected.norm()
+
+
+def test_a_killed_correction_goes_on_behind_narrow_blocks(tiny_model, samples, tmp_path):
+    model, settings = tiny_model("llama"), method(correction=Residual())
+    context = Context(model, layout_of(model), samples)
+    found = settings.calibrate(context)
+    plan = settings.plan(found, context)
+
+    def corrected(folder):
+        work = copy.deepcopy(model)
+        settings.correction.factorise(Factorisation(work, plan, found.decomposition, samples, folder=folder))
+        return work.state_dict()
+
+    whole = corrected(tmp_path / "killed")
+    assert len(plan.kept) == 3
+    (tmp_path / "killed" / "block-2.safetensors").unlink()
+    for name, tensor in corrected(tmp_path / "killed").items():
+        assert torch.equal(tensor, whole[name]), name
 
 
 def test_a_measured_rule_leaves_the_model_as_it_was(tiny_model, samples):
