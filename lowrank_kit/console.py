@@ -22,6 +22,9 @@ def command() -> Iterator[None]:
     An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the work and exit with 130 and 143.
     """
     unwind_on_sigterm()
+    # Where torchao is installed, PEFT imports it, and it names every kernel that it has for another machine.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except LowRankKitError as error:

@@ -72,8 +72,7 @@ def wanted(monkeypatch):
         proportional = module.proportional
 
         def noted(candidates, budget, weights):
-            costs = [weight * candidate.first_rank_cost for weight, candidate in zip(weights, candidates, strict=True)]
-            kept.update({c.name: cost / sum(costs) for c, cost in zip(candidates, costs, strict=True)})
+            kept.update({c.name: weight / sum(weights) for c, weight in zip(candidates, weights, strict=True)})
             return proportional(candidates, budget, weights)
 
         monkeypatch.setattr(module, "proportional", noted)

@@ -56,13 +56,20 @@ def test_a_matrix_and_a_model_are_cut_in_the_metric_of_the_loss(options, model, 
 
 def test_one_multiplier_decides_every_rank(model, work, seen, monkeypatch):
     """Ours: each matrix takes the rank, or stays dense, where `tail + mu cost` is least; mu by bisection."""
-    ranks, finish = {}, module.finish
+    seen_options, ranks, options_of, relax = {}, {}, module.options_of, module.relax
 
-    def noted(candidates, budget, options, start, urgency):
-        ranks.update({c.name: o.ranks[i] for c, o, i in zip(candidates, options, start, strict=True)})
-        return finish(candidates, budget, options, start, urgency)
+    def noted_options(candidates, budget):
+        found = options_of(candidates, budget)
+        seen_options.update({c.name: o for c, o in zip(candidates, found, strict=True)})
+        return found
 
-    monkeypatch.setattr(module, "finish", noted)
+    def noted(costs, losses, budget):
+        found = relax(costs, losses, budget)
+        ranks.update({name: o.ranks[i] for (name, o), i in zip(seen_options.items(), found.chosen, strict=True)})
+        return found
+
+    monkeypatch.setattr(module, "options_of", noted_options)
+    monkeypatch.setattr(module, "relax", noted)
     allocation = {"allocation": Lagrangian(), "truncation": TwoSided(), "dense": True}
     work(model, TruncatedSVD(name="x", ratio=0.4, rank_multiple=1, **allocation))
     layers, options = seen(model), {}

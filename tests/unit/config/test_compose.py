@@ -21,7 +21,7 @@ BASE = ["method=fake", "++run.method_prefixes=[third_party_methods]"]
         ("method.rank=1,2", "add -m"),
         ("~method.rnk", "'method.rnk' does not exist"),
         ("train=3", "train=3 is not an option; legal: default, recovery"),
-        ("method=null", "method=null is not an option; legal: astra, "),
+        ("method=null", "method=null is not an option; legal: aa_svd, "),
         ("calibration=5", "calibration=5 is not an option; legal: default"),
     ],
 )

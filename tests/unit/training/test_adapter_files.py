@@ -93,6 +93,8 @@ def test_an_adapter_of_another_model_does_not_fit(folder, tiny_model):
         load_adapter(tiny_model("gpt2"), folder)
 
 
+# PEFT says the same, and goes on.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_a_head_or_a_magnitude_that_is_missing_is_named(tiny_model, tmp_path):
     ready = adapt(
         tiny_model("bert", "classification"), Dora(name="dora", rank=2), CalibrationSamples(()), task_type="SEQ_CLS"
