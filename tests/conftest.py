@@ -1,3 +1,10 @@
+import logging
+
+# Before transformers: where torchao is installed it is imported with it, and names on stderr, behind pytest's summary,
+# every kernel that it has for another machine.
+for library in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
+
 import gc
 import time
 from collections.abc import Callable
