@@ -32,7 +32,7 @@ def config(*names):
     return BertConfig(id2label=dict(enumerate(names)), architectures=["BertForSequenceClassification"])
 
 
-@pytest.mark.parametrize("order", permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", [*permutations(range(3))], ids=str)
 @pytest.mark.parametrize("style", ["{}", "LABEL_{}", "names", "NAMES", "na-mes"])
 def test_every_order_of_the_names_gives_the_answers_of_the_names(order, style):
     spelt = {"names": NAMES, "NAMES": [name.upper() for name in NAMES], "na-mes": [n.replace("_", "-") for n in NAMES]}
