@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from jaxtyping import Float
 from pydantic import Field
 
+from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.walk import Block
+from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.finished import FinishedBlocks
 from lowrank_kit.corrections.refit import Refit
 from lowrank_kit.deferred import Tensor, no_grad, torch
@@ -56,17 +58,21 @@ class Refine(Refit):
         """See `Refit`; the authors balance by the singular values that the metric sees, which depend on the tokens."""
         return factors.balanced()
 
+    def factorise(self, work: Factorisation) -> None:
+        """See `Correction`. Raises `ConfigError` where nothing is left to learn from, before the work."""
+        batches = len(batches_of(work.model, work.samples))
+        if ceil(self.held_out * batches) == batches:
+            raise ConfigError(
+                f"method.correction=refine holds out {self.held_out:g} of the calibration windows, and all of them are "
+                f"read in {batches} batch(es): more calibration.samples, a lower calibration.batch_size, or "
+                "method.correction.held_out=0"
+            )
+        super().factorise(work)
+
     def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
         """Train the block, from the last pass that a killed run has left of it."""
         numbers = list(block.walk.numbers)
-        held = ceil(self.held_out * len(numbers))
-        if held == len(numbers):
-            raise ConfigError(
-                f"method.correction=refine holds out {self.held_out:g} of the calibration windows, and all of them are "
-                f"read in {held} batch(es): more calibration.samples, a lower calibration.batch_size, or "
-                "method.correction.held_out=0"
-            )
-        learnt = len(numbers) - held
+        learnt = len(numbers) - ceil(self.held_out * len(numbers))
         with _in_float32(block.module):
             training = _Training(self, block, targets, opening, numbers[:learnt], numbers[learnt:])
             training.run(finished)
@@ -130,7 +136,7 @@ class _Training:
         return self._settings.learning_rate * share
 
     def _error(self, number: int) -> Float[Tensor, ""]:
-        """Mean squared error of a batch's outputs, as a share of the first held-out error."""
+        """Mean squared error of a batch's outputs, BOS apart."""
         output, target = (t[:, self._opening :] for t in (self._block.recorded(number), self._targets[number]))
         return (output - target).square().mean()
 

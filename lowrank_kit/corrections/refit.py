@@ -147,7 +147,7 @@ class Refit(Correction):
 
     def _digest(self, work: Factorisation) -> str:
         """What the blocks are made of."""
-        settings = [self.model_dump(mode="json"), work.samples.fingerprint()]
+        settings = [self.model_dump(mode="json"), work.samples.fingerprint(), work.samples.batch_size]
         return hashlib.sha256(json.dumps([work.made_of, settings]).encode()).hexdigest()
 
     def _replace(

@@ -144,3 +144,5 @@ def test_too_few_windows_to_hold_one_out_are_refused(tiny_model, samples, method
     together = replace(samples, batch_size=len(samples.sequences))
     with pytest.raises(ConfigError, match=r"method\.correction\.held_out=0"):
         run(model, method(correction=Refine()), together)
+    # Before the work: nothing has been replaced.
+    assert model.state_dict().keys() == tiny_model("llama").state_dict().keys()
