@@ -149,11 +149,11 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
     answered = [n for n in figures if not n.endswith(" perplexity") and not n.startswith("speed ")]
     recovered = any("compressed" in found for row in rows for found in row["figures"].values())
     yield (
-        f"| removed | arm | caveats | {' | '.join(TEXTS.values())} |{' before recovery |' * recovered}"
+        f"| removed | arm | caveats | {' | '.join(_texts(rows).values())} |{' before recovery |' * recovered}"
         f"{''.join(f' {name} |' for name in answered)} removed, linears | removed, model | MB | not factored "
         f"| calibrate s | plan + apply{' + train' * recovered} s | peak GB |"
     )
-    yield "|---" * (12 + recovered + len(answered)) + "|"
+    yield "|---" * (10 + len(_texts(rows)) + recovered + len(answered)) + "|"
     yield f"| 0 | dense | |{_cells(rows[0], 'dense', answered, recovered)} 0 | 0 | | | | | |"
     for row in sorted(rows, key=lambda r: (r["asked"], _perplexity(r, "wikitext2", "final")[0])):
         seconds = row["seconds"]
@@ -184,7 +184,7 @@ def revisions(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _cells(row: Row, state: str, answered: Sequence[str], recovered: bool) -> str:
-    cells = [_shown(*_perplexity(row, text, state)) for text in TEXTS]
+    cells = [_shown(*_perplexity(row, text, state)) for text in _texts([row])]
     if recovered:
         found = row["figures"]["wikitext2 perplexity"].get("compressed")
         cells.append("" if found is None or state == "dense" else _shown(*found))
@@ -199,6 +199,10 @@ def _caveats(row: Row) -> str:
     return "; ".join(row.get("caveats", ["not recorded"]))
 
 
+def _texts(rows: Sequence[Row]) -> dict[str, str]:
+    return {text: name for text, name in TEXTS.items() if f"{text} perplexity" in rows[0]["figures"]}
+
+
 def _perplexity(row: Row, text: str, state: str) -> list[float]:
     return row["figures"][f"{text} perplexity"][state]
 
@@ -211,11 +215,11 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     """Perplexity against ratio, a panel a text."""
     from lowrank_kit.plots.ratio import plot_loss_against_ratio
 
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in TEXTS}
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {text: {} for text in _texts(rows)}
     for row in rows:
-        for text in TEXTS:
+        for text in points:
             points[text].setdefault(row["arm"], []).append((row["removed"], _perplexity(row, text, "final")[0]))
-    dense = {text: _perplexity(rows[0], text, "dense")[0] for text in TEXTS}
+    dense = {text: _perplexity(rows[0], text, "dense")[0] for text in points}
     plot_loss_against_ratio(points, file, dense)
 
 

@@ -144,8 +144,9 @@ class EvalConfig(Section):
     """Evaluate on the first so many rows of a split, or windows of a text; null: all."""
     held_out: int | None = Field(default=None, ge=1)
     """Evaluate on this many training rows, kept from training, instead of the evaluation splits: the honest way
-    to choose hyper-parameters. They are the same rows for every seed. Of a text: windows of its calibration split
-    behind those calibrated on. Of instructions: the perplexity of their answers, and what `lm_eval` makes of them."""
+    to choose hyper-parameters. They are the same rows for every seed. Of a text: the last windows of its calibration
+    split, which neither calibration nor a rule that measures the model reads. Of instructions: the perplexity of their
+    answers, and what `lm_eval` makes of them."""
     batch_size: int = Field(default=64, ge=1)
     """Rows of labelled text per forward pass."""
     bos: Bos = "auto"

@@ -135,45 +135,62 @@ class TaskTexts:
         return windows[: settings.samples]
 
     def held_out(self, count: int, reader: Reader, window: int | None = None) -> Windows:
-        """``count`` windows of the text calibrated on, behind those of `calibration`: to choose hyper-parameters.
+        """``count`` windows of the text calibrated on, behind those of `calibration`, for a method to measure on.
 
         ``window``: tokens of each, by default the task's. Raises `ConfigError` where the text is too short.
         """
         name, window = self._calibration_text(), window or self.window(reader)
-        return self._behind_calibration(name, count, window, "calibration", reader)
-
-    def _behind_calibration(
-        self,
-        name: str,
-        count: int,
-        window: int,
-        of: Purpose,
-        reader: Reader,
-    ) -> Windows:
-        settings, split = self._calibration, self._task.texts[name].calibration_split
-        # What learns instructions is calibrated on those.
-        read = settings.seq_len - len(self.opening("calibration", reader))
-        start = 0 if self.instructions else settings.samples * read
-        windows = self._windows(self._encode(name, split, reader)[start:], of, window, reader)
+        # The last windows are those that `eval.held_out` judges by: a method may not choose by them.
+        tokens, judged = self._behind_calibration(name, reader), self._judged * (name in self.names)
+        last = judged * self._read(self.window(reader), "eval", reader) if judged else 0
+        windows = self._windows(tokens[: max(0, len(tokens) - last)], "calibration", window, reader)
         if len(windows) < count:
-            raise ConfigError(
-                f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
-                f"of calibration, '{split}' of {name} has {len(windows)} of {window} tokens; lower "
-                "eval.held_out, method.allocation.probe_windows, calibration.samples or the windows' lengths"
-            )
+            raise self._too_short(name, count, len(windows), window)
         return windows[:count]
 
+    def _last(self, name: str, reader: Reader) -> Windows:
+        """The last windows of the split calibrated on, the same for every method and calibration."""
+        window, count = self.window(reader), self._judged
+        tokens = self._behind_calibration(name, reader)[-count * self._read(window, "eval", reader) :]
+        windows = self._windows(tokens, "eval", window, reader)
+        if len(windows) < count:
+            raise self._too_short(name, count, len(windows), window)
+        return windows
+
+    @property
+    def _judged(self) -> int:
+        """Windows of a calibration split that are evaluated on."""
+        held_out = self._settings.held_out or 0
+        return min(held_out, self._task.max_windows or held_out)
+
+    def _behind_calibration(self, name: str, reader: Reader) -> Int64[Tensor, " tokens"]:
+        settings, split = self._calibration, self._task.texts[name].calibration_split
+        # What learns instructions is calibrated on those.
+        calibrated = 0 if self.instructions else settings.samples * self._read(settings.seq_len, "calibration", reader)
+        return self._encode(name, split, reader)[calibrated:]
+
+    def _read(self, window: int, of: Purpose, reader: Reader) -> int:
+        """How many tokens of a text a window takes."""
+        return window - len(self.opening(of, reader))
+
+    def _too_short(self, name: str, count: int, found: int, window: int) -> ConfigError:
+        settings = self._calibration
+        return ConfigError(
+            f"{count} held-out windows were asked for: behind the {settings.samples} x {settings.seq_len} tokens "
+            f"of calibration, '{self._task.texts[name].calibration_split}' of {name} has {found} of {window} tokens; "
+            "lower eval.held_out, method.allocation.probe_windows, calibration.samples or the windows' lengths"
+        )
+
     def evaluation(self, reader: Reader) -> list[EvaluationText]:
-        """Whole windows of every text, at most ``eval.limit``; with ``eval.held_out``, so many held-out ones.
+        """Whole windows of every text, at most ``eval.limit``; with ``eval.held_out``, see `EvalConfig`.
 
         Raises `ConfigError` for a text shorter than one window.
         """
         found = []
         for name in self.names:
-            split, held_out = self._evaluated_on(name), self._settings.held_out
+            split, held_out = self._evaluated_on(name), self._judged
             if held_out:
-                count = min(held_out, self._task.max_windows or held_out)
-                windows = self._behind_calibration(name, count, self.window(reader), "eval", reader)
+                windows = self._last(name, reader)
             else:
                 tokens, window = self._encode(name, split, reader), self.window(reader)
                 windows = self._windows(tokens, "eval", window, reader)

@@ -93,10 +93,23 @@ def test_hyper_parameters_are_chosen_on_calibration_splits_only(make, folder):
     (folder / "second/test.txt").unlink()
     texts = make(eval={"held_out": 2})
     first, second = texts.evaluation(reader())
-    assert first.windows.flatten().tolist() == list(range(13, 29))
-    assert second.windows.flatten().tolist() == list(range(315, 331))
+    assert first.windows.flatten().tolist() == list(range(34, 50))
+    assert second.windows.flatten().tolist() == list(range(324, 340))
     assert first.source.startswith("held out of calibration; ")
     assert set(texts.facts()) == {"first:validation", "second:validation"}
+
+
+def test_what_a_rule_measures_on_is_not_what_it_is_judged_by(make):
+    texts = make(eval={"held_out": 2})
+    first, _ = texts.evaluation(reader())
+    assert not set(texts.held_out(2, reader()).flatten().tolist()) & set(first.windows.flatten().tolist())
+    with pytest.raises(ConfigError, match=r"3 held-out windows .* 'validation' of first has 2 of 8 tokens"):
+        texts.held_out(3, reader())
+    # The same windows for another calibration.
+    again, _ = make(eval={"held_out": 2}, calibration={"samples": 3, "seq_len": 5}).evaluation(reader())
+    assert again.windows.equal(first.windows)
+    with pytest.raises(ConfigError, match=r"9 held-out windows .* 'validation' of first has 4 of 8 tokens"):
+        make(eval={"held_out": 9}).evaluation(reader())
 
 
 def test_the_limit_counts_windows(make):
