@@ -17,7 +17,7 @@ from lowrank_kit.models.experts import pack, with_factors
 from lowrank_kit.models.factored import factored_linears, pivot_rows_of, ranks_of, shared_downs
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
-from lowrank_kit.models.narrow import narrower_than
+from lowrank_kit.models.narrow import heads_by_block, narrower_than
 from lowrank_kit.models.portable.entries import FORMAT
 from lowrank_kit.models.rotate import sliced_layers
 from lowrank_kit.models.streamed import Streamed, weights_of
@@ -108,7 +108,12 @@ def _empty_twin(model: PreTrainedModel, factors: dict[str, Any]) -> PreTrainedMo
     found = {key: _below(value, plain.base_path) for key, value in (factors | unusual).items() if value}
     if not found:
         return _build(model, stock_classes(original), {})
-    return _build(model, compressed_classes(original), {"lowrank": _NOTHING | found})
+    more: dict[str, Any] = {"lowrank": _NOTHING | found}
+    heads = heads_by_block(model, plain)
+    if heads and model.config.get_text_config() is model.config:
+        # Stock code reads the global number for what no layer changes, such as how many queries share a key.
+        more |= {"per_layer_config": heads, "allow_global_per_layer_attribute_access": True}
+    return _build(model, compressed_classes(original), more)
 
 
 def _below(entry: Any, base: str) -> Any:

@@ -1,6 +1,6 @@
 """What a server does with a checkpoint: linears of its own, weights by name, one decision a class.
 
-As vLLM's Transformers backend does it. Everything runs in a process that has no lowrank_kit, on the code that the checkpoint brings.
+As vLLM's Transformers backend does it, in a process that has no lowrank_kit, on the code that the checkpoint brings.
 """
 
 import subprocess
