@@ -1,28 +1,33 @@
 """Block-local refinement: a factorised block is trained to give what the original gave (AA-SVD, arXiv 2604.02119)."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, cos, pi
 from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lowrank_kit.calibration.batches import batches_of
-from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.walk import Block
 from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.finished import FinishedBlocks
-from lowrank_kit.corrections.refit import Refit
+from lowrank_kit.corrections.refit import Refit, Targets
 from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError
+from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.spectral.truncate import damped_root
+from lowrank_kit.truncations.truncation import Truncation
 
 if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
+
+DAMPING = 0.1
+"""Share of the mean added to the diagonal of the metric, so that no direction of a block's error is free."""
 
 
 class Refine(Refit):
@@ -38,6 +43,10 @@ class Refine(Refit):
     """Marks the correction."""
     residual: bool = True
     """What training begins with: the closed form of `residual`; false: that of `sequential`."""
+    weighting: Literal["none", "loss"] = "none"
+    """Of a block's error e: `none` is the mean of its squares, as AA-SVD has it; `loss` is `e B e^T`, B the second
+    moment of the loss's gradients in what the block gives, a tenth of its mean added to the diagonal: directions that
+    the loss does not see count for little."""
     passes: int = Field(default=8, ge=1)
     """Passes over the calibration windows, at most."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -54,6 +63,21 @@ class Refine(Refit):
         """See `Refit`."""
         return self.residual
 
+    @model_validator(mode="after")
+    def _weighs_the_stream(self) -> "Refine":
+        if self.weighting == "loss" and not self.residual:
+            raise ValueError("weighting=loss goes with residual=true, which reads the same gradients")
+        return self
+
+    def check(self, truncation: Truncation, refs: Sequence[LinearRef]) -> None:
+        """See `Refit`; weights by the loss need a truncation that knows it."""
+        super().check(truncation, refs)
+        if self.weighting == "loss" and not truncation.of_loss:
+            raise ConfigError(
+                f"method.correction.weighting=loss reads the loss's gradients, which truncation={truncation.kind} does "
+                "not collect: truncation=two_sided, or method.correction.weighting=none"
+            )
+
     def started(self, factors: LowRankFactors) -> LowRankFactors:
         """See `Refit`; the authors balance by the singular values that the metric sees, which depend on the tokens."""
         return factors.balanced()
@@ -69,12 +93,12 @@ class Refine(Refit):
             )
         super().factorise(work)
 
-    def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
+    def finish(self, block: Block, targets: Targets, finished: FinishedBlocks) -> None:
         """Train the block, from the last pass that a killed run has left of it."""
         numbers = list(block.walk.numbers)
         learnt = len(numbers) - ceil(self.held_out * len(numbers))
         with _in_float32(block.module):
-            training = _Training(self, block, targets, opening, numbers[:learnt], numbers[learnt:])
+            training = _Training(self, block, targets, numbers[:learnt], numbers[learnt:])
             training.run(finished)
         losses = training.losses
         log.debug("block %d: %s", block.index, " ".join(f"{loss:.4g}" for loss in losses))
@@ -87,13 +111,15 @@ class _Training:
         self,
         settings: Refine,
         block: Block,
-        targets: Hidden,
-        opening: int,
+        targets: Targets,
         learnt: list[int],
         held: list[int],
     ) -> None:
-        self._settings, self._block, self._targets, self._opening = settings, block, targets, opening
+        self._settings, self._block, self._targets = settings, block, targets
         self._learnt, self._held = learnt, held
+        self._root = None
+        if settings.weighting == "loss" and targets.metric is not None:
+            self._root = damped_root(targets.metric / targets.metric.diagonal().mean(), DAMPING).float()
         self._parameters = dict(block.module.named_parameters())
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=settings.weight_decay)
         self._best: dict[str, Tensor] = {}
@@ -136,9 +162,9 @@ class _Training:
         return self._settings.learning_rate * share
 
     def _error(self, number: int) -> Float[Tensor, ""]:
-        """Mean squared error of a batch's outputs, BOS apart."""
-        output, target = (t[:, self._opening :] for t in (self._block.recorded(number), self._targets[number]))
-        return (output - target).square().mean()
+        """Mean squared error of a batch's outputs, BOS apart, in the metric if there is one."""
+        error = (self._block.recorded(number) - self._targets.states[number])[:, self._targets.opening :]
+        return (error if self._root is None else error @ self._root).square().mean()
 
     @no_grad
     def _note(self) -> None:

@@ -126,7 +126,9 @@ class Refit(Correction):
                 )
                 finished.restore(index, block.module, model.device)
             elif groups:
-                self.finish(block, original.states, samples.opening, finished)
+                # What writes to the stream last has the gradients of what the block gives.
+                last = next((known[name].gram for name in writers[index][-1:] if name in known), None)
+                self.finish(block, Targets(original.states, samples.opening, last), finished)
                 finished.keep(index, block.module)
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             bar.advance()
@@ -135,13 +137,12 @@ class Refit(Correction):
         """The form in which factors go into the model."""
         return factors
 
-    def finish(self, block: Block, targets: Hidden, opening: int, finished: FinishedBlocks) -> None:
+    def finish(self, block: Block, targets: "Targets", finished: FinishedBlocks) -> None:
         """Work on a block whose matrices are replaced.
 
         Args:
             block: reached by all batches of the compressed model, and not yet passed on.
-            targets: what the original block gives in the original model, by batch.
-            opening: tokens at the beginning of every row at which nothing is measured.
+            targets: what it should give.
             finished: keeps what is begun of the block.
         """
 
@@ -176,6 +177,21 @@ class Refit(Correction):
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
         factors = self.started(projection.factors(corrected, rank))
         work.storage.put(work.model, [ref.name], factors)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the original block gives in the original model.
+
+    Attributes:
+        states: by batch, `[rows, tokens, hidden]`.
+        opening: tokens at the beginning of every row at which nothing is measured.
+        metric: B of what the block gives, `[hidden, hidden]`; None where gradients are not known.
+    """
+
+    states: Hidden
+    opening: int
+    metric: Float[Tensor, "hidden hidden"] | None
 
 
 @dataclass

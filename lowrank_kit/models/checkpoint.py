@@ -48,13 +48,7 @@ def save_compressed(
     Raises `LowRankKitError` for a model that is no causal language model of transformers.
     """
     listed = with_factors(model)
-    factors = {
-        "ranks": ranks_of(model),
-        "shared_down": shared_downs(model),
-        "pivot_rows": pivot_rows_of(model),
-        "experts": listed,
-    }
-    twin, source = _empty_twin(model, factors), weights_of(model)
+    twin, source = _empty_twin(model, _factors(model, listed)), weights_of(model)
     if isinstance(source, Streamed):
         source.finish(twin, folder, tokenizer)
         return
@@ -88,6 +82,34 @@ def save_dense(
             weights[f"{name}.bias"] = bias
     pack(weights, model, ())
     _save(twin, weights, folder, tokenizer, max_shard_size, dtype)
+
+
+def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `save_compressed` and `from_pretrained` would give it back, on the same weights.
+
+    It has the class of its checkpoint, so that its own ``save_pretrained`` writes a whole one. Errors as for
+    `save_compressed`.
+    """
+    listed, weights, buffers = with_factors(model), model.state_dict(), dict(model.named_buffers())
+    twin = _empty_twin(model, _factors(model, listed))
+    pack(weights, model, listed)
+    twin.load_state_dict(weights, assign=True)
+    twin.tie_weights()
+    for name, buffer in twin.named_buffers():
+        if buffer.is_meta:
+            # Computed when a model is built, and not stored: rotary frequencies.
+            owner, _, last = name.rpartition(".")
+            twin.get_submodule(owner).register_buffer(last, buffers[name], persistent=False)
+    return twin.train(model.training)
+
+
+def _factors(model: PreTrainedModel, listed: list[str]) -> dict[str, Any]:
+    return {
+        "ranks": ranks_of(model),
+        "shared_down": shared_downs(model),
+        "pivot_rows": pivot_rows_of(model),
+        "experts": listed,
+    }
 
 
 def _empty_twin(model: PreTrainedModel, factors: dict[str, Any]) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Every `lowrank_kit.run` command of the documentation is one that can be started."""
+"""Every `lowrank_kit.run` command of the documentation is one that can be started, and its Python runs."""
 
 import re
 import shlex
@@ -30,3 +30,14 @@ COMMANDS = dict(commands())
 def test_a_documented_command_composes(command):
     arguments = get_args_parser().parse_intermixed_args(COMMANDS[command])
     assert Composer().jobs(force_dotted(arguments.overrides), arguments.multirun)
+
+
+@pytest.mark.nightly
+@pytest.mark.assets
+def test_the_python_page_runs(asset, tmp_path, monkeypatch):
+    asset("running_text")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert (tmp_path / "smaller/modeling_lowrank_llama.py").is_file()

@@ -1,8 +1,8 @@
 """Run by a server's own Python, which has vLLM: greedy tokens and their log-probabilities, for every job on stdin.
 
-A job is ``{"model": FOLDER, "adapter": FOLDER or null, "prompt": TOKENS, "tokens": N, "remote_code": BOOL, ...}``; what
-else it has are options of `vllm.LLM`. Answers ``{"tokens": [...], "logprobs": [...]}`` a job, or ``{"error": MESSAGE}``,
-as one line of JSON, the last.
+A job is ``{"model": FOLDER, "adapter": FOLDER or null, "prompt": TOKENS, "tokens": N, "remote_code": BOOL, ...}``;
+what else it has are options of `vllm.LLM`. The last line is JSON with an answer a job: ``{"tokens": [...], "logprobs":
+[...]}``, or ``{"error": MESSAGE}``.
 """
 
 import gc

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from math import cos, pi
 
 import pytest
@@ -17,6 +18,7 @@ from lowrank_kit.models.factored import factored_linears
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.storages.pivot import Pivot
 from lowrank_kit.storages.two_factors import Factors
+from lowrank_kit.truncations.two_sided import TwoSided
 
 from .test_sequential import logits_of, run
 
@@ -29,14 +31,31 @@ def states_of(model, samples, behind):
     ]
 
 
-def test_a_block_is_trained_to_the_original_block_s_outputs(tiny_model, samples, method):
+def metric_of(model, samples):
+    """B of what block 0 gives, by torch's own gradients in transformers' own hidden states, and what is added to it."""
+    total, count = torch.zeros(model.config.hidden_size, model.config.hidden_size), 0
+    for sample in samples.sequences:
+        output = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
+        state = output.hidden_states[1]
+        losses = torch.nn.functional.cross_entropy(output.logits[0, :-1], sample["input_ids"][1:], reduction="sum")
+        [gradient] = torch.autograd.grad(losses, state)
+        total, count = total + gradient[0].T @ gradient[0], count + gradient.shape[1] - 1
+    mean = total.diagonal().mean()
+    return total / mean + 0.1 * torch.eye(len(total))
+
+
+@pytest.mark.parametrize("weighting", ["none", "loss"])
+def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, tiny_model, samples, method):
     """AA-SVD, arXiv 2604.02119: AdamW on the mean squared error of a block's outputs, from the closed form on."""
+    method = partial(method, truncation=TwoSided())
     passes, rate, numbers = 2, 1e-3, len(samples.sequences)
     samples = replace(samples, batch_size=1)
     original = tiny_model("llama")
     start, found = copy.deepcopy(original), copy.deepcopy(original)
     run(start, method(correction=Residual()), samples)
-    run(found, method(correction=Refine(passes=passes, learning_rate=rate, held_out=0)), samples)
+    refine = Refine(passes=passes, learning_rate=rate, held_out=0, weighting=weighting)
+    run(found, method(correction=refine), samples)
+    metric = metric_of(original, samples) if weighting == "loss" else torch.eye(original.config.hidden_size)
     # Block 0 reads the same in all of them.
     block = start.model.layers[0].requires_grad_()
     for _, layer in factored_linears(block):
@@ -56,7 +75,8 @@ def test_a_block_is_trained_to_the_original_block_s_outputs(tiny_model, samples,
             (step + 1) / warm if step < warm else 0.1 + 0.9 * (1 + cos(pi * (step - warm) / (steps - warm))) / 2
         )
         optimizer.zero_grad()
-        (states_of(start, samples, 1)[sample] - targets[sample]).square().mean().backward()
+        error = (states_of(start, samples, 1)[sample] - targets[sample]).flatten(0, 1)
+        ((error @ metric * error).sum() / error.numel()).backward()
         torch.nn.utils.clip_grad_norm_(block.parameters(), 1.0)
         optimizer.step()
     trained = found.model.layers[0]
@@ -137,6 +157,15 @@ def test_half_precision_is_trained_in_float32_and_given_back(tiny_model, samples
         if not torch.equal(p, start.model.layers[0].get_parameter(name))
     ]
     assert moved
+
+
+def test_weights_by_the_loss_need_to_know_it(tiny_model, method):
+    layout = layout_of(tiny_model("llama"))
+    method(correction=Refine(weighting="loss"), truncation=TwoSided()).check(layout)
+    with pytest.raises(ConfigError, match="truncation=optimal does not collect: truncation=two_sided"):
+        method(correction=Refine(weighting="loss")).check(layout)
+    with pytest.raises(ValueError, match="residual=true"):
+        Refine(weighting="loss", residual=False)
 
 
 def test_too_few_windows_to_hold_one_out_are_refused(tiny_model, samples, method):
