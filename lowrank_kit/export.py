@@ -1,6 +1,7 @@
-"""Write a run's model for others to load, with a model card: dense, lowrank, or lora for an adapter.
+"""Write a run's model for others to load, with a model card: dense, lowrank, serve, or lora for an adapter.
 
-dense multiplies the factors out (a stock checkpoint), lowrank keeps them, lora is plain PEFT on the original base.
+dense multiplies the factors out (a stock checkpoint), lowrank keeps them, serve keeps them as servers like them, lora
+is plain PEFT on the original base.
 """
 
 import argparse
@@ -24,9 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser("python -m lowrank_kit.export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
-    parser.add_argument("--format", choices=("dense", "lowrank", "lora"), required=True, help="what to write")
+    parser.add_argument("--format", choices=("dense", "lowrank", "serve", "lora"), required=True, help="what to write")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
+    parser.add_argument(
+        "--multiple", type=_positive, metavar="N",
+        help="with --format serve: ranks become multiples of N, filled up with zeros (128 for GPU kernels; default: 1)",
+    )  # fmt: skip
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload it to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     parser.add_argument(
@@ -36,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     let_here(options.method_prefixes)
     try:
+        if options.multiple and options.format != "serve":
+            raise ConfigError(f"--multiple is for --format serve: --format {options.format} leaves ranks as they are")
         _check_output(options.output)
         source = adapter_in(options.source) if options.format == "lora" else checkpoint_in(options.source)
         if options.push_to_hub:
             # A hub that cannot be written to is found out before anything is.
             _check_hub()
         _check_whole(source)
-        _export(source, options.format, options.output, options.dtype, options.push_to_hub, options.method_prefixes)
+        _export(source, options)
         print(f"{options.format} checkpoint: {options.output}")
         if options.push_to_hub:
             print(f"pushed: {_push(options.output, options.push_to_hub, options.private)}")
@@ -100,14 +107,19 @@ def _check_whole(source: Path) -> None:
         )
 
 
-def _export(
-    source: Path, style: str, output: Path, dtype: str | None, repository: str | None, named: Sequence[str]
-) -> None:
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _export(source: Path, options: argparse.Namespace) -> None:
     # Imported only now: a wrong command is answered before torch and transformers are loaded.
     from lowrank_kit.retrace import command_elsewhere
     from lowrank_kit.runs.card import write_card
 
-    if style == "lora":
+    output: Path = options.output
+    if options.format == "lora":
         from lowrank_kit.training.adapter_files import check_adapter
 
         check_adapter(source)
@@ -116,17 +128,17 @@ def _export(
     # A sibling of the target: a rename is atomic only within one file system.
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         whole = Path(temporary, "whole")
-        if style == "lora":
+        if options.format == "lora":
             shutil.copytree(source, whole, ignore=shutil.ignore_patterns("README.md"))
-            if repository:
+            if options.push_to_hub:
                 _forget_folders(whole)
         else:
-            _save_model(source, style, whole, dtype)
+            _save_model(source, options, whole)
         # Asked for by its own folder, the model from before a recovery may be written too.
         before_recovery = (source.parent / "recovered").is_dir() and source.name == "checkpoint"
         measured: Literal["compressed", "final"] = "compressed" if before_recovery else "final"
-        command = command_elsewhere(run, named) if run else None
-        write_card(whole, run, repository or output.name, measured, command)
+        command = command_elsewhere(run, options.method_prefixes) if run else None
+        write_card(whole, run, options.push_to_hub or output.name, measured, command)
         whole.replace(output)
 
 
@@ -142,18 +154,24 @@ def _forget_folders(adapter: Path) -> None:
             file.write_text(json.dumps({**content, key: portable_model(content[key])}, indent=2), "utf-8")
 
 
-def _save_model(source: Path, style: str, output: Path, dtype_name: str | None) -> None:
+def _save_model(source: Path, options: argparse.Namespace, output: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
     from lowrank_kit.models.checkpoint import save_compressed, save_dense
     from lowrank_kit.models.load import ModelSource, load_config, load_model
+    from lowrank_kit.models.servable import make_servable
 
     stored = load_config(ModelSource(str(source))).dtype or torch.float32
     model = load_model(ModelSource(str(source)), "causal", dtype=stored).model
     tokenizer = AutoTokenizer.from_pretrained(source) if (source / "tokenizer_config.json").is_file() else None
-    save = {"dense": save_dense, "lowrank": save_compressed}[style]
-    save(model, output, tokenizer, dtype=getattr(torch, dtype_name) if dtype_name else None)
+    if options.format == "serve" and (kept := make_servable(model, options.multiple or 1)):
+        print(
+            f"{len(kept)} ranks are no multiples of {options.multiple}: filled up, these factors would be no smaller "
+            f"than the dense matrix (first {kept[0]})"
+        )
+    save = save_dense if options.format == "dense" else save_compressed
+    save(model, output, tokenizer, dtype=getattr(torch, options.dtype) if options.dtype else None)
 
 
 def _check_hub() -> None:

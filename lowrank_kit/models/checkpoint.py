@@ -17,13 +17,14 @@ from lowrank_kit.models.experts import pack, with_factors
 from lowrank_kit.models.factored import factored_linears, pivot_rows_of, ranks_of, shared_downs
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import check_linear, is_transposed
-from lowrank_kit.models.narrow import narrower_than
+from lowrank_kit.models.narrow import heads_by_block, narrower_than
+from lowrank_kit.models.portable.entries import FORMAT
 from lowrank_kit.models.rotate import sliced_layers
 from lowrank_kit.models.streamed import Streamed, weights_of
 from lowrank_kit.models.weight_files import share
 
 # Entries of ``lowrank`` in every compressed checkpoint.
-_ALWAYS = ("ranks", "shared_down")
+_NOTHING: dict[str, Any] = {"format": FORMAT, "ranks": {}, "shared_down": {}}
 # What the class decides, not the model.
 _OF_THE_CLASS = ("model_type", "architectures", "auto_map", "lowrank")
 
@@ -124,12 +125,26 @@ def _empty_twin(model: PreTrainedModel, factors: dict[str, Any]) -> PreTrainedMo
             f"{stock_model.__name__}"
         )
     # Of the compressed class: a stock configuration refuses some sliced hidden sizes.
-    plain = _build(model, compressed_classes(original), {"lowrank": {"ranks": {}, "shared_down": {}}})
+    plain = _build(model, compressed_classes(original), {"lowrank": _NOTHING})
     unusual = {"shapes": narrower_than(model, plain), "shortcuts": sliced_layers(model)}
-    lowrank = {key: value for key, value in (factors | unusual).items() if value or key in _ALWAYS}
-    if not any(lowrank.values()):
+    found = {key: _below(value, plain.base_path) for key, value in (factors | unusual).items() if value}
+    if not found:
         return _build(model, stock_classes(original), {})
-    return _build(model, compressed_classes(original), {"lowrank": lowrank})
+    more: dict[str, Any] = {"lowrank": _NOTHING | found}
+    heads = heads_by_block(model, plain)
+    if heads and model.config.get_text_config() is model.config:
+        # Stock code reads the global number for what no layer changes, such as how many queries share a key.
+        more |= {"per_layer_config": heads, "allow_global_per_layer_attribute_access": True}
+    return _build(model, compressed_classes(original), more)
+
+
+def _below(entry: Any, base: str) -> Any:
+    """An entry whose names of modules, wherever they stand, are relative to the module ``base``."""
+    if isinstance(entry, dict):
+        return {_below(name, base): _below(value, base) for name, value in entry.items()}
+    if isinstance(entry, list):
+        return [_below(value, base) for value in entry]
+    return entry.removeprefix(f"{base}.") if isinstance(entry, str) else entry
 
 
 def _build(model: PreTrainedModel, classes: Classes, more: dict[str, Any]) -> PreTrainedModel:

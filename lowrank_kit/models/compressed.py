@@ -1,4 +1,4 @@
-"""The model classes of compressed checkpoints: a stock class of transformers whose named linears are factored."""
+"""The model classes of compressed checkpoints: stock classes of transformers whose named linears are factored."""
 
 import os
 from functools import cache
@@ -8,8 +8,12 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -19,6 +23,15 @@ from lowrank_kit.models import portable
 from lowrank_kit.models.architectures import base_type
 
 Classes = tuple[type[PretrainedConfig], type[PreTrainedModel]]
+
+_HEADS: dict[str, tuple[Any, Any]] = {
+    "AutoModel": (AutoModel, MODEL_MAPPING),
+    "AutoModelForCausalLM": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "AutoModelForSequenceClassification": (
+        AutoModelForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    ),
+}
 
 
 def stock_classes(model_type: str) -> Classes:
@@ -32,13 +45,30 @@ def stock_classes(model_type: str) -> Classes:
     return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
 
-@cache
 def compressed_classes(model_type: str) -> Classes:
-    """Return the classes of a compressed ``model_type`` and register them; errors of `stock_classes`."""
-    config_class, model_class = portable.derive_classes(*stock_classes(model_type), mixin=_WithCode)
+    """Return the configuration and causal language model class of a compressed ``model_type``, registered.
+
+    Errors of `stock_classes`.
+    """
+    config_class, models = _classes(model_type)
+    return config_class, models["AutoModelForCausalLM"]
+
+
+@cache
+def _classes(model_type: str) -> tuple[type[PretrainedConfig], dict[str, type[PreTrainedModel]]]:
+    """The configuration's class, and the models' by the names of the Auto classes; all are registered with these."""
+    stock = _stock_models(model_type)
+    config_class, *derived = portable.derive_classes(CONFIG_MAPPING[model_type], *stock.values(), mixin=_WithCode)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    return config_class, model_class
+    models = dict(zip(stock, derived, strict=True))
+    for name, model_class in models.items():
+        _HEADS[name][0].register(config_class, model_class, exist_ok=True)
+    return config_class, models
+
+
+def _stock_models(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    config_class, _ = stock_classes(model_type)
+    return {name: mapping[config_class] for name, (_, mapping) in _HEADS.items() if config_class in mapping}
 
 
 class _WithCode(portable.LowRankModel):
@@ -47,20 +77,20 @@ class _WithCode(portable.LowRankModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save as transformers does, with the modelling file."""
         original = base_type(self.config.model_type)
-        config_class, model_class = compressed_classes(original)
+        config_class, models = _classes(original)
         module = f"modeling_{self.config.model_type}"
+        # The configuration before the models: vLLM takes them in this order.
         self.config.auto_map = {
             "AutoConfig": f"{module}.{config_class.__name__}",
-            "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+            **{name: f"{module}.{model_class.__name__}" for name, model_class in models.items()},
         }
         super().save_pretrained(save_directory, **options)
         Path(save_directory, f"{module}.py").write_text(_code(original), "utf-8")
 
 
 def _code(model_type: str) -> str:
-    stock = ", ".join(f"transformers.{found.__name__}" for found in stock_classes(model_type))
-    names = ", ".join(found.__name__ for found in compressed_classes(model_type))
-    source = (
-        Path(portable.__file__).read_text("utf-8").replace("import torch\n", "import torch\nimport transformers\n", 1)
-    )
-    return f"{source}\n\n{names} = derive_classes({stock})\n"
+    config_class, models = _classes(model_type)
+    stock = [CONFIG_MAPPING[model_type], *_stock_models(model_type).values()]
+    names = ", ".join(found.__name__ for found in (config_class, *models.values()))
+    arguments = ", ".join(f"transformers.{found.__name__}" for found in stock)
+    return f"{portable.source()}\n\n{names} = derive_classes(\n    {arguments}\n)\n"

@@ -1,9 +1,9 @@
 """How attention heads and MLP channels are taken out of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lowrank_kit.deferred import PreTrainedModel, Tensor, nn, torch
-from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import check_linear, weight_of
 from lowrank_kit.models.units import Units
 
@@ -25,9 +25,27 @@ def keep_units(model: PreTrainedModel, units: Units, kept: Sequence[int]) -> Non
 
 def narrower_than(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, list[int]]:
     """``[out, in]`` of the linears in the blocks that are not as the stock model has them, by module path."""
-    pairs = zip(layout_of(model).linears, layout_of(stock).linears, strict=True)
-    shapes = ((ref, [ref.out_features, ref.in_features], [old.out_features, old.in_features]) for ref, old in pairs)
-    return {ref.name: shape for ref, shape, before in shapes if shape != before}
+    return {ref.name: [ref.out_features, ref.in_features] for ref in _narrower(model, stock)}
+
+
+def heads_by_block(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """How many heads are left in every block that lost some, as ``per_layer_config`` of transformers has it.
+
+    The model itself goes by the shapes of its linears; vLLM sizes each layer's cache by this.
+    """
+    names = {"query": "num_attention_heads", "key": "num_key_value_heads"}
+    found: dict[str, dict[str, int]] = {}
+    head_dim = layout_of(model).head_dim
+    for ref in _narrower(model, stock):
+        if ref.product in names:
+            found.setdefault(str(ref.block), {})[names[ref.product]] = ref.out_features // head_dim
+    return found
+
+
+def _narrower(model: PreTrainedModel, stock: PreTrainedModel) -> Iterator[LinearRef]:
+    for ref, old in zip(layout_of(model).linears, layout_of(stock).linears, strict=True):
+        if (ref.out_features, ref.in_features) != (old.out_features, old.in_features):
+            yield ref
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> "nn.Linear":

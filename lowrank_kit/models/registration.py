@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from lowrank_kit.models.architectures import LOWRANK_PREFIX, base_type, for_each
+from lowrank_kit.models.architectures import LOWRANK_PREFIX, base_type, for_each, has_experts
 
 _WATCHED = "transformers.models.auto.configuration_auto"
 
@@ -24,6 +24,24 @@ def register_on_import() -> None:
         _register(sys.modules[_WATCHED])
     else:
         sys.meta_path.insert(0, _AfterImport())
+
+
+def register_with_vllm() -> None:
+    """Make vLLM serve ``lowrank_*`` checkpoints by the code installed here, without any from their folders.
+
+    It is the entry point of the group ``vllm.general_plugins``, which vLLM calls in each of its processes. Its
+    Transformers backend runs them, that for mixtures of experts where the architecture has experts.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+
+    def announce(original: str) -> None:
+        # Composite models (Gemma 3 with images) have a backend of their own, and are refused by this one.
+        if stock := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(original):
+            backend = "TransformersMoEForCausalLM" if has_experts(original) else "TransformersForCausalLM"
+            ModelRegistry.register_model(f"LowRank{stock}", f"vllm.model_executor.models.transformers:{backend}")
+
+    for_each(announce)
 
 
 class _AfterImport(MetaPathFinder):

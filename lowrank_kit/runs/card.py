@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported checkpoint or adapter: how it was made, what it scores, how to load it."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ TEMPLATE = """\
 
 {{ loading }}
 
+## How to serve it
+
+{{ serving }}
+
 ## Measured results
 
 {{ results }}
@@ -62,6 +67,13 @@ NOTE = """\
 
 `{place}/NAME` stands for a folder on the machine that this was made on, by its last component: give your own. A
 model that is packaged with lowrank_kit is fetched by `python -m lowrank_kit.assets`; `--list` says where."""
+SERVE_STOCK = "vllm serve {name}"
+SERVE = """\
+vllm serve {name} --trust-remote-code  # not needed where lowrank_kit is installed beside vLLM"""
+SERVE_ADAPTER = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}"
+NOT_SERVED = """\
+Some matrices share a factor, which servers cannot load: `python -m lowrank_kit.export FOLDER --format serve` writes
+them out."""
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
 
 
@@ -105,6 +117,7 @@ def write_card(
         base_licence=in_markdown(licence[1]),
         facts="\n".join(f"- {in_markdown(line)}" for line in _facts(plan, folder, manifest)),
         loading=fenced(_loading(folder, adapter, base, name), "python"),
+        serving=_serving(folder, adapter, base, name),
         results=_results(records, measured),
         recipe=_recipe(config, command),
     ).save(folder / "README.md")
@@ -171,6 +184,24 @@ def _loading(folder: Path, adapter: Mapping[str, Any] | None, base: str, name: s
     shown = portable_model(where) if where else base
     labels = ", num_labels=NUMBER_OF_CLASSES" if head.endswith("SequenceClassification") else ""
     return ADAPTER.format(head=head, base=_quoted(shown), labels=labels, name=_quoted(name))
+
+
+def _serving(folder: Path, adapter: Mapping[str, Any] | None, base: str, name: str) -> str:
+    config = read_json(folder / "config.json", dict) or {}
+    if (config.get("lowrank") or {}).get("shared_down"):
+        return NOT_SERVED
+    if adapter is None:
+        command = (SERVE if "auto_map" in config else SERVE_STOCK).format(name=shlex.quote(name))
+    elif adapter.get("task_type") == "CAUSAL_LM":
+        where = adapter.get("base_model_name_or_path")
+        ranks = [adapter.get("r", 8), *(adapter.get("rank_pattern") or {}).values()]
+        # The values that vLLM takes.
+        rank = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= max(ranks)), max(ranks))
+        shown = shlex.quote(portable_model(where) if where else base)
+        command = SERVE_ADAPTER.format(base=shown, rank=rank, name=shlex.quote(name))
+    else:
+        return "Servers of language models take no adapter of a classifier."
+    return fenced(command, "console")
 
 
 def _quoted(text: str) -> str:

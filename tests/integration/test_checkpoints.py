@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "gemma3")
 FAMILIES = DENSE + WITH_EXPERTS
 TIED = ("llama", "gemma2", "opt")
+BASES = {"gpt2": "transformer"}
 SHARDED, HALF, SHARED = "qwen3", "mistral", ("llama", "phi3")
 IDS = torch.arange(3, 15).reshape(2, 6)
 REQUEST = ("w0 w1 w2 w3 w4", " w9 w11")
@@ -201,10 +203,14 @@ def test_a_saved_folder_is_whole_and_says_what_it_is(saved, family):
     folder, model = saved.root / family, saved.models[family]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == f"lowrank_{family}"
-    experts = {"experts": with_factors(model)} if family in WITH_EXPERTS else {}
-    stored = {"ranks": ranks_of(model), "shared_down": shared_downs(model), "pivot_rows": pivot_rows_of(model)}
-    assert config["lowrank"] == stored | experts
-    assert config["lowrank"]["pivot_rows"]
+    # By their paths in the base model, which servers build alone.
+    base = f"{BASES.get(family, 'model')}."
+    ranks, pivot_rows, shared = (found(model) for found in (ranks_of, pivot_rows_of, shared_downs))
+    assert {base + name: rank for name, rank in config["lowrank"]["ranks"].items()} == ranks
+    assert {base + name: rows for name, rows in config["lowrank"]["pivot_rows"].items()} == pivot_rows != {}
+    assert {base + name: base + owner for name, owner in config["lowrank"]["shared_down"].items()} == shared
+    assert [base + name for name in config["lowrank"].get("experts", [])] == with_factors(model)
+    assert config["lowrank"]["format"] == 2
     assert bool(config["lowrank"]["shared_down"]) == (family in SHARED)
     assert (folder / f"modeling_lowrank_{family}.py").is_file()
     assert len(list(folder.glob("*.safetensors"))) > 1 or family != SHARDED
@@ -228,8 +234,9 @@ def test_the_run_path_takes_a_compressed_checkpoint(saved, family):
     assert fingerprint(loaded.model, layout) == fingerprint(saved.models[family], original)
     with pytest.raises(ConfigError, match=r"compressed already: .* first .*layers?\.0|h\.0"):
         layout.select()
-    with pytest.raises(LowRankKitError, match=r"no classification head .*--format dense"):
-        load_model(source, "classification", num_labels=2)
+    classifier = load_model(source, "classification", num_labels=2)
+    assert ranks_of(classifier.model) == ranks_of(saved.models[family])
+    assert len(classifier.new_modules) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,6 +286,36 @@ def test_only_causal_language_models_are_saved(tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_the_first_format_is_read(saved, tmp_path, family):
+    """As it was written until the base model became a class of ours: names from the whole model on, no format."""
+    shutil.copytree(saved.root / family, tmp_path / "old")
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    base = f"{BASES.get(family, 'model')}."
+    old = {"ranks": ranks_of(saved.models[family]), "shared_down": shared_downs(saved.models[family])}
+    old["pivot_rows"] = pivot_rows_of(saved.models[family])
+    if experts := with_factors(saved.models[family]):
+        old["experts"] = experts
+    assert all(name.startswith(base) for name in old["ranks"])
+    del config["auto_map"]["AutoModel"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config | {"lowrank": old}))
+    model = load_model(ModelSource(str(tmp_path / "old")), "causal", saved.models[family].dtype).model
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, saved.models[family](IDS).logits)
+    save_compressed(model, tmp_path / "new")
+    new = json.loads((tmp_path / "new/config.json").read_text())
+    assert new["lowrank"] == json.loads((saved.root / family / "config.json").read_text())["lowrank"]
+
+
+def test_a_checkpoint_of_a_newer_format_says_so(saved, tmp_path):
+    shutil.copytree(saved.root / "llama", tmp_path / "newer")
+    config = json.loads((tmp_path / "newer/config.json").read_text())
+    config["lowrank"]["format"] = 3
+    (tmp_path / "newer/config.json").write_text(json.dumps(config))
+    with pytest.raises(LowRankKitError, match=r"lowrank.format is 3.* up to 2.* newer lowrank_kit"):
+        load_model(ModelSource(str(tmp_path / "newer")), "causal")
+
+
 @pytest.mark.parametrize("keep", [0, 5, 2000, -1])
 def test_a_truncated_file_of_weights_is_named(saved, tiny_model, tmp_path, keep):
     save_compressed(factor(tiny_model("llama")), tmp_path, max_shard_size="20KB")
@@ -296,7 +333,7 @@ def test_a_missing_shard_and_a_missing_factor_are_errors(tiny_model, tmp_path):
         load_model(ModelSource(str(tmp_path)), "causal")
     save_compressed(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["lowrank"]["ranks"]["model.layers.2.mlp.up_proj"] = 4
+    config["lowrank"]["ranks"]["layers.2.mlp.up_proj"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LowRankKitError, match=r"lacks 2 weights .*2\.mlp\.up_proj\.down\.weight, .* has 1 weight \("):
         load_model(ModelSource(str(tmp_path)), "causal")

@@ -4,7 +4,7 @@ import shlex
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowrank_kit.adapters.lora import Lora
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -72,6 +72,30 @@ def test_lowrank_keeps_the_factors(run, tmp_path):
         assert torch.equal(copy(IDS).logits, factored(IDS).logits)
 
 
+def test_serve_writes_shared_factors_out_in_round_ranks_with_all_that_a_server_reads(tiny_model, checkpoint, tmp_path):
+    model = tiny_model("llama")
+    names = [f"model.layers.{block}.mlp.up_proj" for block in (0, 1)]
+    Factors().put(model, names, LowRankFactors(torch.randn(96, 5), torch.randn(5, 32) / 32))
+    model.generation_config = GenerationConfig(top_k=7, do_sample=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    save_compressed(model, tmp_path / "run/checkpoint", tokenizer)
+    words = ["--format", "serve", "--multiple", "8", "--output", str(tmp_path / "out")]
+    assert main([str(tmp_path / "run"), *words]) == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    names = [name.removeprefix("model.") for name in names]
+    assert config["lowrank"] == {"format": 2, "ranks": dict.fromkeys(names, 8), "shared_down": {}}
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {"generation_config.json", "chat_template.jinja", "README.md", "modeling_lowrank_llama.py"}
+    assert "vllm serve out --trust-remote-code" in (tmp_path / "out/README.md").read_text()
+    with torch.no_grad():
+        served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(served(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    words = ["--format", "lowrank", "--output", str(tmp_path / "shared")]
+    assert main([str(tmp_path / "run"), *words]) == 0
+    assert "--format serve" in (tmp_path / "shared/README.md").read_text()
+
+
 def test_wrong_commands_say_what_to_do_and_write_nothing(run, tmp_path, capsys):
     adapter = tmp_path / "lora/adapter"
     adapter.mkdir(parents=True)
@@ -87,6 +111,8 @@ def test_wrong_commands_say_what_to_do_and_write_nothing(run, tmp_path, capsys):
     ):
         assert main([str(source), "--format", "dense", "--output", str(target)]) == 2
         assert message in capsys.readouterr().err
+    assert main([str(run), "--format", "dense", "--multiple", "8", "--output", str(output)]) == 2
+    assert "--multiple is for --format serve" in capsys.readouterr().err
     assert not output.exists()
     shard = run / "checkpoint/model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])

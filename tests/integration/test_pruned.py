@@ -120,15 +120,15 @@ def test_only_what_is_unusual_is_written(saved):
         name: json.loads((saved / name / "config.json").read_text())["lowrank"]
         for name in ("narrow-llama", "mixed-qwen3", "sliced-llama")
     }
-    assert set(configs["narrow-llama"]) == {"ranks", "shared_down", "shapes"}
-    assert set(configs["sliced-llama"]) == {"ranks", "shared_down", "shortcuts"}
+    assert set(configs["narrow-llama"]) == {"format", "ranks", "shared_down", "shapes"}
+    assert set(configs["sliced-llama"]) == {"format", "ranks", "shared_down", "shortcuts"}
     assert set(configs["narrow-llama"]["shapes"]) == {
-        f"model.layers.{block}.{name}_proj"
+        f"layers.{block}.{name}_proj"
         for block in (0, 2)
         for name in (*(f"self_attn.{role}" for role in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
     }
-    assert set(configs["mixed-qwen3"]["ranks"]) == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
-    assert {name.split(".")[2] for name in configs["mixed-qwen3"]["shapes"]} == {"0", "1"}
+    assert set(configs["mixed-qwen3"]["ranks"]) == {"layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"}
+    assert {name.split(".")[1] for name in configs["mixed-qwen3"]["shapes"]} == {"0", "1"}
 
 
 @pytest.mark.parametrize("name", ["narrow-gemma3", "mixed-qwen3", "sliced-llama"])

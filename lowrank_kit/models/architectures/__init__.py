@@ -22,6 +22,7 @@ from lowrank_kit.models.architectures.architecture import (
     base_type,
     find,
     for_each,
+    has_experts,
     register,
     registered,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "base_type",
     "find",
     "for_each",
+    "has_experts",
     "register",
     "registered",
 ]

@@ -166,6 +166,13 @@ def architecture_of(model_type: str) -> Architecture:
     return found
 
 
+def has_experts(model_type: str) -> bool:
+    """Whether some blocks of the architecture may have experts. Errors of `architecture_of`."""
+    found = (group for stack in architecture_of(model_type).stacks for group in stack.groups)
+    choices = (group.alternatives if isinstance(group, OneOf) else ((group,),) for group in found)
+    return any(isinstance(group, Experts) for choice in choices for groups in choice for group in groups)
+
+
 def registered() -> dict[str, Architecture]:
     """Every architecture by model type, in order of registration."""
     return dict(_REGISTERED)

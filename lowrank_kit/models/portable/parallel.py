@@ -1,0 +1,30 @@
+"""How a compressed model is split over devices: the stock plan of tensor parallelism, for factors too."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def tensor_parallel_plan(stock: Mapping[str, str] | None, lowrank: Mapping[str, Any]) -> dict[str, str] | None:
+    """The rules of the stock plan, and before them those for the two factors of a linear that has one.
+
+    Where the stock linear is split by its outputs ``up`` is, and by its inputs ``down``; the other factor is whole on
+    every device. Rules for factors come first: transformers goes by the whole name, and vLLM by the first pattern that
+    a name begins with. None, for which transformers and vLLM refuse or warn, where the outputs to be split are pivot
+    rows, which are not in order, or where experts are linears of their own.
+    """
+    rules: dict[str, str] = {}
+    if not stock or lowrank["experts"]:
+        return dict(stock) if stock and not lowrank["experts"] else None
+    for name in lowrank["ranks"]:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for place, style in stock.items():
+            if pattern != place and not pattern.endswith(f".{place}"):
+                continue
+            if "rowwise" in style:
+                rules |= {f"{place}.down": style, f"{place}.up": "replicate"}
+            elif name in lowrank["pivot_rows"]:
+                return None
+            else:
+                rules |= {f"{place}.down": "replicate", f"{place}.up": style}
+    return rules | dict(stock)

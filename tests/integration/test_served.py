@@ -1,0 +1,160 @@
+"""What a server does with a checkpoint: linears of its own, weights by name, one decision a class.
+
+As vLLM's Transformers backend does it, in a process that has no lowrank_kit, on the code that the checkpoint brings.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank_kit.calibration.texts import CalibrationSamples
+from lowrank_kit.compressors.slicegpt import slice_model
+from lowrank_kit.models.architectures import registered
+from lowrank_kit.models.checkpoint import save_compressed
+from lowrank_kit.models.depth import drop_blocks
+from lowrank_kit.models.experts import list_experts
+from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.units import units_of
+from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.storages.pivot import Pivot
+from lowrank_kit.storages.two_factors import Factors
+
+IDS = torch.arange(3, 15).reshape(2, 6)
+# Transformers stores a Gemma 3 that sees images under the names of an older version.
+FAMILIES = sorted(set(registered()) - {"bert", "roberta", "t5", "gemma3"})
+
+SERVE = """
+import sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "lowrank_kit":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+class ServerLinear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(linear.out_features, linear.in_features))
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty(linear.out_features))
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+def swap(module):
+    for name, child in module.named_children():
+        # Not Llama 4's router, which is another thing; vLLM has a model of its own for that family.
+        if type(child) is nn.Linear:
+            setattr(module, name, ServerLinear(child))
+        else:
+            swap(child)
+
+def swapped(model):
+    # vLLM looks at one module of a class with such children, and touches the linears' biases in all of them.
+    linears = {}
+    for module in model.modules():
+        children = dict(module.named_children())
+        names = [name for name, child in children.items() if isinstance(child, nn.Linear)]
+        for name in linears.setdefault((type(module), *children), names):
+            children[name].bias
+    swap(model)
+    return model
+
+def load(model, folder):
+    prefix = model.base_model_prefix
+    weights = load_file(f"{folder}/model.safetensors")
+    # Rotary frequencies and the like are computed, what is stored comes by its name alone.
+    known = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for name, tensor in weights.items():
+        inside = name.removeprefix(f"{prefix}.")
+        if inside not in known:
+            assert name.startswith("lm_head."), name
+            continue
+        path, _, leaf = inside.rpartition(".")
+        owner = model.get_submodule(path)
+        found = nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor
+        setattr(owner, leaf, found)
+        known.pop(inside)
+    assert not known, list(known)
+    return weights
+
+expected = torch.load("expected.pt")
+for folder, logits in expected["logits"].items():
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        empty = AutoModel.from_config(config, trust_remote_code=True)
+    model = swapped(AutoModel.from_config(config, trust_remote_code=True)).to(torch.float32).eval()
+    assert type(model).__module__.startswith("transformers_modules"), folder
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in empty.named_parameters()}, folder
+    assert type(model).is_backend_compatible(), folder
+    load(model, folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model(input_ids=expected["ids"], use_cache=False)[0]
+        base = reloaded.base_model if reloaded.base_model is not reloaded else reloaded.model
+        torch.testing.assert_close(hidden, base(input_ids=expected["ids"])[0], rtol=0, atol=1e-6, msg=folder)
+        torch.testing.assert_close(reloaded(expected["ids"]).logits, logits, rtol=0, atol=1e-6, msg=folder)
+"""
+
+
+def factored(model, *storages, of=lambda ref: True):
+    """Random factors for the linears ``of`` the model, in these storages by turns."""
+    list_experts(model)
+    draw = torch.Generator().manual_seed(0)
+    for number, ref in enumerate(filter(of, layout_of(model).linears)):
+        up, down = (torch.randn(*s, generator=draw) / 5 for s in ((ref.out_features, 6), (6, ref.in_features)))
+        storages[number % len(storages)].put(model, [ref.name], LowRankFactors(up, down))
+    return model
+
+
+def narrowed(model):
+    """Irregular over the blocks: the first keeps other channels than the last, and the second is whole."""
+    for units in units_of(layout_of(model), (0, 2)):
+        keep_units(model, units, [1] if units.kind == "heads" else range(units.block, 48, 3))
+    return model
+
+
+def sliced(model):
+    slice_model(model, CalibrationSamples(tuple({"input_ids": row} for row in IDS), batch_size=2), 20)
+    return model
+
+
+def without_block(model):
+    drop_blocks(model, layout_of(model), (0, 2))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_model):
+    root = tmp_path_factory.mktemp("served")
+    mixed = {"of": lambda ref: ref.block == 0 or ref.role in ("up", "o", "expert_down")}
+    models = {f"mixed-{family}": factored(tiny_model(family), Factors(), Pivot(), **mixed) for family in FAMILIES}
+    models |= {
+        "factored-llama": factored(tiny_model("llama"), Factors()),
+        "factored-gpt_oss": factored(tiny_model("gpt_oss"), Factors()),
+        "pivot-qwen2": factored(tiny_model("qwen2"), Pivot()),
+        "narrow-qwen3": narrowed(tiny_model("qwen3")),
+        "sliced-llama": sliced(tiny_model("llama")),
+        "sliced-factored": factored(sliced(tiny_model("llama")), Factors(), **mixed),
+        "short-factored": without_block(factored(tiny_model("mistral"), Factors(), **mixed)),
+    }
+    for name, model in models.items():
+        save_compressed(model, root / name)
+    with torch.no_grad():
+        logits = {name: model(IDS).logits for name, model in models.items()}
+    torch.save({"ids": IDS, "logits": logits}, root / "expected.pt")
+    return root
+
+
+def test_a_server_loads_every_kind_of_checkpoint_on_its_own_linears(saved, environment, tmp_path):
+    variables = environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], cwd=saved, env=variables, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
