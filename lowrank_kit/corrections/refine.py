@@ -35,8 +35,8 @@ class Refine(Refit):
 
     The block reads what the compressed model gives it, and learns to give what the original block gave in the original
     model. All its parameters are trained (AdamW, linear warm-up, cosine), in float32, a batch of calibration windows a
-    step. The last windows are held out of that: training ends when they gain nothing any more, and the best pass
-    stands. Only one block and its optimiser are held, beside the hidden states before and behind it.
+    step. The last windows are held out of that, and of the closed form: training ends when they gain nothing any more,
+    and the best pass stands. Only one block and its optimiser are held, beside the hidden states before and behind it.
     """
 
     kind: Literal["refine"] = "refine"
@@ -83,6 +83,10 @@ class Refine(Refit):
                 "not collect: truncation=two_sided, or method.correction.weighting=none"
             )
 
+    def fitted(self, numbers: Sequence[int]) -> Sequence[int]:
+        """See `Refit`: those held out are not, or training could only lose to a closed form that has seen them."""
+        return numbers[: len(numbers) - ceil(self.held_out * len(numbers))]
+
     def started(self, factors: LowRankFactors) -> LowRankFactors:
         """See `Refit`; the authors balance by the singular values that the metric sees, which depend on the tokens."""
         return factors.balanced()
@@ -100,10 +104,9 @@ class Refine(Refit):
 
     def finish(self, block: Block, targets: Targets, finished: FinishedBlocks) -> None:
         """Train the block, from the last pass that a killed run has left of it."""
-        numbers = list(block.walk.numbers)
-        learnt = len(numbers) - ceil(self.held_out * len(numbers))
+        learnt = self.fitted(block.walk.numbers)
         with _in_float32(block.module):
-            training = _Training(self, block, targets, numbers[:learnt], numbers[learnt:])
+            training = _Training(self, block, targets, learnt, block.walk.numbers[len(learnt) :])
             training.run(finished)
         losses = training.losses
         log.debug("block %d: %s", block.index, " ".join(f"{loss:.4g}" for loss in losses))
@@ -117,8 +120,8 @@ class _Training:
         settings: Refine,
         block: Block,
         targets: Targets,
-        learnt: list[int],
-        held: list[int],
+        learnt: Sequence[int],
+        held: Sequence[int],
     ) -> None:
         self._settings, self._block, self._targets = settings, block, targets
         self._learnt, self._held = learnt, held

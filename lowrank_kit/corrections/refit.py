@@ -110,7 +110,7 @@ class Refit(Correction):
             for group in groups:
                 first = group[0]
                 sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
-                for number in compressed.numbers:
+                for number in self.fitted(compressed.numbers):
                     with _noted(compressed, [first.name], writers[index], stop=True) as found:
                         block.run(number)
                     sums.add(reads.pop((first.name, number)), found[first.name, number])
@@ -132,6 +132,10 @@ class Refit(Correction):
                 finished.keep(index, block.module)
             # The compressed walk passes on when it is asked for the next block, with this one as it is now.
             bar.advance()
+
+    def fitted(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The batches, of all, that matrices are fitted to."""
+        return numbers
 
     def started(self, factors: LowRankFactors) -> LowRankFactors:
         """The form in which factors go into the model."""
