@@ -6,6 +6,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.models.portable.entries import checked, relative
 from lowrank_kit.models.portable.form import give_form
+from lowrank_kit.models.portable.linears import LowRankLinear
 from lowrank_kit.models.portable.parallel import tensor_parallel_plan
 
 
@@ -54,6 +55,16 @@ class LowRankModel(PreTrainedModel):
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The stock class's tied weights, none if the embedding is not tied, and the shared factors."""
         return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_down
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """The rules by concrete names, without those for dense linears where there are factors, which have their own.
+
+        transformers writes all layers' names with the same wildcard, be a linear dense in one and factored in another.
+        """
+        factored = {name: module for name, module in self.named_modules() if isinstance(module, LowRankLinear)}
+        own = {f"{name}.{part}" for name, module in factored.items() for part in module._parameters}
+        rules: dict[str, str] = super()._expand_parallel_plan(plan)
+        return {name: style for name, style in rules.items() if name not in factored and name not in own}
 
 
 def _validate(config: Any) -> None:
