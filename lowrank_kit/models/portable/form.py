@@ -51,7 +51,8 @@ def _factored(base: nn.Module, name: str, rank: int, pivot_rows: int | None) -> 
 
 
 def _like(dense: Any) -> dict[str, Any]:
-    return {"bias": dense.bias is not None, "device": dense.weight.device, "dtype": dense.weight.dtype}
+    # On the device of whoever builds the model: vLLM has put the parameters on meta already, and wants real buffers.
+    return {"bias": dense.bias is not None, "dtype": dense.weight.dtype}
 
 
 def _named(base: nn.Module, name: str, entry: str, kind: Any) -> Any:

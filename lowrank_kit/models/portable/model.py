@@ -27,6 +27,11 @@ class LowRankModel(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         lowrank = checked(config.lowrank)
         text: Any = config.get_text_config()
+        if lowrank["shared_down"] and text._attn_implementation == "vllm":
+            raise ValueError(
+                "some matrices of this checkpoint share a factor that is stored once, and vLLM would leave the others' "
+                "without values and say nothing: write them out by lowrank_kit.export --format serve"
+            )
         # Where the stock base model looks for it, and no part of what is saved.
         text.base_model_tp_plan = tensor_parallel_plan(type(text).base_model_tp_plan, lowrank)
         super().__init__(config, *args, **kwargs)
