@@ -31,11 +31,6 @@ class FineTuning(Method):
     roles: tuple[str, ...] | None = None
     """Roles to train (q k v o gate up down, or the family's own); null: every linear in the blocks."""
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether the method reads calibration samples."""
-        return False
-
     def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
         """A task that teaches something, and a model that is not spread over devices."""
         if not task.teaches:
@@ -248,7 +243,7 @@ class InitialisedAdapter(Adapter):
 
     @property
     def calibrates(self) -> bool:
-        """See `FineTuning`."""
+        """See `Method`."""
         return self.needs() is not None
 
     @property

@@ -27,7 +27,7 @@ class Corda(Adapter):
 
     @property
     def calibrates(self) -> bool:
-        """See `FineTuning`."""
+        """See `Method`."""
         return True
 
     def lora_options(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Eva(Adapter):
 
     @property
     def calibrates(self) -> bool:
-        """See `FineTuning`."""
+        """See `Method`."""
         return True
 
     def alpha_of(self, rank: int) -> float:

@@ -30,7 +30,12 @@ class LoraGA(Adapter):
 
     @property
     def calibrates(self) -> bool:
-        """See `FineTuning`."""
+        """See `Method`."""
+        return True
+
+    @property
+    def reads_gradients(self) -> bool:
+        """See `Method`."""
         return True
 
     def lora_options(self) -> dict[str, Any]:

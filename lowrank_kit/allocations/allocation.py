@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float64
@@ -60,7 +60,7 @@ class Candidate:
         """Block of the first member."""
         return self.members[0].block
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the (stacked) matrix."""
         return len(self.members) * self.members[0].out_features, self.members[0].in_features
@@ -70,18 +70,18 @@ class Candidate:
         """Parameters that the first rank costs; with two factors every one does."""
         return self.storage.cost(*self.shape, 1)
 
-    @property
+    @cached_property
     def dense_cost(self) -> int:
         """Parameters of the matrix left as it is."""
         rows, columns = self.shape
         return rows * columns
 
-    @property
+    @cached_property
     def full_rank(self) -> int:
         """The smaller side. As a rank in an answer it means: left dense."""
         return min(self.shape)
 
-    @property
+    @cached_property
     def break_even(self) -> int:
         """Largest rank that saves parameters and is below a member's full rank; 0 for one row or column."""
         return bisect_left(range(1, self.members[0].full_rank), self.dense_cost, key=self.cost)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from lowrank_kit.allocations.allocation import Budget, Candidate
@@ -36,17 +37,17 @@ class Narrowing(Candidate):
         """One of its own: a rule that measures roles measures the loss of channels apart."""
         return self.units.kind
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Channels, and the weights of one."""
         return self.units.count, self.units.cost
 
-    @property
+    @cached_property
     def full_rank(self) -> int:
         """All channels."""
         return self.units.count
 
-    @property
+    @cached_property
     def break_even(self) -> int:
         """Every channel that goes saves parameters."""
         return self.units.count - 1

@@ -62,9 +62,9 @@ class Compressor(Method):
     """Fraction of the decoder-linear parameters (all linears in the blocks) that is removed."""
 
     @property
-    def probe(self) -> tuple[int, int] | None:
-        """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
-        return None
+    def calibrates(self) -> bool:
+        """See `Method`."""
+        return True
 
     def requirements(self, model: ModelConfig, runtime: RuntimeConfig, task: SingleTask) -> Iterator[str]:
         """A causal language model in a float format."""

@@ -105,6 +105,13 @@ class TruncatedSVD(Compressor):
         return Request(self.truncation, self.allocation.needs(), targets, self.structure.units(layout, targets))
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the truncation, a spectrum, a probe or a correction does."""
+        needs = Request(self.truncation, self.allocation.needs(), ()).needs()
+        reads = needs.reads_activations or needs.gradient is not None
+        return reads or self.probe is not None or self.correction.kind != "none"
+
+    @property
     def reads_gradients(self) -> bool:
         """Whether the truncation or a spectrum of the allocation does."""
         return Request(self.truncation, self.allocation.needs(), ()).needs().gradient is not None

@@ -35,6 +35,16 @@ class Method(Section):
     included. What else is on the command line wins over them."""
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the method reads calibration samples."""
+        return False
+
+    @property
+    def probe(self) -> tuple[int, int] | None:
+        """Held-out calibration windows to measure the model on, as (how many, tokens each); None: no need of any."""
+        return None
+
+    @property
     def reads_gradients(self) -> bool:
         """Whether calibration runs the whole model backward."""
         return False

@@ -43,14 +43,19 @@ class Refine(Refit):
     """Marks the correction."""
     residual: bool = True
     """What training begins with: the closed form of `residual`; false: that of `sequential`."""
-    weighting: Literal["none", "loss"] = "none"
-    """Of a block's error e: `none` is the mean of its squares, as AA-SVD has it; `loss` is `e B e^T`, B the second
-    moment of the loss's gradients in what the block gives, a tenth of its mean added to the diagonal: directions that
-    the loss does not see count for little."""
+    weighting: Literal["none", "relative", "loss"] = "none"
+    """Of a block's error e at a token: `none` is its square, as AA-SVD has it; `relative` is that over the mean square
+    of what the block should give there: what reads it is behind a norm, and a few tokens, such as a window's first,
+    are a thousand times as large as the others. `loss` is `relative` in the metric B, the second moment of the loss's
+    gradients in what the block gives, a tenth of its mean added to the diagonal: directions that the loss does not
+    see count for little."""
     passes: int = Field(default=8, ge=1)
     """Passes over the calibration windows, at most."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """The highest; it rises from 0 over the first tenth of the steps, and falls to a tenth."""
+    relative_steps: bool = False
+    """Multiply the rate by the root mean square that a tensor has at the beginning: factors, pivot rows with their
+    coefficients and narrower matrices differ in size by orders of magnitude, and AdamW's steps do not see that."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
     held_out: float = Field(default=0.125, ge=0, lt=1)
@@ -121,7 +126,11 @@ class _Training:
         if settings.weighting == "loss" and targets.metric is not None:
             self._root = damped_root(targets.metric / targets.metric.diagonal().mean(), DAMPING).float()
         self._parameters = dict(block.module.named_parameters())
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=settings.weight_decay)
+        groups = [
+            {"params": [p], "scale": float(p.detach().square().mean().sqrt()) if settings.relative_steps else 1.0}
+            for p in self._parameters.values()
+        ]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self._best: dict[str, Tensor] = {}
         self.losses: list[float] = []
 
@@ -147,7 +156,7 @@ class _Training:
         order = torch.randperm(len(self._learnt), generator=torch.Generator().manual_seed(number)).tolist()
         for step, chosen in enumerate(order, number * len(order)):
             for group in self._optimizer.param_groups:
-                group["lr"] = self._rate(step)
+                group["lr"] = self._rate(step) * group["scale"]
             self._optimizer.zero_grad()
             with torch.enable_grad():
                 error = self._error(self._learnt[chosen])
@@ -162,8 +171,14 @@ class _Training:
         return self._settings.learning_rate * share
 
     def _error(self, number: int) -> Float[Tensor, ""]:
-        """Mean squared error of a batch's outputs, BOS apart, in the metric if there is one."""
-        error = (self._block.recorded(number) - self._targets.states[number])[:, self._targets.opening :]
+        """Mean squared error of a batch's outputs, BOS apart, as the settings weigh it."""
+        output, target = (
+            states[:, self._targets.opening :]
+            for states in (self._block.recorded(number), self._targets.states[number])
+        )
+        error = output - target
+        if self._settings.weighting != "none":
+            error = error / target.square().mean(-1, keepdim=True).sqrt()
         return (error if self._root is None else error @ self._root).square().mean()
 
     @no_grad

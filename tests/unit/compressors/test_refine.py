@@ -44,8 +44,10 @@ def metric_of(model, samples):
     return total / mean + 0.1 * torch.eye(len(total))
 
 
-@pytest.mark.parametrize("weighting", ["none", "loss"])
-def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, tiny_model, samples, method):
+@pytest.mark.parametrize(
+    ("weighting", "relative_steps"), [("none", False), ("relative", False), ("loss", False), ("none", True)]
+)
+def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, relative_steps, tiny_model, samples, method):
     """AA-SVD, arXiv 2604.02119: AdamW on the mean squared error of a block's outputs, from the closed form on."""
     method = partial(method, truncation=TwoSided())
     passes, rate, numbers = 2, 1e-3, len(samples.sequences)
@@ -53,7 +55,7 @@ def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, tiny_mode
     original = tiny_model("llama")
     start, found = copy.deepcopy(original), copy.deepcopy(original)
     run(start, method(correction=Residual()), samples)
-    refine = Refine(passes=passes, learning_rate=rate, held_out=0, weighting=weighting)
+    refine = Refine(passes=passes, learning_rate=rate, held_out=0, weighting=weighting, relative_steps=relative_steps)
     run(found, method(correction=refine), samples)
     metric = metric_of(original, samples) if weighting == "loss" else torch.eye(original.config.hidden_size)
     # Block 0 reads the same in all of them.
@@ -63,7 +65,9 @@ def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, tiny_mode
         u, s, vh = torch.linalg.svd(layer.dense_weight().double(), full_matrices=False)
         u, s, vh = u[:, : layer.rank], s[: layer.rank], vh[: layer.rank]
         layer.up.weight.data, layer.down.weight.data = (u * s.sqrt()).float(), (s.sqrt()[:, None] * vh).float()
-    optimizer = torch.optim.AdamW(block.parameters(), weight_decay=0.01)
+    parameters = list(block.parameters())
+    sizes = [float(p.square().mean().sqrt()) if relative_steps else 1.0 for p in parameters]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.01)
     with torch.no_grad():
         targets = states_of(original, samples, 1)
     steps = passes * numbers
@@ -71,12 +75,16 @@ def test_a_block_is_trained_to_the_original_block_s_outputs(weighting, tiny_mode
     for step in range(steps):
         order = torch.randperm(numbers, generator=torch.Generator().manual_seed(step // numbers))
         sample = int(order[step % numbers])
-        optimizer.param_groups[0]["lr"] = rate * (
-            (step + 1) / warm if step < warm else 0.1 + 0.9 * (1 + cos(pi * (step - warm) / (steps - warm))) / 2
-        )
+        now = (step + 1) / warm if step < warm else 0.1 + 0.9 * (1 + cos(pi * (step - warm) / (steps - warm))) / 2
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * now * size
         optimizer.zero_grad()
-        error = (states_of(start, samples, 1)[sample] - targets[sample]).flatten(0, 1)
-        ((error @ metric * error).sum() / error.numel()).backward()
+        target = targets[sample].flatten(0, 1)
+        error = states_of(start, samples, 1)[sample].flatten(0, 1) - target
+        squares = (error @ metric * error).sum(1)
+        if weighting != "none":
+            squares = squares / target.square().mean(1)
+        (squares.sum() / error.numel()).backward()
         torch.nn.utils.clip_grad_norm_(block.parameters(), 1.0)
         optimizer.step()
     trained = found.model.layers[0]

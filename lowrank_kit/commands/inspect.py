@@ -1,0 +1,129 @@
+"""`lowrank-kit inspect RUN_OR_CHECKPOINT`: what a run came to, and what is left of every matrix of a checkpoint."""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_kit.console import command
+from lowrank_kit.errors import ConfigError
+
+SHADES = " .:-=+*#%@"
+"""From a matrix of which nothing is left to a whole one."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear of a checkpoint: its block and role, its parameters, those of the dense one, and its rank."""
+
+    block: int
+    role: str
+    parameters: int
+    dense: int
+    rank: int | None
+    """None: no product of two."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser("lowrank-kit inspect", description=__doc__)
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
+    options = parser.parse_args(arguments)
+    with command():
+        _show(options.path, Console(width=max(100, Console().width)))
+    return 0
+
+
+def _show(path: Path, console: Console) -> None:
+    from lowrank_kit.runs.directory import CONFIG_FILE
+
+    if (path / CONFIG_FILE).is_file():
+        _show_run(path, console)
+        folders = [folder for name in ("recovered", "checkpoint") if (folder := path / name).is_dir()]
+        path = next(iter(folders), path)
+        if not folders:
+            return
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"'{path}' is neither a run directory (config.yaml) nor a checkpoint folder (config.json)")
+    matrices = matrices_of(path)
+    console.print(_roles(matrices, path))
+    console.print(_map(matrices))
+
+
+def _show_run(run: Path, console: Console) -> None:
+    from lowrank_kit.evaluation.records import read_records
+    from lowrank_kit.files import read_json, read_yaml
+    from lowrank_kit.runs.directory import CONFIG_FILE
+    from lowrank_kit.runs.status import read_status
+
+    config, status = read_yaml(run / CONFIG_FILE), read_status(run)
+    names = " ".join(f"{section}={config[section]['name']}" for section in ("method", "model", "task"))
+    manifest = read_json(run / "manifest.json", dict) or {}
+    seconds = {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()}
+    console.print(Text(f"{run}: {status.state if status else 'not begun'}; {names} seed={config['seed']}"))
+    console.print(Text("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())))
+    if (run / "results.json").is_file():
+        table = Table("task", "metric", "model", "value", "± s.e.", "n")
+        for r in read_records(run / "results.json"):
+            error = "" if r.stderr is None else f"{r.stderr:.4g}"
+            table.add_row(r.task, r.metric, r.checkpoint, f"{r.value:.4g}", error, str(r.n))
+        console.print(table)
+
+
+def matrices_of(folder: Path) -> list[Matrix]:
+    """The linears in the blocks of a checkpoint, in the order of its layout. No weight is read."""
+    from lowrank_kit.models.architectures import base_type
+    from lowrank_kit.models.compressed import stock_classes
+    from lowrank_kit.models.layout import layout_of
+    from lowrank_kit.models.load import ModelSource, load_config, skeleton
+
+    config = load_config(ModelSource(str(folder)))
+    stock, _ = stock_classes(base_type(config.model_type))
+    settings = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "lowrank")}
+    whole = {ref.name: ref.parameters for ref in layout_of(skeleton(stock.from_dict(settings), "causal")).linears}
+    found = []
+    for ref in layout_of(skeleton(config, "causal")).linears:
+        rank = min(part.full_rank for part in ref.parts) if len(ref.parts) > 1 else None
+        left = sum(part.parameters for part in ref.parts)
+        found.append(Matrix(ref.block, ref.role, left, whole[ref.name], rank))
+    return found
+
+
+def _roles(matrices: Sequence[Matrix], folder: Path) -> Table:
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    table = Table("role", "matrices", "factored", "rank, least to most (median)", "parameters", "of dense")
+    table.title = f"{folder}: {size / 1e6:.1f} MB of weights"
+    roles: dict[str, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        roles[matrix.role].append(matrix)
+    for role, members in [*roles.items(), ("all", list(matrices))]:
+        ranks = [m.rank for m in members if m.rank is not None]
+        spread = f"{min(ranks)} to {max(ranks)} ({median(ranks):g})" if ranks else ""
+        left, dense = sum(m.parameters for m in members), sum(m.dense for m in members)
+        table.add_row(role, str(len(members)), str(len(ranks)), spread, f"{left:,}", f"{left / dense:.3f}")
+    return table
+
+
+def _map(matrices: Sequence[Matrix]) -> Text:
+    """The share of every matrix that is left: a row a role, a column a block."""
+    shares: dict[str, dict[int, Matrix]] = defaultdict(dict)
+    for matrix in matrices:
+        shares[matrix.role].setdefault(matrix.block, matrix)
+    last = max(m.block for m in matrices)
+    width = max(map(len, shares))
+    lines = [f"{role:>{width}} |{''.join(_shade(row, b) for b in range(last + 1))}|" for role, row in shares.items()]
+    return Text("\n".join([*lines, f"{'':>{width}}  block 0 to {last}; {SHADES[1]} a tenth left, {SHADES[-1]} whole"]))
+
+
+def _shade(row: Mapping[int, Any], block: int) -> str:
+    if block not in row:
+        return SHADES[0]
+    share = row[block].parameters / row[block].dense
+    return SHADES[max(1, min(len(SHADES) - 1, round(share * (len(SHADES) - 1))))]
