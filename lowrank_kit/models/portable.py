@@ -133,6 +133,82 @@ class PivotLinear(LowRankLinear):
         return self.bias
 
 
+class RoundedLinear(nn.Module):
+    """A linear whose weight is whole numbers of ``bits`` bits times a scale for every ``group`` inputs (0: for all).
+
+    ``codes`` are int8 ``[out, in]``, or, two to a byte with the first in the lower half, uint8 ``[out, ceil(in / 2)]``;
+    ``scale`` is ``[out, groups]``. They are buffers: nothing of the weight is trained. It is multiplied out for every
+    pass, in the number format of the scales.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
+        width, groups = -(-in_features * bits // 8), -(-in_features // group) if group else 1
+        integer = torch.int8 if bits == 8 else torch.uint8
+        self.register_buffer("codes", torch.zeros(out_features, width, device=device, dtype=integer))
+        self.register_buffer("scale", torch.ones(out_features, groups, device=device, dtype=dtype))
+        self.bias: Any = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, bits: int, group: int, bias: Tensor | None = None
+    ) -> "RoundedLinear":
+        """Pack ``codes`` [out, in], int8 in any case, into a new layer with ``scale`` and a copy of ``bias``."""
+        out_features, in_features = codes.shape
+        layer = cls(in_features, out_features, bits, group, bias is not None, scale.device, scale.dtype)
+        if bits == 4:
+            low, high = nn.functional.pad(codes, (0, in_features % 2)).unflatten(1, (-1, 2)).unbind(-1)
+            codes = (low & 15 | high << 4).view(torch.uint8)
+        layer.codes.copy_(codes)
+        layer.scale.copy_(scale)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, ``[out, in]``."""
+        codes = self.codes
+        if self.bits == 4:
+            # The shift of a signed byte keeps the sign.
+            packed = codes.view(torch.int8)
+            codes = torch.stack((packed << 4 >> 4, packed >> 4), -1).flatten(1)[:, : self.in_features]
+        weight = codes.to(self.scale.dtype)
+        if not self.group:
+            return weight * self.scale
+        return weight * self.scale.repeat_interleave(self.group, 1)[:, : self.in_features]
+
+    def dense_weight(self) -> Tensor:
+        """The weight, in float64."""
+        return self.weight.double()
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias, ``[out]``."""
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[*tokens, in]`` to ``[*tokens, out]``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of the layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
 class Expert(nn.Module):
     """The matrices of one expert; ``tokens`` are those that the last pass sent to it, by number in their list."""
 
@@ -285,9 +361,10 @@ class LowRankModel(PreTrainedModel):
 
     ``config.lowrank`` holds ``ranks``, the rank of every factored linear by module path; ``shared_down``, the
     linears whose ``down`` weight is another one's (one parameter, stored once); where there are any, ``pivot_rows``,
-    that number of those that are `PivotLinear`, ``experts``, the modules that are `ListedExperts`, ``shapes``
-    ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that are
-    `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
+    that number of those that are `PivotLinear`, ``rounded``, bits and group of the linears, or halves of factored ones,
+    that are `RoundedLinear`, ``experts``, the modules that are `ListedExperts`, ``shapes`` ``[out, in]`` of the linears
+    that are narrower than the stock ones, and ``shortcuts``, the decoder layers that are `SlicedLayer`. Raises
+    `ValueError`, with the entry, where they describe no such model.
     """
 
     _tied_weights_keys: dict[str, str] | None
@@ -327,6 +404,12 @@ class LowRankModel(PreTrainedModel):
             ours, theirs = (self._stock(end, "shared_down", LowRankLinear).down.weight for end in (name, owner))
             if owner in lowrank["shared_down"] or ours.shape != theirs.shape:
                 raise ValueError(f"lowrank.shared_down: {name} cannot share the factor of {owner}")
+        for name, (bits, group) in lowrank["rounded"].items():
+            dense = self._stock(name, "rounded", (nn.Linear, Conv1D))
+            weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
+            out_features, in_features = weight.shape
+            options = {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
+            self.set_submodule(name, RoundedLinear(in_features, out_features, bits, group, **options))
         shared = lowrank["shared_down"].items()
         self._shared_down = {f"{name}.down.weight": f"{owner}.down.weight" for name, owner in shared}
         # transformers 4 has a list here: without sharing it is left alone, and the checkpoint loads there too.
@@ -356,6 +439,7 @@ def _checked(lowrank: Any) -> dict[str, Any]:
         "ranks": entries.get("ranks"),
         "shared_down": entries.get("shared_down"),
         "pivot_rows": entries.get("pivot_rows", {}),
+        "rounded": entries.get("rounded", {}),
         "shapes": entries.get("shapes", {}),
         "shortcuts": entries.get("shortcuts", []),
         "experts": entries.get("experts", []),
@@ -364,6 +448,7 @@ def _checked(lowrank: Any) -> dict[str, Any]:
         "ranks": _is_size,
         "shared_down": lambda owner: isinstance(owner, str),
         "pivot_rows": _is_count,
+        "rounded": lambda form: isinstance(form, list | tuple) and [*form[:-1]] in ([4], [8]) and _is_count(form[-1]),
         "shapes": lambda shape: isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_size, shape)),
     }
     for entry, is_right in kinds.items():

@@ -37,6 +37,9 @@ class Truncation(Choice):
     of_loss: ClassVar[bool] = False
     """Its values estimate the change of the loss, so that they compare across matrices and with lost channels."""
 
+    sees_rounding: ClassVar[bool] = False
+    """It has `diagonals`, so that what rounding loses compares with its values."""
+
     @property
     def span(self) -> int:
         """Neighbouring blocks that are decomposed together."""
@@ -59,6 +62,13 @@ class Truncation(Choice):
 
     def seen_by_inputs(self, layer: Layer) -> tuple[Float64[Tensor, "in in"], Float64[Tensor, "in in"]]:
         """C, and the metric B of the outputs as the inputs see it, `W^T B W`. Needs the moments of all inputs."""
+        raise NotImplementedError
+
+    def diagonals(self, layer: Layer) -> tuple[Float64[Tensor, " out"], Float64[Tensor, " in"]]:
+        """The diagonals of B and C.
+
+        Needs the moments of all inputs, and `GradientRequest.diagonal` if it needs moments of gradients.
+        """
         raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ from lowrank_kit.spectral.truncate import (
     input_projection,
     output_projection_from_gram,
 )
-from lowrank_kit.truncations.truncation import Layer, Truncation, mean_output_gram
+from lowrank_kit.truncations.truncation import Layer, Truncation, mean_inputs, mean_output_gram
 
 
 class TwoSided(Truncation):
@@ -32,6 +32,7 @@ class TwoSided(Truncation):
 
     spectrum: ClassVar[str | None] = "two_sided"
     of_loss: ClassVar[bool] = True
+    sees_rounding: ClassVar[bool] = True
 
     kind: Literal["two_sided"] = "two_sided"
     """Marks the truncation."""
@@ -87,6 +88,15 @@ class TwoSided(Truncation):
         if self.input_shrinkage:
             inputs = self._shrunk(inputs, layer, torch.eye(in_features).to(inputs))
         return inputs, metric
+
+    def diagonals(self, layer: Layer) -> tuple[Float64[Tensor, " out"], Float64[Tensor, " in"]]:
+        """As in `Truncation`, both shrunk."""
+        assert layer.statistics.gradient is not None
+        assert layer.statistics.gradient.diagonal is not None
+        shares = self.gradient_shrinkage, self.input_shrinkage
+        found = layer.statistics.gradient.diagonal.double(), mean_inputs(layer).gram.diagonal()
+        rows, columns = (torch.lerp(d, d.mean().expand_as(d), share) for d, share in zip(found, shares, strict=True))
+        return rows, columns
 
     def _shrunk(self, gram: Tensor, layer: Layer, identity: Tensor) -> Tensor:
         """C shrunk, as `gram` and `identity` see C and the identity matrix."""
