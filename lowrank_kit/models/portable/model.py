@@ -15,9 +15,10 @@ class LowRankModel(PreTrainedModel):
 
     ``config.lowrank`` holds ``format``; ``ranks``, the rank of every factored linear by its path in the base model;
     ``shared_down``, the linears whose ``down`` weight is another one's (one parameter, stored once); where there are
-    any, ``pivot_rows``, that number of those that are `PivotLinear`, ``experts``, the modules that are
-    `ListedExperts`, ``shapes`` ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``,
-    the decoder layers that are `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
+    any, ``pivot_rows``, that number of those that are `PivotLinear`, ``rounded``, bits and group of the linears, or
+    halves of factored ones, that are `RoundedLinear`, ``experts``, the modules that are `ListedExperts`, ``shapes``
+    ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that are
+    `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
     """
 
     _stock_base: type[PreTrainedModel]

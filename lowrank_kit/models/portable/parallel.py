@@ -11,10 +11,11 @@ def tensor_parallel_plan(stock: Mapping[str, str] | None, lowrank: Mapping[str, 
     Where the stock linear is split by its outputs ``up`` is, and by its inputs ``down``; the other factor is whole on
     every device. Rules for factors come first: transformers goes by the whole name, and vLLM by the first pattern that
     a name begins with. None, which in transformers makes the blocks whole on every device, where the outputs to be
-    split are those of pivot rows, which are in no order, or where experts are linears of their own.
+    split are those of pivot rows, which are in no order, where weights are rounded, or where experts are linears of
+    their own.
     """
     rules: dict[str, str] = {}
-    if not stock or lowrank["experts"]:
+    if not stock or lowrank["experts"] or lowrank["rounded"]:
         return None
     for name in lowrank["ranks"]:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
