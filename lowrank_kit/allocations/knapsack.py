@@ -94,6 +94,15 @@ def solve(
     return options.tolist() if fits and loss[picked].sum() < relaxed.loss else relaxed.chosen
 
 
+def pareto(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Indices of the points that none as cheap matches, the cheapest first."""
+    kept: list[int] = []
+    for point in sorted(range(len(costs)), key=lambda n: (costs[n], losses[n])):
+        if not kept or losses[point] < losses[kept[-1]]:
+            kept.append(point)
+    return kept
+
+
 def lower_hull(cost: Sequence[int], loss: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull from the first point to the least loss."""
     hull: list[int] = []

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
 from lowrank_kit.allocations.budget import losses_at, options_beside, options_of
+from lowrank_kit.allocations.forms import choose_forms
 from lowrank_kit.allocations.knapsack import relax
 from lowrank_kit.allocations.narrowing import Narrowing, choose
 
@@ -19,6 +20,7 @@ class Lagrangian(Allocation):
     """
 
     adds_losses: ClassVar[bool] = True
+    chooses_bits: ClassVar[bool] = True
 
     kind: Literal["lagrangian"] = "lagrangian"
     """Marks the rule."""
@@ -42,3 +44,7 @@ class Lagrangian(Allocation):
             return relax(costs, losses, budget.parameters).chosen
 
         return choose(candidates, narrowings, budget, options, losses, solver)
+
+    def ranks_and_bits(self, forms: Sequence[Sequence[Candidate]], budget: Budget) -> dict[str, tuple[Candidate, int]]:
+        """See `Allocation.ranks_and_bits`."""
+        return choose_forms(forms, budget)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from lowrank_kit.allocations.allocation import Budget, Candidate
 from lowrank_kit.allocations.budget import Options, finish, saving_per_parameter
-from lowrank_kit.allocations.knapsack import lower_hull
+from lowrank_kit.allocations.knapsack import lower_hull, pareto
 from lowrank_kit.models.units import Units
 from lowrank_kit.spectral.eliminate import Elimination
 
@@ -134,10 +134,5 @@ def _together(
 
 def _pareto(points: Sequence[tuple[int, float, dict[int, int]]]) -> _Item:
     """The points that no cheaper one matches."""
-    item = _Item([], [], [])
-    for cost, loss, options in sorted(points, key=lambda point: point[:2]):
-        if not item.losses or loss < item.losses[-1]:
-            item.costs.append(cost)
-            item.losses.append(loss)
-            item.options.append(options)
-    return item
+    kept = [points[n] for n in pareto([cost for cost, _, _ in points], [loss for _, loss, _ in points])]
+    return _Item([cost for cost, _, _ in kept], [loss for _, loss, _ in kept], [options for _, _, options in kept])

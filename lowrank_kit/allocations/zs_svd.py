@@ -1,14 +1,20 @@
 """Zero-Sum SVD: drop components anywhere while their predicted loss changes cancel (arXiv 2602.02848)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from heapq import heappop, heappush
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from lowrank_kit.allocations.allocation import Allocation, Budget, Candidate, Probe
-from lowrank_kit.allocations.budget import finish, keep_of, losses_at, options_of, saving_per_parameter
+from lowrank_kit.allocations.budget import (
+    finish,
+    floor_at_break_even,
+    keep_of,
+    losses_at,
+    options_of,
+    saving_per_parameter,
+)
 from lowrank_kit.truncations.spectra import Change, Spectrum
 
 
@@ -43,8 +49,7 @@ class ZeroSum(Allocation):
         keep = keep_of(candidates, budget)
         # Hundredths, so that a budget rounded to whole parameters still counts as its ratio.
         floor = (0.3 if round(1 - keep, 2) >= 0.6 else 0.0) if self.floor is None else self.floor
-        # A share of break-even costs that share of the dense matrix, the uniform rank `keep` of it.
-        return replace(budget, floor=max(budget.floor, min(floor / max(keep, 1e-9), 1.0)))
+        return floor_at_break_even(candidates, budget, floor)
 
     def ranks(self, candidates: Sequence[Candidate], budget: Budget, probe: Probe | None = None) -> dict[str, int]:
         """See `Allocation.ranks`."""

@@ -129,6 +129,7 @@ class _Sums:
         self._ref, device, dtype = ref, weight.device, torch.promote_types(weight.dtype, torch.float32)
         self._moments = Moments.zeros(ref.full_rank, device) if request.moments else None
         self._energy = torch.zeros((), dtype=torch.float64, device=device)
+        self._diagonal = torch.zeros(ref.out_features).to(self._energy) if request.diagonal else None
         self._fisher = torch.zeros(ref.in_features, dtype=torch.float64, device=device) if request.fisher else None
         self._mean = (
             torch.zeros(ref.out_features, ref.in_features, device=device, dtype=dtype) if request.mean else None
@@ -152,6 +153,8 @@ class _Sums:
         assert self._moments is not None
         g = g[kept]
         self._energy += g.square().sum(dtype=torch.float64)
+        if self._diagonal is not None:
+            self._diagonal += g.square().sum(0, dtype=torch.float64)
         try:
             self._moments.update(g if self._ref.out_features <= self._ref.in_features else g @ weight.to(g))
         except ValueError as error:
@@ -160,7 +163,7 @@ class _Sums:
     def tensors(self) -> list[Tensor]:
         """The sums, to be changed in place."""
         gram = None if self._moments is None else self._moments.gram
-        return [part for part in (gram, self._energy, self._fisher, self._mean) if part is not None]
+        return [part for part in (gram, self._energy, self._diagonal, self._fisher, self._mean) if part is not None]
 
     def statistics(self, predicted: int, positions: int) -> GradientStatistics:
         """The sums per predicted token."""
@@ -171,8 +174,10 @@ class _Sums:
             )
         gram = None if self._moments is None else self._moments.gram / positions
         energy = 0.0 if self._moments is None else float(self._energy) / positions
+        diagonal = None if self._diagonal is None else self._diagonal / positions
         fisher = None if self._fisher is None else self._fisher / predicted
-        return GradientStatistics(gram, energy, fisher, None if self._mean is None else self._mean.div_(predicted))
+        mean = None if self._mean is None else self._mean.div_(predicted)
+        return GradientStatistics(gram, energy, diagonal, fisher, mean)
 
 
 def within_margin(mask: Bool[Tensor, "rows tokens"], margin: float) -> Bool[Tensor, "rows tokens"]:

@@ -10,7 +10,12 @@ from lowrank_kit import distributed
 from lowrank_kit.calibration.backward import backward
 from lowrank_kit.calibration.batches import Batch
 from lowrank_kit.calibration.gradient_collector import GradientCollector
-from lowrank_kit.calibration.next_token_loss import SummedLoss, check_predicted, next_token_loss
+from lowrank_kit.calibration.next_token_loss import (
+    SummedLoss,
+    check_predicted,
+    next_token_loss,
+    sampled_token_loss,
+)
 from lowrank_kit.calibration.statistics import GradientRequest, GradientStatistics
 from lowrank_kit.calibration.walk import BlockWalk
 from lowrank_kit.deferred import PreTrainedModel, Tensor
@@ -56,13 +61,14 @@ def stream_gradients(
     for ref in sorted(refs, key=lambda ref: -ref.block):
         if ref.block not in skip:
             wanted.setdefault(ref.block, []).append(ref)
+    loss = next_token_loss if request.label_seed is None else partial(sampled_token_loss, seed=request.label_seed)
     walk = BlockWalk(model, layout, distributed.share(batches))
     # Of a streamed model, a block's statistics are whole before those of the next one begin.
     passes = [list(wanted)] if weights_of(model).is_streamed else list(_passes(wanted, request))
     bar = Bar(progress, "gradients", len(passes) * len(walk.batches))
     for blocks in passes:
         linears = [ref for block in blocks for ref in wanted[block]]
-        collector = GradientCollector(model, linears, request, next_token_loss, opening)
+        collector = GradientCollector(model, linears, request, loss, opening)
         with walk.watching(writes=collector.writes):
             for block in backward(walk, collector.loss, min(blocks), bar.advance):
                 if block in blocks:

@@ -1,12 +1,13 @@
 """What a method may ask calibration for, and what it gets for each linear layer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from jaxtyping import Float
 
 from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.errors import ConfigError
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.spectral.moments import Moments
 
@@ -23,26 +24,37 @@ Kept: TypeAlias = dict[str, Tensor]
 class GradientRequest:
     """Which parts of `GradientStatistics` to collect; by default none.
 
-    ``clipping`` (low, high): in ``moments``, the norms of the tokens' gradients are clipped to these multiples of
-    their mean over a window; gradients that are zero stay so. ``margin``: the share of a window's tokens at either end,
-    rounded down, whose gradients ``moments`` leave out; the mean of ``clipping`` is over the others.
+    ``diagonal`` goes with ``moments`` and has their options. ``clipping`` (low, high): in ``moments``, the norms of the
+    tokens' gradients are clipped to these multiples of their mean over a window; gradients that are zero stay so.
+    ``margin``: the share of a window's tokens at either end, rounded down, whose gradients ``moments`` leave out; the
+    mean of ``clipping`` is over the others. ``label_seed``: the loss is that of tokens drawn from the model's own
+    predictions, by this seed; None: that of the text's.
     """
 
     moments: bool = False
+    diagonal: bool = False
     fisher: bool = False
     mean: bool = False
     clipping: tuple[float, float] | None = None
     margin: float = 0.0
+    label_seed: int | None = None
 
     def together_with(self, other: "GradientRequest") -> "GradientRequest":
-        """What serves both; the options of ``moments`` are those of this one, where it asks for them."""
+        """What serves both; the options of ``moments`` are those of this one, where it asks for them.
+
+        Raises `ConfigError` for gradients of different losses.
+        """
+        if self.label_seed != other.label_seed:
+            raise ConfigError(
+                "one backward pass has either the text's labels or sampled ones, and the allocation reads gradients of "
+                "the text's: leave method.truncation.label_seed out, or use another allocation, such as lagrangian"
+            )
         first = self if self.moments else other
-        return GradientRequest(
-            self.moments or other.moments,
-            self.fisher or other.fisher,
-            self.mean or other.mean,
-            first.clipping,
-            first.margin,
+        return replace(
+            first,
+            diagonal=self.diagonal or other.diagonal,
+            fisher=self.fisher or other.fisher,
+            mean=self.mean or other.mean,
         )
 
 
@@ -74,27 +86,29 @@ class GradientStatistics:
 
     ``gram``: ``B = 1/N sum g g^T`` for ``out <= in``, otherwise ``W^T B W``, the same metric as the inputs see it; over
     the tokens that `GradientRequest.margin` leaves, of which N then counts those that predict something. ``energy``:
-    the trace of B. ``fisher``: ``1/N`` times the sum over sequences of the squared gradient of the sequence's summed
-    loss in W, summed over the outputs: the diagonal empirical Fisher information that belongs to every input.
-    ``mean``: ``dL/dW / N``, the gradient of the mean loss.
+    the trace of B. ``diagonal``: the diagonal of B itself. ``fisher``: ``1/N`` times the sum over sequences of the
+    squared gradient of the sequence's summed loss in W, summed over the outputs: the diagonal empirical Fisher
+    information that belongs to every input. ``mean``: ``dL/dW / N``, the gradient of the mean loss.
     What was not asked for is None; ``energy`` is then 0.
     """
 
     gram: Float[Tensor, "p p"] | None = None
     energy: float = 0.0
+    diagonal: Float[Tensor, " out"] | None = None
     fisher: Float[Tensor, " in"] | None = None
     mean: Float[Tensor, "out in"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors in float32, for a cache."""
-        parts = {"gram": self.gram, "fisher": self.fisher, "mean": self.mean}
+        parts = {"gram": self.gram, "diagonal": self.diagonal, "fisher": self.fisher, "mean": self.mean}
         kept = {name: tensor.float() for name, tensor in parts.items() if tensor is not None}
         return {**kept, "energy": torch.tensor(self.energy, dtype=torch.float64)}
 
     @classmethod
     def from_tensors(cls, kept: Mapping[str, Tensor]) -> "GradientStatistics":
         """What `tensors` was called on."""
-        return cls(kept.get("gram"), float(kept["energy"]), kept.get("fisher"), kept.get("mean"))
+        parts = ("diagonal", "fisher", "mean")
+        return cls(kept.get("gram"), float(kept["energy"]), *(kept.get(part) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,10 @@ class Compressor(Method):
 
     def budget(self, layout: ModelLayout) -> int:
         """Parameters that may be left of the linears in the blocks."""
-        total = layout.parameters
+        return self.left_of(layout.parameters)
+
+    def left_of(self, total: int) -> int:
+        """What the ratio leaves of so many."""
         # 1 - 0.9 is a hair less than a tenth in binary.
         return int(round((1 - self.ratio) * total, 6))
 

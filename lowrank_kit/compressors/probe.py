@@ -1,19 +1,21 @@
 """The end-to-end loss of a model with some of its matrices truncated, measured on held-out calibration text."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from rich.progress import Progress
 
 from lowrank_kit.cache.entry import open_entry
 from lowrank_kit.cache.figures import append_checked_line, content_hash, read_checked_lines
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.calibration.walk import BlockWalk
-from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
+from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.evaluation.perplexity import perplexity
+from lowrank_kit.models.head import Head
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.progress import Bar
@@ -54,14 +56,22 @@ class LossProbe:
 
     def loss_change(self, ranks: Mapping[str, int]) -> float:
         """Mean token loss (nats) with these candidates cut to these ranks, minus that of the dense model."""
+        return self._remembered(ranks, "", lambda first: self._loss(first) - self._dense)
+
+    def divergence(self, ranks: Mapping[str, int]) -> float:
+        """Mean over tokens of KL(dense || cut), with these candidates cut to these ranks (nats)."""
+        return self._remembered(ranks, "divergence ", self._divergence)
+
+    def _remembered(self, ranks: Mapping[str, int], quantity: str, measure: Callable[[int], float]) -> float:
         self._bar.advance()
-        key = json.dumps(ranks, sort_keys=True)
+        key = quantity + json.dumps(ranks, sort_keys=True)
         if key not in self._known:
-            self._known[key] = self._measured(ranks)
+            self._known[key] = self._measured(ranks, measure)
             append_checked_line(self._file, [key, self._known[key]])
         return self._known[key]
 
-    def _measured(self, ranks: Mapping[str, int]) -> float:
+    def _measured(self, ranks: Mapping[str, int], measure: Callable[[int], float]) -> float:
+        """What ``measure`` finds of the model with these cuts, told the first block that is changed."""
         # At full rank a matrix is left dense: as it is, not as a product of rounded factors.
         groups = self._decomposition.groups
         dense = {group[0].name: min(len(group) * group[0].out_features, group[0].in_features) for group in groups}
@@ -91,7 +101,27 @@ class LossProbe:
                     stack.callback(set_weight, module, weight_of(module).detach().clone())
                     set_weight(module, factors.dense())
             blocks = [*(group[0].block for group in changed), *(units.block for units in narrowed)]
-            return self._loss(min(blocks)) - self._dense
+            return measure(min(blocks))
+
+    @cached_property
+    def _last_states(self) -> list[Tensor]:
+        """What the head of the dense model reads, by window."""
+        return [self._head_reads(number, len(layout_of(self._model).blocks)) for number in range(len(self._windows))]
+
+    def _head_reads(self, number: int, first: int) -> Float[Tensor, "tokens hidden"]:
+        with self._walk.begun(number, first):
+            return Head(self._model).hidden(input_ids=self._windows[number][None].to(self._model.device))[0]
+
+    @no_grad
+    def _divergence(self, first: int) -> float:
+        """Mean divergence over the windows, the blocks before `first` taken as known."""
+        head, sums = Head(self._model), []
+        for number, dense in enumerate(self._last_states):
+            cut, size = self._head_reads(number, first), head.positions_at_once()
+            for before, after in zip(dense.split(size), cut.split(size), strict=True):
+                p, q = (head.logits(states).float().log_softmax(-1) for states in (before, after))
+                sums.append(float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")))
+        return sum(sums) / self._windows.numel()
 
     def _loss(self, first: int) -> float:
         """Mean loss over the windows, the blocks before `first` taken as known."""

@@ -31,7 +31,7 @@ from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.plan import Plan
 from lowrank_kit.plots.ranks import plot_kept_ranks, plot_rank_map
 from lowrank_kit.plots.singular_values import plot_spectra
-from lowrank_kit.storages.storage import Storage
+from lowrank_kit.storages.storage import Price, Storage
 from lowrank_kit.storages.two_factors import Factors
 from lowrank_kit.structures.none import RankAlone
 from lowrank_kit.structures.structure import Structure
@@ -62,8 +62,9 @@ class Statistics:
         """What the allocation sees."""
         found = self.decomposition
         return [
-            Candidate(group[0].name, group, found.values[group[0].name], found.spectra[group[0].name])
+            Candidate(name, group, found.values[name], found.spectra[name], found.roundings[name])
             for group in found.groups
+            for name in [group[0].name]
         ]
 
 
@@ -90,8 +91,8 @@ class TruncatedSVD(Compressor):
     correction: Correction = Field(default=Uncorrected())
     """How the factors make up for the errors before them."""
     # Left out where it is what it always was, so that older run directories are found again.
-    storage: Storage = Field(default=Factors(), exclude_if=lambda storage: storage.kind == "factors")
-    """How a low-rank matrix lies in the model, and what its rank costs."""
+    storage: Storage = Field(default=Factors(), exclude_if=lambda storage: storage == Factors())
+    """How a low-rank matrix lies in the model, and what its rank costs: parameters, or bytes."""
     structure: Structure = Field(default=RankAlone(), exclude_if=lambda structure: structure.kind == "none")
     """What blocks may lose instead of rank."""
 
@@ -102,7 +103,18 @@ class TruncatedSVD(Compressor):
     def request(self, layout: ModelLayout) -> Request:
         """What to decompose. Neither ratio nor rule plays a part, so that a sweep decomposes once."""
         targets = self.targets(layout)
-        return Request(self.truncation, self.allocation.needs(), targets, self.structure.units(layout, targets))
+        return Request(
+            self.truncation,
+            self.allocation.needs(),
+            targets,
+            self.structure.units(layout, targets),
+            tuple(self.storage.roundings.values()),
+        )
+
+    @property
+    def rounds(self) -> bool:
+        """See `Method`."""
+        return bool(self.storage.roundings)
 
     @property
     def calibrates(self) -> bool:
@@ -118,8 +130,11 @@ class TruncatedSVD(Compressor):
 
     def check(self, layout: ModelLayout) -> None:
         """Raise `ConfigError` where no ranks can meet the budget. Reads shapes, no weights."""
+        self.truncation.check(layout)
         self.correction.check(self.truncation, self.targets(layout))
         self.structure.check(self.truncation, self.allocation)
+        if self.storage.roundings:
+            self._check_rounding(layout)
         units = self.structure.units(layout, self.targets(layout))
         if self.reads_gradients:
             check_stand_alone(layout, BACKWARD)
@@ -132,7 +147,7 @@ class TruncatedSVD(Compressor):
         keep = self.allocation.keep
         keep.check(tuple(dict.fromkeys(ref.role for ref in self.targets(layout))), len(layout.blocks))
         flat = [
-            Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64), storage=self.storage)
+            Candidate(g[0].name, g, torch.ones(1, dtype=torch.float64), price=self._price(layout))
             for g in groups_of(self.truncation, self.targets(layout))
         ]
         # The influence of the blocks is not known yet: at most that floor.
@@ -205,13 +220,15 @@ class TruncatedSVD(Compressor):
         influence: Float64[Tensor, " blocks"] | None = None,
         narrowings: Sequence[Narrowing] = (),
     ) -> Plan:
-        """Decide every rank, exactly within the budget, at the prices of `storage`.
+        """Decide every rank, and every matrix's bits, exactly within the budget, at the prices of `storage`.
 
         ``probe`` is for an allocation that measures the model, ``influence`` (of every block) for floors by it,
         ``narrowings`` are MLPs that the allocation may narrow instead of cutting all their matrices.
         """
-        candidates = [replace(candidate, storage=self.storage) for candidate in candidates]
+        price, *rounded = self.storage.prices(layout.itemsize)
+        candidates = [replace(candidate, price=price) for candidate in candidates]
         chosen = {c.name: c.full_rank for c in [*candidates, *narrowings]}
+        standing = {candidate.name: candidate for candidate in candidates}
         unspent = 0
         floors = self.allocation.keep.floors(influence)
         for rule, part, budget in self._budgets(layout, candidates, self.floor):
@@ -220,17 +237,22 @@ class TruncatedSVD(Compressor):
             budget = replace(budget, parameters=min(left, largest(part, budget)), block_floors=floors)
             free = {candidate.name for candidate in part}
             narrowable = [n for n in narrowings if rule is self.allocation and {ref.name for ref in n.members} <= free]
-            if narrowable:
+            if rounded and rule is self.allocation:
+                forms = [[c, *(replace(c, price=other) for other in rounded)] for c in part]
+                found = rule.ranks_and_bits(forms, budget)
+                standing |= {name: form for name, (form, _) in found.items()}
+                chosen |= {name: rank for name, (_, rank) in found.items()}
+            elif narrowable:
                 chosen |= rule.ranks_or_channels(part, narrowable, budget, probe)
             else:
                 chosen |= rule.ranks(part, budget, probe)
-            unspent = left - sum(c.cost(chosen[c.name]) for c in part)
+            unspent = left - sum(standing[c.name].cost(chosen[c.name]) for c in part)
             unspent += sum(n.dense_cost - n.cost(chosen[n.name]) for n in narrowable)
         ranks = {ref.name: ref.full_rank for ref in layout.linears}
         before = cost = layout.parameters
         for candidate in candidates:
-            rank = chosen[candidate.name]
-            cost += candidate.cost(rank) - candidate.dense_cost
+            rank, counted = chosen[candidate.name], replace(candidate, price=self.storage)
+            cost += counted.cost(rank) - counted.dense_cost
             if rank < candidate.full_rank:
                 ranks |= {ref.name: rank for ref in candidate.members}
         kept = {}
@@ -239,8 +261,48 @@ class TruncatedSVD(Compressor):
                 cost += n.cost(left) - n.dense_cost
                 ranks |= {ref.name: min(sides) for ref, *sides in n.units.sides(left)}
                 kept[n.name] = n.elimination.kept(left)
-        tails = {c.name: float(c.tail[chosen[c.name] :].sum()) for c in [*candidates, *narrowings]}
-        return Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, tails, kept)
+        lost = {c.name: c.loss(chosen[c.name]) for c in [*standing.values(), *narrowings]}
+        plan = Plan(self.name, ranks, tuple(range(len(layout.blocks))), before, cost, lost, kept)
+        if not rounded:
+            return plan
+        bits = {name: c.price.rounding.bits for name, c in standing.items() if c.price.rounding is not None}
+        whole = self._dense_cost(layout)
+        left = whole + sum(standing[c.name].cost(chosen[c.name]) - c.dense_cost for c in candidates)
+        return replace(plan, bits=bits, bytes_before=whole, bytes_after=left)
+
+    def budget(self, layout: ModelLayout) -> int:
+        """What may be left of the linears in the blocks: parameters, or bytes where weights may be rounded."""
+        return self.left_of(self._dense_cost(layout))
+
+    def _price(self, layout: ModelLayout) -> Price:
+        """Of a matrix that is not rounded."""
+        return self.storage.prices(layout.itemsize)[0]
+
+    def _dense_cost(self, layout: ModelLayout) -> int:
+        """Of all linears in the blocks."""
+        price = self._price(layout)
+        return sum(price.dense_cost(ref.out_features, ref.in_features) for ref in layout.linears)
+
+    def _check_rounding(self, layout: ModelLayout) -> None:
+        """Raise `ConfigError` for what does not go with weights of few bits."""
+        reasons = {
+            f"the allocation {self.allocation.kind} decides ranks alone: use allocation=lagrangian": (
+                not self.allocation.chooses_bits
+            ),
+            f"the truncation {self.truncation.kind} does not say what rounding loses: use truncation=two_sided or "
+            "truncation=optimal": not self.truncation.sees_rounding,
+            f"method.structure={self.structure.kind} has no price in bytes: use structure=none": (
+                self.structure.kind != "none"
+            ),
+            f"method.correction={self.correction.kind} trains weights: use correction=none or correction=residual": (
+                self.correction.trains
+            ),
+            f"this {layout.model_type} has experts: leave method.storage.bits empty": any(
+                ref.expert is not None for ref in self.targets(layout)
+            ),
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ConfigError(f"method.storage.bits chooses ranks and bits together, and {reason}")
 
     def _budgets(
         self, layout: ModelLayout, candidates: Sequence[Candidate], floor: float
@@ -249,7 +311,7 @@ class TruncatedSVD(Compressor):
 
         What is held dense is in none. Raises `ConfigError` where nothing is left to cut.
         """
-        keep, total = self.allocation.keep, layout.parameters
+        keep, total = self.allocation.keep, self._dense_cost(layout)
         held: list[Candidate] = []
         free: list[Candidate] = []
         for candidate in candidates:
@@ -271,4 +333,5 @@ class TruncatedSVD(Compressor):
             # Shares of the whole so far, so that rounding them down loses nothing of the sum.
             parameters = left * (before + share) // dense - left * before // dense
             before += share
-            yield rule, part, Budget(parameters, self.rank_multiple, floor, self.dense, elsewhere=elsewhere)
+            unit = "bytes" if self.storage.roundings else "parameters"
+            yield rule, part, Budget(parameters, self.rank_multiple, floor, self.dense, elsewhere=elsewhere, unit=unit)

@@ -35,6 +35,11 @@ class Method(Section):
     included. What else is on the command line wins over them."""
 
     @property
+    def rounds(self) -> bool:
+        """Whether it may leave weights of few bits, which nothing trains."""
+        return False
+
+    @property
     def calibrates(self) -> bool:
         """Whether the method reads calibration samples."""
         return False

@@ -71,6 +71,11 @@ class RecoveryConfig(Section):
                 f"recovery.what=factors trains low-rank factors, and method={method.name} leaves none: use "
                 "recovery=lora"
             )
+        elif method.rounds:
+            yield (
+                f"recovery.what={self.what} trains weights, and method={method.name} rounds them to few bits "
+                "(method.storage.bits): use recovery=none, or storage=factors"
+            )
         if self.method is not None and not self.method.adapts:
             yield (
                 f"recovery.method={self.method.name} is no adapter: choose one, for example recovery.method=astra or "

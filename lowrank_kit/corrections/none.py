@@ -23,8 +23,11 @@ class Uncorrected(Correction):
         blocks = layout_of(model).blocks
         groups: dict[int, list[Sequence[LinearRef]]] = {index: [] for index in range(len(blocks))}
         for group in work.decomposition.groups:
-            if group[0].name not in work.narrowed and plan.ranks[group[0].name] < group[0].full_rank:
-                groups[group[0].block].append(group)
+            first = group[0]
+            if first.name not in work.narrowed and (
+                plan.ranks[first.name] < first.full_rank or first.name in plan.bits
+            ):
+                groups[first.block].append(group)
         narrowed = {units.block: units for units in work.narrowed.values()}
         weights = weights_of(model)
         weights.go_on(work.made_of)
@@ -45,8 +48,11 @@ class Uncorrected(Correction):
             weight = weight_of(model.get_submodule(narrowed.columns[0].name))
             work.narrow(narrowed, work.decomposition.narrowed(narrowed, weight, plan.kept[narrowed.name]))
         for group in groups:
-            first = group[0].name
-            projection = work.decomposition.projection(first)
+            first = group[0]
+            if (rank := plan.ranks[first.name]) == first.full_rank:
+                work.round(first.name)
+                continue
+            projection = work.decomposition.projection(first.name)
             # Members of a joint basis are factorised as one matrix, so that one `down` fits them all.
             stacked = torch.cat([weight_of(model.get_submodule(ref.name)) for ref in group])
-            work.storage.put(model, [ref.name for ref in group], projection.factors(stacked, plan.ranks[first]))
+            work.put([ref.name for ref in group], projection.factors(stacked, rank))

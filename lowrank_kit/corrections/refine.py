@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, cos, pi
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -38,6 +38,8 @@ class Refine(Refit):
     step. The last windows are held out of that, and of the closed form: training ends when they gain nothing any more,
     and the best pass stands. Only one block and its optimiser are held, beside the hidden states before and behind it.
     """
+
+    trains: ClassVar[bool] = True
 
     kind: Literal["refine"] = "refine"
     """Marks the correction."""

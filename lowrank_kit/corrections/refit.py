@@ -121,9 +121,7 @@ class Refit(Correction):
                     self._replace(work, ref, correction, known.get(ref.name))
             if is_finished:
                 refs = [ref for group in blocks[index].values() for ref in group]
-                work.outline(
-                    ref for ref in refs if ref.name in work.narrowed or work.plan.ranks[ref.name] < ref.full_rank
-                )
+                work.outline(refs)
                 finished.restore(index, block.module, model.device)
             elif groups:
                 # What writes to the stream last has the gradients of what the block gives.
@@ -169,6 +167,7 @@ class Refit(Correction):
         # What a channel is made of is corrected while all of them are there.
         if rank == ref.full_rank or narrowed is not None:
             set_weight(module, corrected)
+            work.round(ref.name)
             return
         if gradient is not None and gradient.gram is not None and ref.out_features > ref.in_features:
             # The metric as the inputs see it, W^T B W, moves with the weight (by its first part: B is not at hand).
@@ -180,7 +179,7 @@ class Refit(Correction):
         except ValueError as error:
             raise LowRankKitError(f"{ref.name} cannot be decomposed: {error}") from error
         factors = self.started(projection.factors(corrected, rank))
-        work.storage.put(work.model, [ref.name], factors)
+        work.put([ref.name], factors)
 
 
 @dataclass(frozen=True)

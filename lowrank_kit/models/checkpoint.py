@@ -20,6 +20,7 @@ from lowrank_kit.models.linear import check_linear, is_transposed
 from lowrank_kit.models.narrow import heads_by_block, narrower_than
 from lowrank_kit.models.portable.entries import FORMAT
 from lowrank_kit.models.rotate import sliced_layers
+from lowrank_kit.models.rounded import rounded_linears, roundings_of
 from lowrank_kit.models.streamed import Streamed, weights_of
 from lowrank_kit.models.weight_files import share
 
@@ -38,7 +39,7 @@ def save_compressed(
 ) -> None:
     """Write a causal language model, with its generation settings.
 
-    Its linears may be `LowRankLinear`, or narrower than the stock ones, its decoder layers sliced or fewer.
+    Its linears may be `LowRankLinear`, rounded, or narrower than the stock ones, its decoder layers sliced or fewer.
 
     The checkpoint has its own ``model_type`` (``lowrank_llama``), so that code which does not know it fails instead
     of drawing random weights. It loads with ``import lowrank_kit``, and without us with ``trust_remote_code=True``.
@@ -65,17 +66,18 @@ def save_dense(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Multiply every factored linear out, in float64, and write the checkpoint, rounded to ``dtype``.
+    """Multiply every factored or rounded linear out, in float64, and write the checkpoint, rounded to ``dtype``.
 
     It is a stock one unless the model is pruned or sliced: irregular shapes fit no stock class. Embeddings tied to
     the head stay tied. Otherwise as `save_compressed`.
     """
     weights, twin = model.state_dict(), _empty_twin(model, {"ranks": {}, "shared_down": {}, "experts": []})
     own = {ref.name for ref in layout_of(twin).linears if not ref.packed}
-    for name, layer in factored_linears(model):
-        for stored in layer.state_dict(prefix=f"{name}."):
-            del weights[stored]
-        weight = layer.dense_weight().to(dtype or layer.up.weight.dtype)
+    factored = dict(factored_linears(model))
+    rounded = {name: layer for name, layer in rounded_linears(model) if name.rpartition(".")[0] not in factored}
+    for name, layer in (factored | rounded).items():
+        stored = {key: weights.pop(key) for key in layer.state_dict(prefix=f"{name}.")}
+        weight = layer.dense_weight().to(dtype or next(t.dtype for t in stored.values() if t.is_floating_point()))
         transposed = name in own and is_transposed(check_linear(twin.get_submodule(name), name))
         weights[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
         if (bias := layer.dense_bias()) is not None:
@@ -108,6 +110,7 @@ def _factors(model: PreTrainedModel, listed: list[str]) -> dict[str, Any]:
         "ranks": ranks_of(model),
         "shared_down": shared_downs(model),
         "pivot_rows": pivot_rows_of(model),
+        "rounded": roundings_of(model),
         "experts": listed,
     }
 

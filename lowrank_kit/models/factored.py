@@ -77,5 +77,7 @@ def pivot_rows_of(model: "nn.Module") -> dict[str, int]:
 def shared_downs(model: "nn.Module") -> dict[str, str]:
     """For every linear whose ``down`` weight is another one's: that other, the first to hold it."""
     owners: dict[int, str] = {}
-    found = {name: owners.setdefault(id(layer.down.weight), name) for name, layer in factored_linears(model)}
+    # A rounded weight is made anew for whoever asks; what it is made of stays.
+    held = {name: next(iter(layer.down.state_dict(keep_vars=True).values())) for name, layer in factored_linears(model)}
+    found = {name: owners.setdefault(id(tensor), name) for name, tensor in held.items()}
     return {name: owner for name, owner in found.items() if name != owner}

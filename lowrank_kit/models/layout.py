@@ -78,7 +78,7 @@ class ModelLayout:
 
     ``blocks`` and ``linears`` are in execution order; ``stacks`` are the blocks by stack (T5: two stacks).
     ``on_top`` are the modules above the blocks that a checkpoint may lack: head and pooler. ``head_dim`` is the width
-    of an attention head.
+    of an attention head, ``itemsize`` the bytes of a weight.
     """
 
     model_type: str
@@ -90,6 +90,7 @@ class ModelLayout:
     head: str | None
     on_top: tuple[str, ...]
     head_dim: int
+    itemsize: int = 4
 
     @property
     def parameters(self) -> int:
@@ -175,6 +176,7 @@ def layout_of(model: "PreTrainedModel") -> ModelLayout:
         head=head,
         on_top=tuple(name for name in (pooler, head) if name is not None and name in modules),
         head_dim=_head_dim(model.config.get_text_config()),
+        itemsize=model.dtype.itemsize,
     )
 
 

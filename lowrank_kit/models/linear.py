@@ -43,7 +43,11 @@ def weight_of(module: Linear) -> Float[Tensor, "out in"]:
 
 
 def is_quantised(module: "nn.Module") -> "TypeGuard[nn.Linear]":
-    """Say whether the module is a linear layer with packed integers for weights, as bitsandbytes makes them."""
+    """Say whether the module is a linear layer with packed integers for weights: bitsandbytes' or our own."""
+    from lowrank_kit.models.portable import RoundedLinear
+
+    if isinstance(module, RoundedLinear):
+        return True
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
@@ -53,6 +57,10 @@ def dense_weight(module: "nn.Module") -> Float[Tensor, "out in"]:
 
     Raises `LowRankKitError` for quantised weights on a CPU, where bitsandbytes does not give them back reliably.
     """
+    from lowrank_kit.models.portable import RoundedLinear
+
+    if isinstance(module, RoundedLinear):
+        return module.weight
     if not is_quantised(module):
         return weight_of(check_linear(module, type(module).__name__))
     if module.weight.device.type == "cpu":

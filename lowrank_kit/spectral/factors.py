@@ -41,6 +41,15 @@ class LowRankFactors:
         u, s, vh = torch.linalg.svd(left.R @ right.R.T)
         return LowRankFactors(left.Q @ u * s.sqrt(), (vh.T * s.sqrt()).T @ right.Q.T)
 
+    def with_unit_columns(self) -> "LowRankFactors":
+        """The same product with columns of ``up`` of length 1, or of zeros.
+
+        So they are rounded with least loss: one scale serves a row of ``up``, and every row of ``down`` has its own.
+        """
+        lengths = self.up.norm(dim=0)
+        lengths = torch.where(lengths > 0, lengths, 1.0)
+        return LowRankFactors(self.up / lengths, self.down * lengths[:, None])
+
     def __iter__(self) -> Iterator[Float[Tensor, "_ _"]]:
         """Up, then down, so that ``up, down = factors`` unpacks them."""
         return iter((self.up, self.down))

@@ -30,6 +30,7 @@ from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.fingerprint import fingerprint
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import LoadedModel
+from lowrank_kit.models.rounded import rounded_linears
 from lowrank_kit.plan import Plan
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.runs.provenance import VERSIONS
@@ -102,8 +103,10 @@ class CompressionStages:
         self.place.run.write_json(PLAN_FILE, plan.as_json())
         with self.place.run.write_folder("plots") as plots:
             self.method.plot(plan, statistics, context, plots)
-        removed = 1 - plan.parameters_after / plan.parameters_before
-        log.info("%.4f of the decoder-linear parameters removed, asked for: %g", removed, self.method.ratio)
+        counted, before, after = "parameters", plan.parameters_before, plan.parameters_after
+        if plan.bytes_before:
+            counted, before, after = "bytes", plan.bytes_before, plan.bytes_after
+        log.info("%.4f of the decoder-linear %s removed, asked for: %g", 1 - after / before, counted, self.method.ratio)
         return plan
 
     def apply(self, plan: Plan, statistics: Any, context: Context) -> Path:
@@ -324,9 +327,10 @@ class CompressionStages:
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of the whole model, tied ones once, and their bytes."""
+    """Parameters of the whole model, tied ones once, and their bytes; rounded weights are in the latter alone."""
     parameters = list(model.parameters())
+    rounded = [tensor for _, layer in rounded_linears(model) for tensor in layer.buffers()]
     return {
         "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in (*parameters, *rounded)),
     }

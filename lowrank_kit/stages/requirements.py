@@ -1,6 +1,7 @@
 """Whether the parts of a configuration go together. Each part is asked, before a weight is read."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
@@ -62,6 +63,7 @@ def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> None:
             check_labels(model, task)
     if config.model.quantization != "none":
         layout = as_quantised(layout)
+    layout = replace(layout, itemsize=getattr(torch, config.dtype).itemsize)
     method.check(layout)
     if config.recovery.method is not None:
         config.recovery.method.check(layout)

@@ -19,6 +19,7 @@ from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.units import Units
 from lowrank_kit.spectral.eliminate import Elimination, compensated, eliminate
+from lowrank_kit.spectral.rounding import Rounding, rounding_losses
 from lowrank_kit.spectral.truncate import Projection
 from lowrank_kit.truncations.spectra import Spectrum
 from lowrank_kit.truncations.truncation import Layer, Truncation, groups_of, warn_of_few_tokens
@@ -37,6 +38,8 @@ class Request:
     refs: tuple[LinearRef, ...]
     units: tuple[Units, ...] = ()
     """MLPs whose channels are eliminated one by one."""
+    roundings: tuple[Rounding, ...] = ()
+    """What weights may be rounded to."""
 
     @property
     def extra(self) -> list[Spectrum]:
@@ -47,18 +50,33 @@ class Request:
         """What the truncation and the spectra need."""
         requests = [self.truncation.needs(), *(spectrum.needs() for spectrum in self.extra)]
         gradients = [r.gradient for r in requests if r.gradient is not None]
+        gradient = reduce(GradientRequest.together_with, gradients) if gradients else None
+        if self.roundings and gradient is not None and gradient.moments:
+            gradient = replace(gradient, diagonal=True)
+        # Channels are inputs, and rounding sees them one by one, whichever side is the smaller one.
+        inputs = self.units or self.roundings
         return StatisticsRequest(
-            # Channels are inputs, whichever side is the smaller one.
-            moments="input" if self.units else next((r.moments for r in requests if r.moments is not None), None),
+            moments="input" if inputs else next((r.moments for r in requests if r.moments is not None), None),
             magnitudes=any(r.magnitudes for r in requests),
-            gradient=reduce(GradientRequest.together_with, gradients) if gradients else None,
+            gradient=gradient,
         )
 
     def decomposed(self, layers: Sequence[Layer]) -> Kept:
         """The projection of one group of linears and its spectra, as named tensors."""
         projection = self.truncation.project(layers)
         spectra = {f"spectrum_{spectrum.name}": spectrum.of(projection, layers) for spectrum in self.extra}
-        return pack(projection) | spectra
+        return pack(projection) | spectra | self._rounded(projection, layers)
+
+    def _rounded(self, projection: Projection, layers: Sequence[Layer]) -> Kept:
+        """What each rounding adds to the loss."""
+        if not self.roundings:
+            return {}
+        [layer] = layers
+        metric, weight = self.truncation.diagonals(layer), layer.weight
+        return {
+            f"rounding_{rounding.bits}": rounding_losses(projection, weight, metric, rounding, weight.dtype)
+            for rounding in self.roundings
+        }
 
     def eliminated(self, layer: Layer) -> Kept:
         """The elimination of the channels that this linear reads, and their second moments in float32."""
@@ -97,6 +115,7 @@ class Decomposition:
         request = self.request
         self.values: dict[str, Tensor] = {}
         self.spectra: dict[str, Mapping[str, Tensor]] = {}
+        self.roundings: dict[str, dict[int, Tensor]] = {}
         self.starved: dict[str, int] = {}
         self.eliminations: dict[str, Elimination] = {}
         for first in self.spans:
@@ -112,6 +131,7 @@ class Decomposition:
                 found = {s.name: kept[f"spectrum_{s.name}"].clone() for s in request.extra}
                 own = {} if request.truncation.spectrum is None else {request.truncation.spectrum: values}
                 self.values[name], self.spectra[name] = values, found | own
+                self.roundings[name] = {r.bits: kept[f"rounding_{r.bits}"].clone() for r in request.roundings}
         wanted = groups_of(request.truncation, request.refs)
         self.groups = [group for group in wanted if group[0].name in self.values]
 
@@ -150,9 +170,14 @@ def decompose(
     """
     needed, truncation = request.needs(), request.truncation
     warn_of_few_tokens(needed, request.refs, samples.tokens)
-    reduction = {"truncation": truncation.model_dump(mode="json"), "spectra": [s.name for s in request.extra]}
+    reduction: dict[str, object] = {
+        "truncation": truncation.model_dump(mode="json"),
+        "spectra": [s.name for s in request.extra],
+    }
     if request.units:
         reduction["units"] = [units.name for units in request.units]
+    if request.roundings:
+        reduction["roundings"] = [asdict(rounding) for rounding in request.roundings]
     asked = {"statistics": asdict(needed), "reduction": reduction}
     makers: list[type] = [Request, type(truncation), *(type(spectrum) for spectrum in request.extra)]
     key = calibration_key(model, samples, reads_of(needed), asked, makers, request.refs)

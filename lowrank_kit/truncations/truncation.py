@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from lowrank_kit.calibration.statistics import LayerStatistics, StatisticsRequest
 from lowrank_kit.config import Choice
 from lowrank_kit.deferred import Tensor
-from lowrank_kit.models.layout import LinearRef
+from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import Projection
 
@@ -37,10 +37,16 @@ class Truncation(Choice):
     of_loss: ClassVar[bool] = False
     """Its values estimate the change of the loss, so that they compare across matrices and with lost channels."""
 
+    sees_rounding: ClassVar[bool] = False
+    """It has `diagonals`, so that what rounding loses compares with its values."""
+
     @property
     def span(self) -> int:
         """Neighbouring blocks that are decomposed together."""
         return 1
+
+    def check(self, layout: ModelLayout) -> None:
+        """Raise `ConfigError` for settings that do not fit the model."""
 
     def members(self, refs: Sequence[LinearRef]) -> list[tuple[LinearRef, ...]]:
         """Group the linears of one span: each group gets one decomposition and one rank."""
@@ -59,6 +65,13 @@ class Truncation(Choice):
 
     def seen_by_inputs(self, layer: Layer) -> tuple[Float64[Tensor, "in in"], Float64[Tensor, "in in"]]:
         """C, and the metric B of the outputs as the inputs see it, `W^T B W`. Needs the moments of all inputs."""
+        raise NotImplementedError
+
+    def diagonals(self, layer: Layer) -> tuple[Float64[Tensor, " out"], Float64[Tensor, " in"]]:
+        """The diagonals of B and C.
+
+        Needs the moments of all inputs, and `GradientRequest.diagonal` if it needs moments of gradients.
+        """
         raise NotImplementedError
 
 

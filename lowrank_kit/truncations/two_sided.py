@@ -14,13 +14,14 @@ from pydantic import Field, field_validator
 
 from lowrank_kit.calibration.statistics import GradientRequest, StatisticsRequest
 from lowrank_kit.deferred import Tensor, torch
+from lowrank_kit.models.layout import ModelLayout
 from lowrank_kit.spectral.truncate import (
     Projection,
     damped_root,
     input_projection,
     output_projection_from_gram,
 )
-from lowrank_kit.truncations.truncation import Layer, Truncation, mean_output_gram
+from lowrank_kit.truncations.truncation import Layer, Truncation, mean_inputs, mean_output_gram
 
 
 class TwoSided(Truncation):
@@ -32,6 +33,7 @@ class TwoSided(Truncation):
 
     spectrum: ClassVar[str | None] = "two_sided"
     of_loss: ClassVar[bool] = True
+    sees_rounding: ClassVar[bool] = True
 
     kind: Literal["two_sided"] = "two_sided"
     """Marks the truncation."""
@@ -44,6 +46,12 @@ class TwoSided(Truncation):
     window_margin: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of a calibration window's tokens, at either end, whose gradients B leaves out."""
 
+    # Left out where they say nothing, so that older run directories are found again.
+    label_seed: int | None = Field(default=None, ge=0, exclude_if=lambda seed: seed is None)
+    """Seed of labels drawn from the model's own predictions, whose gradients B is then of; null: those of the text."""
+    one_sided: tuple[str, ...] = Field(default=(), exclude_if=lambda roles: not roles)
+    """Roles for which B is a multiple of the identity with its trace: only their inputs matter, in the same units."""
+
     @field_validator("gradient_clipping")
     @classmethod
     def _ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -53,8 +61,17 @@ class TwoSided(Truncation):
 
     def needs(self) -> StatisticsRequest:
         """As in `Truncation`."""
-        gradient = GradientRequest(moments=True, clipping=self.gradient_clipping, margin=self.window_margin)
+        gradient = GradientRequest(
+            moments=True,
+            clipping=self.gradient_clipping,
+            margin=self.window_margin,
+            label_seed=self.label_seed,
+        )
         return StatisticsRequest(moments="input" if self.input_shrinkage else "smaller", gradient=gradient)
+
+    def check(self, layout: ModelLayout) -> None:
+        """As in `Truncation`."""
+        layout.of_roles(self.one_sided or None)
 
     def project(self, layers: Sequence[Layer]) -> Projection:
         """As in `Truncation`; `values` are in nats per token, up to the factor of the Gauss-Newton estimate."""
@@ -62,10 +79,13 @@ class TwoSided(Truncation):
         gradient, weight = layer.statistics.gradient, layer.weight.detach().double()
         assert gradient is not None
         assert gradient.gram is not None
-        gram, share = gradient.gram.double(), self.gradient_shrinkage
+        gram, share = gradient.gram.double(), self._share(layer)
         out_features, in_features = weight.shape
         if out_features <= in_features:
-            root = sqrt(1 - share) * damped_root(gram, share / (1 - share))
+            if share < 1:
+                root = sqrt(1 - share) * damped_root(gram, share / (1 - share))
+            else:
+                root = torch.full((out_features,), sqrt(gradient.energy / out_features)).to(gram)
             outputs = mean_output_gram(layer)
             if self.input_shrinkage:
                 outputs = self._shrunk(outputs, layer, weight @ weight.T)
@@ -77,7 +97,7 @@ class TwoSided(Truncation):
         gradient, weight = layer.statistics.gradient, layer.weight.detach().double()
         assert gradient is not None
         assert gradient.gram is not None
-        gram, share = gradient.gram.double(), self.gradient_shrinkage
+        gram, share = gradient.gram.double(), self._share(layer)
         out_features, in_features = weight.shape
         if out_features <= in_features:
             gram = weight.T @ gram @ weight
@@ -87,6 +107,19 @@ class TwoSided(Truncation):
         if self.input_shrinkage:
             inputs = self._shrunk(inputs, layer, torch.eye(in_features).to(inputs))
         return inputs, metric
+
+    def diagonals(self, layer: Layer) -> tuple[Float64[Tensor, " out"], Float64[Tensor, " in"]]:
+        """As in `Truncation`, both shrunk."""
+        assert layer.statistics.gradient is not None
+        assert layer.statistics.gradient.diagonal is not None
+        shares = self._share(layer), self.input_shrinkage
+        found = layer.statistics.gradient.diagonal.double(), mean_inputs(layer).gram.diagonal()
+        rows, columns = (torch.lerp(d, d.mean().expand_as(d), share) for d, share in zip(found, shares, strict=True))
+        return rows, columns
+
+    def _share(self, layer: Layer) -> float:
+        """The share of the identity in B."""
+        return 1.0 if layer.statistics.ref.role in self.one_sided else self.gradient_shrinkage
 
     def _shrunk(self, gram: Tensor, layer: Layer, identity: Tensor) -> Tensor:
         """C shrunk, as `gram` and `identity` see C and the identity matrix."""

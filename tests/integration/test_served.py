@@ -47,6 +47,19 @@ class ServerLinear(nn.Module):
     def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias)
 
+def parameters_on_meta(build):
+    # As vLLM does it: buffers are real, and what the checkpoint has of them is copied into them.
+    stock = nn.Module.register_parameter
+    def register(module, name, parameter):
+        stock(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    nn.Module.register_parameter = register
+    try:
+        return build()
+    finally:
+        nn.Module.register_parameter = stock
+
 def swap(module):
     for name, child in module.named_children():
         # Not Llama 4's router, which is another thing; vLLM has a model of its own for that family.
@@ -78,8 +91,10 @@ def load(model, folder):
             continue
         path, _, leaf = inside.rpartition(".")
         owner = model.get_submodule(path)
-        found = nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor
-        setattr(owner, leaf, found)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            getattr(owner, leaf).copy_(tensor)
         known.pop(inside)
     assert not known, list(known)
     return weights
@@ -89,7 +104,7 @@ for folder, logits in expected["logits"].items():
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     with torch.device("meta"):
         empty = AutoModel.from_config(config, trust_remote_code=True)
-    model = swapped(AutoModel.from_config(config, trust_remote_code=True)).to(torch.float32).eval()
+    model = swapped(parameters_on_meta(lambda: AutoModel.from_config(config, trust_remote_code=True))).eval()
     assert type(model).__module__.startswith("transformers_modules"), folder
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in empty.named_parameters()}, folder
     assert type(model).is_backend_compatible(), folder

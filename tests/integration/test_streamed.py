@@ -72,10 +72,11 @@ def test_so_are_half_precision_floors_and_blocks_of_which_little_changes(word, c
     same(command("streamed", STREAMED, word), command("resident", word))
 
 
-def test_so_are_mlps_that_lose_channels(command):
-    words = ["structure=channels"]
+@pytest.mark.parametrize(("choice", "planned"), [("structure=channels", "kept"), ("storage=bytes", "bits")])
+def test_so_are_mlps_that_lose_channels_and_rounded_weights(choice, planned, command):
+    words = [choice]
     streamed = command("streamed", STREAMED, *words, method="kfac_svd")
-    assert json.loads((streamed / "plan.json").read_text())["kept"]
+    assert json.loads((streamed / "plan.json").read_text())[planned]
     same(streamed, command("resident", *words, method="kfac_svd"))
 
 
@@ -98,7 +99,10 @@ def _loaded(folder):
     return model, layout_of(model)
 
 
-@pytest.mark.parametrize("words", [(), (PIVOT,)], ids=str)
+BYTES = ("storage=bytes", "truncation=optimal", "allocation=lagrangian", "method.dense=true", "method.ratio=0.7")
+
+
+@pytest.mark.parametrize("words", [(), (PIVOT,), BYTES], ids=str)
 def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     class Killed(Exception):
         pass

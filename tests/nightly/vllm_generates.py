@@ -18,7 +18,7 @@ def answer(job: dict) -> dict:
     adapter, prompt, count = job.pop("adapter"), job.pop("prompt"), job.pop("tokens")
     options = {"enforce_eager": True, "max_model_len": 128, "dtype": "float32", "max_num_seqs": 2}
     if adapter:
-        options |= {"enable_lora": True, "max_lora_rank": 16}
+        options |= {"enable_lora": True, "max_lora_rank": 64}
     llm = LLM(job.pop("model"), trust_remote_code=job.pop("remote_code"), **options | job)
     greedy = SamplingParams(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True)
     request = LoRARequest("adapter", 1, adapter) if adapter else None

@@ -6,7 +6,8 @@ A file here imports torch, transformers and its neighbours, and no two of them u
 import ast
 from pathlib import Path
 
-from lowrank_kit.models.portable import entries, experts, form, linears, model, parallel, sliced
+from lowrank_kit.models.portable import codes, entries, experts, form, linears, model, parallel, sliced
+from lowrank_kit.models.portable.codes import RoundedLinear
 from lowrank_kit.models.portable.experts import Expert, ListedExperts, is_transposed
 from lowrank_kit.models.portable.linears import LowRankLinear, PivotLinear
 from lowrank_kit.models.portable.model import LowRankModel, derive_classes
@@ -18,6 +19,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankModel",
     "PivotLinear",
+    "RoundedLinear",
     "SlicedLayer",
     "add_shortcuts",
     "derive_classes",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 _TITLE = "The model classes of this compressed checkpoint, by lowrank_kit. Imports torch and transformers only."
-_PARTS = (linears, experts, sliced, entries, parallel, form, model)
+_PARTS = (linears, codes, experts, sliced, entries, parallel, form, model)
 
 
 def source() -> str:

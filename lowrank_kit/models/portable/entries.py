@@ -14,6 +14,7 @@ def checked(lowrank: Any) -> dict[str, Any]:
         "ranks": entries.get("ranks"),
         "shared_down": entries.get("shared_down"),
         "pivot_rows": entries.get("pivot_rows", {}),
+        "rounded": entries.get("rounded", {}),
         "shapes": entries.get("shapes", {}),
         "shortcuts": entries.get("shortcuts", []),
         "experts": entries.get("experts", []),
@@ -27,6 +28,7 @@ def checked(lowrank: Any) -> dict[str, Any]:
         "ranks": _is_size,
         "shared_down": lambda owner: isinstance(owner, str),
         "pivot_rows": _is_count,
+        "rounded": lambda form: isinstance(form, list | tuple) and [*form[:-1]] in ([4], [8]) and _is_count(form[-1]),
         "shapes": lambda shape: isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_size, shape)),
     }
     for entry, is_right in kinds.items():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_kit.models.portable.codes import RoundedLinear
 from lowrank_kit.models.portable.experts import ListedExperts
 from lowrank_kit.models.portable.linears import LowRankLinear, PivotLinear
 from lowrank_kit.models.portable.sliced import add_shortcuts
@@ -26,11 +27,16 @@ def give_form(base: nn.Module, lowrank: Mapping[str, Any]) -> None:
         base.set_submodule(name, _factored(base, name, rank, lowrank["pivot_rows"].get(name)))
     for name in lowrank["pivot_rows"]:
         _named(base, name, "pivot_rows", PivotLinear)
+    for name, (bits, group) in lowrank["rounded"].items():
+        dense = _named(base, name, "rounded", (nn.Linear, Conv1D))
+        weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
+        out_features, in_features = weight.shape
+        base.set_submodule(name, RoundedLinear(in_features, out_features, bits, group, **_like(dense)))
     for name, owner in lowrank["shared_down"].items():
         ours, theirs = (_named(base, end, "shared_down", LowRankLinear).down.weight for end in (name, owner))
         if owner in lowrank["shared_down"] or ours.shape != theirs.shape:
             raise ValueError(f"lowrank.shared_down: {name} cannot share the factor of {owner}")
-    _tell_apart(base, [*lowrank["ranks"], *lowrank["experts"]])
+    _tell_apart(base, [*lowrank["ranks"], *lowrank["rounded"], *lowrank["experts"]])
 
 
 def _factored(base: nn.Module, name: str, rank: int, pivot_rows: int | None) -> nn.Module:
@@ -51,7 +57,8 @@ def _factored(base: nn.Module, name: str, rank: int, pivot_rows: int | None) -> 
 
 
 def _like(dense: Any) -> dict[str, Any]:
-    return {"bias": dense.bias is not None, "device": dense.weight.device, "dtype": dense.weight.dtype}
+    # On the device of whoever builds the model: vLLM has put the parameters on meta already, and wants real buffers.
+    return {"bias": dense.bias is not None, "dtype": dense.weight.dtype}
 
 
 def _named(base: nn.Module, name: str, entry: str, kind: Any) -> Any:

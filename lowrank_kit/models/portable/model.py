@@ -6,6 +6,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.models.portable.entries import checked, relative
 from lowrank_kit.models.portable.form import give_form
+from lowrank_kit.models.portable.linears import LowRankLinear
 from lowrank_kit.models.portable.parallel import tensor_parallel_plan
 
 
@@ -14,9 +15,10 @@ class LowRankModel(PreTrainedModel):
 
     ``config.lowrank`` holds ``format``; ``ranks``, the rank of every factored linear by its path in the base model;
     ``shared_down``, the linears whose ``down`` weight is another one's (one parameter, stored once); where there are
-    any, ``pivot_rows``, that number of those that are `PivotLinear`, ``experts``, the modules that are
-    `ListedExperts`, ``shapes`` ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``,
-    the decoder layers that are `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
+    any, ``pivot_rows``, that number of those that are `PivotLinear`, ``rounded``, bits and group of the linears, or
+    halves of factored ones, that are `RoundedLinear`, ``experts``, the modules that are `ListedExperts`, ``shapes``
+    ``[out, in]`` of the linears that are narrower than the stock ones, and ``shortcuts``, the decoder layers that are
+    `SlicedLayer`. Raises `ValueError`, with the entry, where they describe no such model.
     """
 
     _stock_base: type[PreTrainedModel]
@@ -26,6 +28,11 @@ class LowRankModel(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         lowrank = checked(config.lowrank)
         text: Any = config.get_text_config()
+        if lowrank["shared_down"] and text._attn_implementation == "vllm":
+            raise ValueError(
+                "some matrices of this checkpoint share a factor that is stored once, and vLLM would leave the others' "
+                "without values and say nothing: write them out by lowrank_kit.export --format serve"
+            )
         # Where the stock base model looks for it, and no part of what is saved.
         text.base_model_tp_plan = tensor_parallel_plan(type(text).base_model_tp_plan, lowrank)
         super().__init__(config, *args, **kwargs)
@@ -54,6 +61,16 @@ class LowRankModel(PreTrainedModel):
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The stock class's tied weights, none if the embedding is not tied, and the shared factors."""
         return super().get_expanded_tied_weights_keys(all_submodels) | self._shared_down
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """The rules by concrete names, without those for dense linears where there are factors, which have their own.
+
+        transformers writes all layers' names with the same wildcard, be a linear dense in one and factored in another.
+        """
+        factored = {name: module for name, module in self.named_modules() if isinstance(module, LowRankLinear)}
+        own = {f"{name}.{part}" for name, module in factored.items() for part in module._parameters}
+        rules: dict[str, str] = super()._expand_parallel_plan(plan)
+        return {name: style for name, style in rules.items() if name not in factored and name not in own}
 
 
 def _validate(config: Any) -> None:

@@ -10,12 +10,13 @@ def tensor_parallel_plan(stock: Mapping[str, str] | None, lowrank: Mapping[str, 
 
     Where the stock linear is split by its outputs ``up`` is, and by its inputs ``down``; the other factor is whole on
     every device. Rules for factors come first: transformers goes by the whole name, and vLLM by the first pattern that
-    a name begins with. None, for which transformers and vLLM refuse or warn, where the outputs to be split are pivot
-    rows, which are not in order, or where experts are linears of their own.
+    a name begins with. None, which in transformers makes the blocks whole on every device, where the outputs to be
+    split are those of pivot rows, which are in no order, where weights are rounded, or where experts are linears of
+    their own.
     """
     rules: dict[str, str] = {}
-    if not stock or lowrank["experts"]:
-        return dict(stock) if stock and not lowrank["experts"] else None
+    if not stock or lowrank["experts"] or lowrank["rounded"]:
+        return None
     for name in lowrank["ranks"]:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         for place, style in stock.items():

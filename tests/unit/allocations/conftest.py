@@ -71,6 +71,9 @@ def tails_probe():
         def __init__(self, candidates, factor=lambda candidate: 1.0):
             self.by_name, self.factor, self.asked = {c.name: c for c in candidates}, factor, []
 
+        def divergence(self, ranks):
+            return self.loss_change(ranks)
+
         def loss_change(self, ranks):
             self.asked.append(dict(ranks))
             return sum(self.loss(self.by_name[name], rank) for name, rank in ranks.items())

@@ -106,7 +106,7 @@ def test_every_rule_meets_the_budget_or_says_why_not(make, all_spectra, tails_pr
                 tail[len(tail) // 3 :] = 0
             spectra = all_spectra(tail, generator)
             candidate = make(role, block * members, (out, width), tail, members, **spectra)
-            candidates.append(replace(candidate, storage=storage))
+            candidates.append(replace(candidate, price=storage))
     budget = replace(budget, parameters=int(keep * total(candidates)))
     try:
         ranks = rule.ranks(candidates, budget, tails_probe(candidates))
@@ -146,7 +146,7 @@ def test_uniform_keeps_the_same_fraction_of_every_matrix(smollm2, keep):
 
 @pytest.mark.parametrize("keep", [0.97, 0.8, 0.4])
 def test_uniform_keeps_the_same_fraction_of_every_matrix_whatever_a_rank_costs(smollm2, keep):
-    pivots = [replace(candidate, storage=Pivot()) for candidate in smollm2]
+    pivots = [replace(candidate, price=Pivot()) for candidate in smollm2]
     ranks = Uniform().ranks(pivots, Budget(int(keep * total(smollm2)), dense=False))
     by_shape = {}
     for c in pivots:
@@ -160,7 +160,7 @@ def test_uniform_keeps_the_same_fraction_of_every_matrix_whatever_a_rank_costs(s
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_pivots_leave_no_gap_below_dense(smollm2, multiple):
     """The options of a matrix go up to full rank by steps of about one price; two factors end at break-even."""
-    pivots = [replace(candidate, storage=Pivot()) for candidate in smollm2]
+    pivots = [replace(candidate, price=Pivot()) for candidate in smollm2]
     for plain, candidate in zip(smollm2, pivots, strict=True):
         assert candidate.break_even == candidate.full_rank - 1 > plain.break_even
     for candidate, options in zip(pivots, options_of(pivots, Budget(total(smollm2), multiple)), strict=True):
@@ -172,7 +172,7 @@ def test_pivots_leave_no_gap_below_dense(smollm2, multiple):
 def test_the_same_bytes_buy_the_published_ranks(make):
     """Of a 4096 x 4096 matrix: 2264 for 1638 at a ratio of 0.2, 1505 for 1228 at 0.4, 923 for 819 at 0.6."""
     plain = make("o", 0, (4096, 4096), torch.ones(4096))
-    pivot = replace(plain, storage=Pivot())
+    pivot = replace(plain, price=Pivot())
     for keep, ranks in {0.8: (1638, 2264), 0.6: (1228, 1505), 0.4: (819, 923)}.items():
         assert (int(plain.rank_at(keep * 4096**2)), int(pivot.rank_at(keep * 4096**2))) == ranks
 
@@ -199,6 +199,9 @@ def test_zero_spectra_still_get_one_multiple(make):
 class _Counting:
     def __init__(self, candidates):
         self.first = candidates[0]
+
+    def divergence(self, ranks):
+        return self.loss_change(ranks)
 
     def loss_change(self, ranks):
         rank = ranks.get(self.first.name, 64)

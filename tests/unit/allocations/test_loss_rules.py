@@ -8,6 +8,7 @@ import torch
 from lowrank_kit.allocations.allocation import Budget
 from lowrank_kit.allocations.asvd import Strs
 from lowrank_kit.allocations.lagrangian import Lagrangian
+from lowrank_kit.allocations.lems import Lems
 from lowrank_kit.allocations.loss import Loss
 from lowrank_kit.allocations.zs_svd import ZeroSum
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -179,6 +180,9 @@ def test_loss_learns_an_exponent(make):
     tails = {c.name: c.tail for c in candidates}
 
     class Powers:
+        def divergence(self, ranks):
+            return self.loss_change(ranks)
+
         def loss_change(self, ranks):
             dropped = {n: float(tails[n][r:].sum()) if r < 80 else 0.0 for n, r in ranks.items()}
             return sum(x**1.5 if n.endswith("q") else x**0.8 for n, x in dropped.items())
@@ -198,6 +202,9 @@ def test_loss_never_returns_a_plan_that_measures_worse_than_its_own_alternatives
         def __init__(self):
             self.seen = []
 
+        def divergence(self, ranks):
+            return self.loss_change(ranks)
+
         def loss_change(self, ranks):
             value = float(torch.rand(1, generator=generator))
             if len(ranks) == len(smollm2):
@@ -212,9 +219,62 @@ def test_loss_never_returns_a_plan_that_measures_worse_than_its_own_alternatives
 
 def test_loss_needs_a_cut_that_hurts(make):
     class Harmless:
+        def divergence(self, ranks):
+            return self.loss_change(ranks)
+
         def loss_change(self, ranks):
             return -0.01
 
     candidates = few(make)
     with pytest.raises(LowRankKitError, match="never raised the measured loss"):
         Loss().ranks(candidates, Budget(int(0.5 * total(candidates))), Harmless())
+
+
+def test_lems_scales_every_tail_by_one_measurement_and_takes_the_best_curve(make, tails_probe):
+    """Against every pair of ranks, in units that differ by matrix; one measurement each, then one a curve."""
+    factors = {"q": 1.0, "o": 40.0, "v": 0.02}
+    candidates = [make(role, 0, (60, 60), power(60, 0.8)) for role in factors]
+    probe = tails_probe(candidates, lambda candidate: factors[candidate.role])
+    budget = Budget(int(0.5 * total(candidates)), dense=False)
+    ranks = Lems(floor=0.0).ranks(candidates, budget, probe)
+    assert [list(asked) for asked in probe.asked[:3]] == [[c.name] for c in candidates]
+    # A tenth of break-even, the largest rank below that of equal parameters.
+    assert [*probe.asked[0].values()] == [int(0.1 * candidates[0].break_even)]
+    assert len(probe.asked) == 3 + 10
+    most = budget.parameters // 120
+    plans = [(i, j, most - i - j) for i in range(1, 30) for j in range(1, 30) if 1 <= most - i - j <= 29]
+    names = [c.name for c in candidates]
+    best = min(probe.loss_change(dict(zip(names, plan, strict=True))) for plan in plans)
+    assert probe.loss_change(ranks) == pytest.approx(best, rel=1e-6)
+    assert sum(c.cost(ranks[c.name]) for c in candidates) <= budget.parameters
+
+
+def test_lems_weighs_early_blocks_where_that_lowers_the_divergence(make, tails_probe):
+    """The whole model loses more in early blocks than its matrices do one by one."""
+
+    class Growing(tails_probe):
+        def divergence(self, ranks):
+            together = 1 if len(ranks) == 1 else 4
+            return sum(
+                self.loss(self.by_name[n], rank) * (together if self.by_name[n].block == 0 else 1)
+                for n, rank in ranks.items()
+            )
+
+    candidates = [make("q", block, (60, 60), power(60, 0.8)) for block in range(3)]
+    budget = Budget(int(0.5 * total(candidates)), dense=False)
+    ranks = Lems(floor=0.0).ranks(candidates, budget, Growing(candidates))
+    assert ranks[candidates[0].name] > ranks[candidates[2].name]
+
+
+def test_lems_keeps_its_floor(make, tails_probe):
+    candidates = [make("q", block, (60, 60), power(60, 0.8, 100.0**block)) for block in range(2)]
+    budget = Budget(int(0.5 * total(candidates)), dense=False)
+    ranks = Lems().ranks(candidates, budget, tails_probe(candidates))
+    assert min(ranks.values()) == int(0.3 * 30)
+
+
+def test_lems_needs_a_cut_that_shows(make, tails_probe):
+    candidates = [make("q", 0, (60, 60), power(60, 0.8))]
+    probe = tails_probe(candidates, lambda candidate: 0.0)
+    with pytest.raises(LowRankKitError, match="changed no prediction"):
+        Lems().ranks(candidates, Budget(int(0.5 * total(candidates))), probe)

@@ -150,6 +150,9 @@ class BlockProbe:
     def __init__(self, losses):
         self.losses = losses
 
+    def divergence(self, ranks):
+        return self.loss_change(ranks)
+
     def loss_change(self, ranks):
         [block] = {int(name.split(".")[1]) for name in ranks}
         return float(self.losses[block])

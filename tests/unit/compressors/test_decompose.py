@@ -139,6 +139,10 @@ def test_the_probe_measures_what_the_compressed_model_loses(tiny_model, samples,
         method().apply(plan, found, Context(cut, layout_of(cut), samples))
         change = probe.loss_change({name: plan.ranks[name] for name in names})
         assert change == pytest.approx(perplexity(cut, windows).nll - dense, abs=1e-5)
+        with torch.no_grad():
+            p, q = (m(windows).logits.double().log_softmax(-1) for m in (original, cut))
+        diverged = probe.divergence({name: plan.ranks[name] for name in names})
+        assert diverged == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-7)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original.state_dict()[name])
     again = LossProbe(model, found.decomposition, windows)

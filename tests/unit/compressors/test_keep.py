@@ -48,6 +48,9 @@ def candidates(seed, layout=LAYOUT):
 
 
 class Probe:
+    def divergence(self, ranks):
+        return self.loss_change(ranks)
+
     def loss_change(self, ranks):
         return sum(1 / rank for rank in ranks.values())
 

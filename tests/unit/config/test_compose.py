@@ -22,7 +22,7 @@ BASE = ["method=fake", "++run.method_prefixes=[third_party_methods]"]
         ("~method.rnk", "'method.rnk' does not exist"),
         ("train=3", "train=3 is not an option; legal: default, recovery"),
         ("method=null", "method=null is not an option; legal: aa_svd, "),
-        ("calibration=5", "calibration=5 is not an option; legal: default"),
+        ("calibration=5", "calibration=5 is not an option; legal: paper, small, standard"),
     ],
 )
 def test_hydras_errors_are_put_in_our_words(override, expected):

@@ -72,6 +72,28 @@ def test_two_sided_is_the_svd_between_the_roots_of_the_shrunk_moments(shape, shr
     np.testing.assert_allclose(projection.values.numpy(), values[: min(shape)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_a_one_sided_role_is_cut_by_its_inputs_in_the_units_of_the_loss(shape):
+    """B is its mean diagonal times the identity: the optimal truncation, and its values times that."""
+    weight, x, g = drawn(*shape, seed=0), drawn(300, shape[1], seed=1), drawn(200, shape[0], seed=2)
+    b, c = g.T @ g / len(g), x.T @ x / len(x)
+    seen = b if shape[0] <= shape[1] else weight.T @ b @ weight
+    moments = Moments.zeros(shape[1])
+    moments.update(x)
+    layer = layer_of(weight, GradientStatistics(seen, float(b.trace()), b.diagonal()), moments)
+    truncation, mean = TwoSided(one_sided=("up",)), float(b.diagonal().mean())
+    projection = truncation.project([layer])
+    up, down = projection.factors(weight, RANK)
+    expected, values = best(np.eye(shape[0]), weight.numpy(), root_of(c.numpy()))
+    np.testing.assert_allclose((up @ down).numpy(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+    np.testing.assert_allclose(projection.values.numpy(), mean * values[: min(shape)], rtol=1e-6)
+    rows, columns = truncation.diagonals(layer)
+    np.testing.assert_allclose(rows.numpy(), mean)
+    np.testing.assert_allclose(columns.numpy(), c.diagonal().numpy())
+    rows, _ = TwoSided(gradient_shrinkage=0.25, one_sided=("q",)).diagonals(layer)
+    np.testing.assert_allclose(rows.numpy(), 0.75 * b.diagonal().numpy() + 0.25 * mean)
+
+
 @pytest.mark.parametrize("bounds", [(1.5, 2.0), (0.1, 0.9), (-0.1, 10.0)])
 def test_bounds_that_do_not_enclose_the_mean_norm_are_refused(bounds):
     with pytest.raises(ValidationError, match="enclose the mean norm"):
