@@ -6,11 +6,11 @@ A file here imports torch, transformers and its neighbours, and no two of them u
 import ast
 from pathlib import Path
 
-from lowrank_kit.models.portable import codes, entries, experts, form, linears, model, parallel, sliced
+from lowrank_kit.models.portable import codes, entries, form, linears, lowrank_model, packed_experts, parallel, sliced
 from lowrank_kit.models.portable.codes import RoundedLinear
-from lowrank_kit.models.portable.experts import Expert, ListedExperts, is_transposed
 from lowrank_kit.models.portable.linears import LowRankLinear, PivotLinear
-from lowrank_kit.models.portable.model import LowRankModel, derive_classes
+from lowrank_kit.models.portable.lowrank_model import LowRankModel, derive_classes
+from lowrank_kit.models.portable.packed_experts import Expert, ListedExperts, is_transposed
 from lowrank_kit.models.portable.sliced import SlicedLayer, add_shortcuts
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _TITLE = "The model classes of this compressed checkpoint, by lowrank_kit. Imports torch and transformers only."
-_PARTS = (linears, codes, experts, sliced, entries, parallel, form, model)
+_PARTS = (linears, codes, packed_experts, sliced, entries, parallel, form, lowrank_model)
 
 
 def source() -> str:

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kit.models.portable.codes import RoundedLinear
-from lowrank_kit.models.portable.experts import ListedExperts
 from lowrank_kit.models.portable.linears import LowRankLinear, PivotLinear
+from lowrank_kit.models.portable.packed_experts import ListedExperts
 from lowrank_kit.models.portable.sliced import add_shortcuts
 
 
