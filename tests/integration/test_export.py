@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 
 import pytest
@@ -170,7 +171,8 @@ def test_what_is_published_names_no_folder_of_this_machine_and_says_how_to_make_
     card = hub["README.md"].decode()
     assert f"PATH_TO/{base.rpartition('/')[2]}" in card
     # What the reader does: the command, with folders of his own.
-    program, command = card.partition("```console\n")[2].partition("\n```")[0].split("lowrank_kit.run ")
+    blocks = re.findall(r"```console\n(.*?)\n```", card, re.DOTALL)
+    [(program, command)] = [block.split("lowrank_kit.run ") for block in blocks if "lowrank_kit.run " in block]
     assert program == "python -m "
     own = {f"model.path=PATH_TO/{base.rpartition('/')[2]}": f"model.path={base}"}
     own |= {f"data.root=PATH_TO/{rows.rpartition('/')[2]}": f"data.root={rows}"}
