@@ -274,12 +274,22 @@ class Composer:
         """Raise `ConfigError` for a part that the chosen method does not have; merged in, it would mean nothing."""
         if part in _parts_of(composed):
             return
+        run = composed.run
         having = [
             name
             for name in self.options["method"]
-            if part in _parts_of(self._compose([f"method={name}"], return_hydra_config=False))
+            if part in _parts_of(OmegaConf.create({"method": {"_target_": self._target(name)}, "run": run}))
         ]
         raise ConfigError(f"{part}= is a part of some methods only: add one of method={', '.join(having)}")
+
+    def _target(self, method: str) -> str:
+        """The class that a method's YAML names, or that of the one it builds on: to compose each would take seconds."""
+        files = (folder / "method" / f"{method}.yaml" for folder in (self.folder, *self.more))
+        found = OmegaConf.load(next(file for file in files if file.is_file()))
+        assert isinstance(found, DictConfig)
+        if "_target_" in found:
+            return str(found._target_)
+        return self._target(next(base for base in found.defaults if isinstance(base, str) and base != "_self_"))
 
 
 def by_ratio(ratio: float, values: Mapping[int | float, Any]) -> Any:
