@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -53,8 +54,17 @@ def main() -> None:
     ]
     # A process for each: peak memory is the process's.
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), _single_threaded, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(run, arm, ratios) for arm, ratios in jobs]):
-            write(arguments.study, study, done.result(), arguments.provenance)
+        started = {pool.submit(run, arm, ratios): arm for arm, ratios in jobs}
+        failed = []
+        for done in as_completed(started):
+            # The others go on: their rows are worth hours.
+            if error := done.exception():
+                failed.append(f"{started[done]}: {error}")
+                print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+            else:
+                write(arguments.study, study, done.result(), arguments.provenance)
+    if failed:
+        raise SystemExit("\n".join(["not all arms have rows; the same command again goes on:", *failed]))
 
 
 def write(path: Path, study: dict[str, Any], rows: list[Row], provenance: dict[str, Any]) -> None:
