@@ -136,7 +136,7 @@ def reduce_spans(
     layout, batches = layout_of(model), batches_of(model, samples)
     if request.gradient is not None:
         assert gradients is not None
-        _collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
+        collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
     for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
         if request.gradient is not None and gradients is not None:
@@ -176,7 +176,7 @@ def _statistics(
             yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
 
 
-def _collect_gradients(
+def collect_gradients(
     model: PreTrainedModel,
     layout: ModelLayout,
     batches: Sequence[Mapping[str, Tensor]],
@@ -186,6 +186,7 @@ def _collect_gradients(
     progress: Progress | None,
     opening: int,
 ) -> None:
+    """Put the gradient statistics that a request asks for into ``store``, of those blocks that it lacks."""
     assert request.gradient is not None
     blocks = {ref.block for ref in refs}
     with store.missing(blocks) as missing:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Float64
 from pydantic import Field
 
 from lowrank_kit.calibration.batches import batches_of
-from lowrank_kit.calibration.collect import load_gradients
+from lowrank_kit.calibration.collect import collect_gradients, load_gradients
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
 from lowrank_kit.calibration.stream import Magnitudes
@@ -88,7 +88,12 @@ class Refit(Correction):
                     writers[ref.block].append(ref.name)
         # What experts write is weighted before.
         has_experts = any(ref.expert is not None for ref in layout.linears)
-        batches = batches_of(model, samples)
+        batches, request = batches_of(model, samples), decomposition.request
+        if (store := decomposition.gradients) is not None:
+            # They may have been pushed out of the cache since the decomposition was made of them.
+            collect_gradients(
+                model, layout, batches, request.refs, request.needs(), store, work.progress, samples.opening
+            )
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
         finished = FinishedBlocks(work.folder, self._digest(work))

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -179,3 +180,17 @@ def test_asvd_scales_by_the_magnitudes_of_the_inputs_that_the_fit_is_measured_on
 def test_a_ridge_too_small_for_singular_inputs_is_named(tiny_model, samples, method):
     with pytest.raises(LowRankKitError, match=r"cannot be refitted.*method\.correction\.ridge"):
         run(tiny_model("llama"), method(correction=Sequential(anchor=0, ridge=1e-30), ratio=0.8), samples)
+
+
+def test_gradients_that_left_the_cache_are_collected_again(tiny_model, samples, method, tmp_path):
+    settings = method(correction=Sequential(), truncation=TwoSided())
+    models = []
+    for is_cleared in (False, True):
+        models.append(tiny_model("llama"))
+        context = Context(models[-1], layout_of(models[-1]), samples, tmp_path / str(is_cleared))
+        found = settings.calibrate(context)
+        plan = settings.plan(found, context)
+        if is_cleared:
+            shutil.rmtree(found.decomposition.gradients.folder)
+        settings.apply(plan, found, context)
+    assert logits_of(models[0], samples).equal(logits_of(models[1], samples))
