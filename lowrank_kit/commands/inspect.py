@@ -79,17 +79,19 @@ def _show_run(run: Path, console: Console) -> None:
 
 def matrices_of(folder: Path) -> list[Matrix]:
     """The linears in the blocks of a checkpoint, in the order of its layout. No weight is read."""
+    from transformers import CONFIG_MAPPING
+
     from lowrank_kit.models.architectures import base_type
-    from lowrank_kit.models.compressed import stock_classes
     from lowrank_kit.models.layout import layout_of
     from lowrank_kit.models.load import ModelSource, load_config, skeleton
 
     config = load_config(ModelSource(str(folder)))
-    stock, _ = stock_classes(base_type(config.model_type))
+    stock = CONFIG_MAPPING[base_type(config.model_type)]
     settings = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "lowrank")}
-    whole = {ref.name: ref.parameters for ref in layout_of(skeleton(stock.from_dict(settings), "causal")).linears}
+    # Whatever the head is: encoders and classifiers have blocks, too.
+    whole = {ref.name: ref.parameters for ref in layout_of(skeleton(stock.from_dict(settings), "base")).linears}
     found = []
-    for ref in layout_of(skeleton(config, "causal")).linears:
+    for ref in layout_of(skeleton(config, "base")).linears:
         rank = min(part.full_rank for part in ref.parts) if len(ref.parts) > 1 else None
         left = sum(part.parameters for part in ref.parts)
         found.append(Matrix(ref.block, ref.role, left, whole[ref.name], rank))

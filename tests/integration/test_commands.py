@@ -89,6 +89,14 @@ def test_inspect_shows_a_checkpoint_s_own_ranks(say, job):
     assert (status, "neither a run directory" in err) == (2, True)
 
 
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "mixtral"])
+def test_inspect_shows_checkpoints_of_any_head(family, say, checkpoint):
+    matrices = matrices_of(checkpoint(family))
+    assert matrices
+    assert all(m.parameters == m.dense and m.rank is None for m in matrices)
+    assert say("inspect", str(checkpoint(family)))[0] == 0
+
+
 def test_diff_shows_what_differs_and_what_came_of_it(say, job):
     runs = [execute(job(f"method.ratio={ratio}", "method.rank_multiple=1")) for ratio in (0.3, 0.5)]
     status, out, _ = say("diff", *map(str, runs))
