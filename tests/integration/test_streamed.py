@@ -4,13 +4,13 @@ import json
 import os
 import random
 import resource
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,8 +140,8 @@ execute(config)
 def killed(words, is_reached):
     """Run a command in a process of its own, and kill that outright as soon as it is there."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", AT_WORK, *words], env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not is_reached():
+    process = warm.Command(["-c", AT_WORK, *words], environment)
+    while process.is_alive() and not is_reached():
         time.sleep(0.001)
     process.kill()
     process.wait()
