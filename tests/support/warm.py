@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ CONTEXT.set_forkserver_preload(LIBRARIES)
 
 
 class Command:
-    """`python WORDS`, running: `-m MODULE ...` or `-c CODE ...`, with what it prints in files."""
+    """`python WORDS`, running: `-m MODULE ...`, `-c CODE ...` or `FILE ...`, with what it prints in files."""
 
     def __init__(self, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -73,6 +74,19 @@ def run(
     return done
 
 
+def run_in_two(
+    words: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `torchrun --nproc-per-node 2 WORDS`; what the first says comes before what the second says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    everyone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [Command(words, {**env, **everyone, "RANK": rank, "LOCAL_RANK": rank}, cwd) for rank in "01"]
+    status = max(abs(command.wait()) for command in both)
+    return subprocess.CompletedProcess(words, status, "".join(c.stdout for c in both), "".join(c.stderr for c in both))
+
+
 def _become(words: list[str], env: dict[str, str], cwd: Path, printed: dict[int, Path]) -> None:
     """What the interpreter does with its command line, after the fork."""
     for descriptor, file in printed.items():
@@ -84,15 +98,16 @@ def _become(words: list[str], env: dict[str, str], cwd: Path, printed: dict[int,
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    option, what, *arguments = words
     sys.path[:0] = ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.argv = [option, *arguments]
+    sys.argv = [words[0], *words[2 if words[0] in ("-m", "-c") else 1 :]]
     try:
-        if option == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
             main = sys.modules["__main__"] = ModuleType("__main__")
-            exec(compile(what, "<string>", "exec"), main.__dict__)
+            exec(compile(words[1], "<string>", "exec"), main.__dict__)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     finally:
         # multiprocessing ends its processes without these.
         atexit._run_exitfuncs()
