@@ -32,8 +32,8 @@ def plot_loss_against_ratio(
         ends: dict[str, float] = {}
         for number, (method, pairs) in enumerate(methods.items()):
             sizes, values = zip(*sorted(pairs), strict=True)
-            style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)]}
-            panel.plot(sizes, values, marker="o", markersize=3, linewidth=1.2, **style)
+            style = STYLES[number // 10 % len(STYLES)]
+            panel.plot(sizes, values, f"C{number % 10}{style}", marker="o", markersize=3, linewidth=1.2)
             ends[method] = values[-1]
         panel.axhline(dense[text], color="black", linestyle=":", linewidth=0.8)
         panel.set(title=text, xlabel=size, ylabel=quantity, yscale="log", ylim=(least, most))
