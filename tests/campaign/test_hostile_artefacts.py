@@ -232,7 +232,7 @@ def copy(tmp_path) -> Callable[[Path, Change], Path]:
 
 
 def test_checkpoints_are_refused(ask, some, copy, checkpoint, language_arguments, tmp_path):
-    for what in some(list(CHECKPOINTS), full=len(CHECKPOINTS), short=6):
+    for what in some(list(CHECKPOINTS), full=len(CHECKPOINTS), short=3):
         folder = copy(checkpoint("llama"), CHECKPOINTS[what])
         status, said = ask("run", *language_arguments(path=folder, method="none"))
         assert status in (1, 2), what
@@ -249,7 +249,7 @@ def test_checkpoints_are_refused(ask, some, copy, checkpoint, language_arguments
 
 
 def test_what_lies_beside_a_checkpoint_is_not_read_or_run(ask, some, copy, checkpoint, language_arguments, tmp_path):
-    for what in some(list(HARMLESS), full=len(HARMLESS), short=2):
+    for what in some(list(HARMLESS), full=len(HARMLESS), short=1):
         folder = copy(checkpoint("llama"), HARMLESS[what])
         status, said = ask("run", *language_arguments(path=folder, method="none"))
         assert status == 0, (what, said)
@@ -290,9 +290,10 @@ def finished(ask, language_arguments, tmp_path) -> Path:
     return tmp_path / "all/good"
 
 
+@pytest.mark.draws
 def test_one_bad_run_spoils_no_other(ask, some, finished, language_arguments):
     bad = finished.with_name("bad")
-    for what in some(list(RUNS), full=len(RUNS), short=4):
+    for what in some(list(RUNS), full=len(RUNS), short=1):
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(finished, bad)
         RUNS[what](bad)
@@ -310,6 +311,7 @@ def test_one_bad_run_spoils_no_other(ask, some, finished, language_arguments):
 HOSTILE = "<script>alert(1)</script> $x_1$ \\input{/etc/passwd} | `c` & % # {} =1+1 \x1b[31m \u202e"
 
 
+@pytest.mark.draws
 def test_names_are_text_in_every_format(ask, finished, tmp_path):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     for part in ("method", "model"):
