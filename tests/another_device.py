@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -79,8 +80,8 @@ class _FromNumbers(TorchFunctionMode):
             return args[0].held.tolist()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _with_tensors(args[1]), *args[2:])
-        if func is torch.Tensor.data.__set__ and isinstance(args[1], Elsewhere):
-            args[0].held = args[1].held
+        if func == torch.Tensor.data.__set__ and isinstance(args[1], Elsewhere):
+            swap_tensors(args[0], torch.nn.Parameter(Elsewhere(args[1].held), args[0].requires_grad))
             return None
         return func(*args, **options)
 
@@ -131,13 +132,14 @@ def _check(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere)]
     if any(tensor.dim() for tensor in elsewhere) or (elsewhere and first is elsewhere[0] and func._schema.is_mutable):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, elsewhere:0 and cpu! ({func})"
+            f"{func}: expected all tensors to be on the same device, but found two devices, elsewhere:0 and cpu"
         )
 
 
 @contextmanager
 def another_device() -> Iterator[torch.device]:
     """A process with one such device. What torch is told of it cannot be taken back."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
     # On this thread: another one has no mode.
     with torch.autograd.set_multithreading_enabled(False), sdpa_kernel(SDPBackend.MATH), _Factories(), _FromNumbers():
         yield DEVICE
