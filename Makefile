@@ -5,7 +5,7 @@ SERVER ?= .venv-vllm
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs nightly server clean
+.PHONY: demo test campaign lint docs nightly server clean
 
 demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, fine-tune, print the table
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+campaign: $(VENV)/.installed  ## faults, hostile input and kills in full: about half an hour on one core
+	LOWRANK_KIT_CAMPAIGN=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/campaign
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -104,7 +104,20 @@ class Composer:
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """Compose one configuration, not yet checked against the schema; `ConfigError` if it cannot be."""
-        return self._compose(force_dotted(overrides), return_hydra_config=False)
+        return self._compose(self.read(overrides), return_hydra_config=False)
+
+    def read(self, overrides: Sequence[str]) -> list[str]:
+        """Write overrides as Hydra takes them: `force_dotted`, and `method.truncation=NAME` as `truncation=NAME`.
+
+        The second where the method has such a part; Astra's `method.allocation` is a key like any other.
+        """
+        dotted = force_dotted(overrides)
+        part = re.compile(rf"\+*method\.({'|'.join(PARTS_OF_METHODS)})=(?=[\w,]+$)")
+        if not any(map(part.match, dotted)):
+            return dotted
+        choice = [word for word in dotted if re.match(r"(method|experiment)=[\w/]+$", word)]
+        parts = _parts_of(self._compose(choice, return_hydra_config=False))
+        return [part.sub(r"\1=", word) if (m := part.match(word)) and m[1] in parts else word for word in dotted]
 
     def jobs(self, overrides: Sequence[str], multirun: bool) -> list[RunConfig]:
         """Check and return every configuration that this command line stands for; of a search, where it begins.
@@ -122,13 +135,15 @@ class Composer:
         A sweep (`multirun`, or `hydra.mode: MULTIRUN` in an experiment) is expanded as by Hydra's sweeper. A list:
         one run, or what a launcher or sweeper that is not ours makes its jobs of.
         """
-        overrides = force_dotted(overrides)
+        overrides = self.read(overrides)
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(overrides)
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         composed = self._compose(fixed if multirun else overrides, return_hydra_config=True)
         hydra = composed.hydra
         if not multirun and hydra.mode != RunMode.MULTIRUN:
+            if meant := [word for word in overrides if re.match(r"\+*hydra[./](launcher|sweeper)\b", word)]:
+                raise ConfigError(f"{_as_typed(meant[0])} is for sweeps and searches: add -m")
             with open_dict(composed):
                 del composed.hydra
             return [load(composed)]
@@ -136,7 +151,7 @@ class Composer:
             sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=True, throw_on_missing=True)
             launcher: Any = OmegaConf.to_container(hydra.launcher, resolve=True, throw_on_missing=True)
         swept = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*force_dotted(swept), *overrides])
+        parsed = OverridesParser.create().parse_overrides(self.read([*swept, *overrides]))
         ours = "kind" in launcher or launcher["_target_"].endswith(".BasicLauncher")
         if sweeper.get("kind") == "optuna" and ours:
             search = Search(
@@ -150,6 +165,8 @@ class Composer:
         if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
             # Another sweeper chooses its points while it runs; what does not vary can still be checked.
             return [load(self.compose(fixed))]
+        if unknown := sorted(sweeper.keys() - {"_target_", "max_batch_size", "params"}):
+            raise ConfigError(f"hydra.sweeper.{unknown[0]} is a key of searches: add hydra/sweeper=optuna")
         jobs = self._check_all(parsed)
         return Sweep(jobs, load_launcher(launcher)) if ours else [job.config for job in jobs]
 
@@ -177,7 +194,11 @@ class Composer:
         try:
             [combinations] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         except HydraException as error:
-            raise ConfigError(f"a sweep takes lists of values: {error}; a search (hydra/sweeper=optuna) too") from error
+            given = " ".join(_as_typed(o.input_line) for o in parsed if o.is_sweep_override())
+            raise ConfigError(
+                f"a sweep takes lists and ranges of values, not all of {given}; intervals are for a search "
+                "(hydra/sweeper=optuna)"
+            ) from error
         good: list[Job] = []
         bad: dict[str, list[str]] = defaultdict(list)
         for overrides in map(_without_hydra, combinations):
@@ -213,14 +234,18 @@ class Composer:
         return composed
 
     def _check_options(self, overrides: Sequence[str]) -> None:
-        """Raise `ConfigError` for a config group that is given a number, a truth value or null."""
+        """Raise `ConfigError` for a group that is given anything but a name, and for `method` that is left out."""
         with self._readable_errors():
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         for override in parsed:
             group, value = override.key_or_group, override._value
-            is_word = isinstance(value, (str, list, QuotedString)) or override.is_sweep_override()
-            if group in self.options and not is_word and not override.is_delete():
-                raise ConfigError(f"{override.input_line} is not an option; legal: {', '.join(self.options[group])}")
+            if group == "method" and override.is_delete():
+                raise ConfigError("method is missing: choose one, for example method=none for the model as it is")
+            is_name = isinstance(value, (str, QuotedString)) or override.is_sweep_override()
+            if group in self.options and not is_name and not override.is_delete():
+                raise ConfigError(
+                    f"{_as_typed(override.input_line)} is not an option; legal: {', '.join(self.options[group])}"
+                )
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -239,13 +264,12 @@ class Composer:
             raise ConfigError(f"{key}={name} is not an option{did_you_mean(name, legal)}") from error
         except OverrideParseException as error:
             raise ConfigError(
-                f"'{_as_typed(error.override)}' cannot be read: {error.message.splitlines()[0]}; "
-                "write key=value, with quotes around special characters"
+                f"'{_as_typed(error.override)}' cannot be read: write key=value, with quotes around special characters"
             ) from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             message = _as_typed(str(error))
-            if unknown := re.match(r"Could not override '((?!hydra)[^']+)'", message):
-                legal = {*self.options, *RunConfig.model_fields}
+            if unknown := re.match(r"Could not (?:override|delete from config\.) '([^'.]+|hydra[^']+)'", message):
+                legal = () if "." in unknown[1] else {*self.options, *RunConfig.model_fields}
                 raise ConfigError(f"{unknown[1]} is not a key{did_you_mean(unknown[1], legal)}") from error
             if several := re.match(r"Ambiguous value for argument '(.+)'", message):
                 raise ConfigError(
@@ -311,14 +335,11 @@ def force_dotted(overrides: Sequence[str]) -> list[str]:
 
     The schema then lists a misspelt key together with every other problem, and open dictionaries such as
     `method.rank_pattern` take new keys without a plus sign. `recovery.method=NAME` chooses a method, as `method=NAME`;
-    `method.preset=NAME` chooses published settings, which all other overrides win over. A part of a method,
-    `method.truncation=NAME`, is chosen as `truncation=NAME`.
+    `method.preset=NAME` chooses published settings, which all other overrides win over.
     """
-    parts = "|".join(PARTS_OF_METHODS)
-    plain = re.compile(r"(?!hydra\.)[A-Za-z_]\w*\.[^=@]+=")
+    plain = re.compile(r"(?!hydra\.(?!launcher\.|sweeper\.))[A-Za-z_]\w*\.[^=@]+=")
     named = (re.sub(r"^recovery\.method=(?=\w+$)", "method@recovery.method=", override) for override in overrides)
     named = (re.sub(r"^\+*method\.preset=", "preset=", override) for override in named)
-    named = (re.sub(rf"^\+*method\.({parts})=(?=[\w,]+$)", r"\1=", override) for override in named)
     return [f"++{override}" if plain.match(override) else override for override in named]
 
 

@@ -17,7 +17,9 @@ class ConfigError(LowRankKitError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest option, else the list of legal ones."""
+    """Return ``"; did you mean 'x'?"`` for the nearest option, else the list of legal ones, if there are any."""
     known = sorted(options)
+    if not known:
+        return ""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else f"; legal: {', '.join(known)}"

@@ -85,7 +85,7 @@ def execute(config: RunConfig) -> Path:
     facts = {f"{member.task.name}/{split}": fact for member in members for split, fact in member.data.facts().items()}
     if not run_path(config).is_dir():
         for member in members:
-            member.data.check_lengths(models.reader, calibrates=config.method.compresses)
+            member.data.check_lengths(models.reader, config.method)
     with (
         distributed.together(device),
         RunDirectory.open(config, lambda: _inputs(config, facts)) as run,

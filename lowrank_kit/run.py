@@ -13,7 +13,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_kit.compose import Composer, Sweep, force_dotted, name_model
+from lowrank_kit.compose import Composer, Sweep, name_model
 from lowrank_kit.config import load, schema_for
 from lowrank_kit.config.plugins import let_here
 from lowrank_kit.console import command, set_up_console
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: list[str]) -> None:
     args = get_args_parser().parse_intermixed_args(argv)
     flags = [word for word in argv if word not in args.overrides]
-    overrides = force_dotted(args.overrides)
     let_here(_named_packages(args.overrides))
     composer = _composer(args)
+    overrides = composer.read(args.overrides)
     if args.help:
         plain: Any = OmegaConf.to_container(composer.compose(overrides), resolve=True)
         print(help_text(schema_for(plain), plain, composer.options, composer.presets))

@@ -62,16 +62,21 @@ class BlockWalk:
         """
         with evaluating(self.model):
             for stack in range(len(self.layout.stacks)):
-                blocks = self.layout.blocks_of(stack)
-                self._enter(stack)
-                for index in blocks:
-                    block = Block(self, index)
+                for index in self.layout.blocks_of(stack):
+                    block = self.reach(index)
                     with self._weights.block(index):
                         yield block
                         if index == until:
                             return
                         if not block.is_passed:
                             block.pass_on()
+
+    def reach(self, index: int) -> "Block":
+        """A block, with all batches before it if those before it were passed on: for a walk beside another one."""
+        stack = self.layout.stack_of(index)
+        if index == self.layout.blocks_of(stack)[0]:
+            self._enter(stack)
+        return Block(self, index)
 
     @no_grad
     def run(self, index: int, number: int, hidden: Tensor, module: "nn.Module | None" = None) -> Tensor:

@@ -156,9 +156,8 @@ class TruncatedSVD(Compressor):
             rule.check(part, budget)
 
     def check_streamed(self) -> None:
-        """See `Compressor`: refused are a correction, a probe, and bases that blocks share."""
+        """See `Compressor`: refused are a probe, and bases that blocks share."""
         reasons = {
-            f"method.correction={self.correction.kind} is not made for that": self.correction.kind != "none",
             f"the allocation {self.allocation.kind} measures the whole model": self.probe is not None,
             f"the truncation {self.truncation.kind} joins blocks": self.truncation.span > 1,
         }

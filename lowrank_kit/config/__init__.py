@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args
@@ -273,7 +273,8 @@ def _resolved(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"The configuration cannot be resolved: {key}{str(error).splitlines()[0]}") from error
 
 
 def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
@@ -282,8 +283,7 @@ def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
     Raises `ConfigError` if one is outside `run.method_prefixes`, cannot be imported or is no `Method`.
     """
     import_installed()
-    run = plain.get("run")
-    prefixes = list(run.get("method_prefixes") or () if isinstance(run, Mapping) else ())
+    prefixes = _prefixes(plain)
     field = Field(description=RunConfig.model_fields["method"].description)
     typed: dict[str, Any] = {"method": (_method_class(plain.get("method"), prefixes), field)}
     if (recovering := _recovery_method(plain)) is not None:
@@ -294,6 +294,14 @@ def schema_for(plain: Mapping[str, Any]) -> type[RunConfig]:
     return create_model("RunConfig", __base__=RunConfig, **typed)
 
 
+def _prefixes(plain: Mapping[str, Any]) -> list[str]:
+    """`run.method_prefixes` before it is checked: what is no list of names allows nothing."""
+    run = plain.get("run")
+    given: Any = run.get("method_prefixes") if isinstance(run, Mapping) else None
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    return [prefix for prefix in given if isinstance(prefix, str)] if listed else []
+
+
 def _recovery_method(plain: Mapping[str, Any]) -> Any:
     recovery = plain.get("recovery")
     return recovery.get("method") if isinstance(recovery, Mapping) else None
@@ -302,7 +310,7 @@ def _recovery_method(plain: Mapping[str, Any]) -> Any:
 def method_class(cfg: DictConfig) -> type[Method]:
     """Return the class that the method of a composed configuration has. Raises `ConfigError` as `schema_for`."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    return _method_class(plain.get("method"), list((plain.get("run") or {}).get("method_prefixes") or ()))
+    return _method_class(plain.get("method"), _prefixes(plain))
 
 
 def _method_class(method: Any, prefixes: list[str], key: str = "method") -> type[Method]:

@@ -21,19 +21,33 @@ def explain(schema: type[BaseModel], problem: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         siblings = _fields_of(_annotation_at(schema, steps[:-1]))
         return f"{key} is not a key{_elsewhere(schema, key) or did_you_mean(str(steps[-1]), siblings)}"
-    if kind == "missing":
-        return f"{key} is missing"
-    shown = repr(value)
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:76]}..."
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{key}{'' if kind == 'missing' else '.kind'} is missing"
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{key}={shown} should have {bound} of them"
     if kind in ("literal_error", "union_tag_invalid"):
         expected = context.get("expected") or context["expected_tags"]
         given = value if kind == "literal_error" else context["tag"]
-        options = re.findall(r"'([^']*)'", expected)
+        options = re.findall(r"[^',\s]+", expected.replace(" or ", " "))
         suffix = ".kind" if kind == "union_tag_invalid" else ""
         return f"{key}{suffix}={given!r} is not legal{did_you_mean(str(given), options)}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if kind == "value_error" and isinstance(value, Mapping):
         return f"{key}: {message}"
-    return f"{key}={shown if len(shown) < 80 else shown[:76] + '...'} {message}"
+    if kind == "string_type" and isinstance(value, (int, float)):
+        message = f"should be text: in quotes, \"{key}='{value}'\""
+    message = _PLAINER.get(kind, message)
+    return f"{key}={shown} {message}"
+
+
+_PLAINER = {
+    "tuple_type": "should be a list, such as [a, b]",
+    "dict_type": "should be a mapping, such as {a: b}",
+    "model_type": "should be a mapping, such as {a: b}",
+    "finite_number": "should be a finite number",
+}
 
 
 def _elsewhere(schema: type[BaseModel], key: str) -> str:

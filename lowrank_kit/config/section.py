@@ -1,5 +1,6 @@
 """What every part of the configuration is made of."""
 
+from collections.abc import Mapping
 from inspect import get_annotations
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,8 @@ class Choice(Section):
 
     known: ClassVar[dict[str, type["Choice"]]] = {}
     """The classes to choose from, by `kind`; every direct subclass has its own."""
+    default: ClassVar[str | None] = None
+    """Of a direct subclass: the kind that settings without one are of; `method.storage.bits=[4]` says enough."""
 
     kind: str
     """Which one."""
@@ -61,8 +64,12 @@ class Choice(Section):
         if Choice not in cls.__bases__:
             return handler(source)
         return core_schema.tagged_union_schema(
-            {kind: handler.generate_schema(known) for kind, known in sorted(cls.known.items())}, "kind"
+            {kind: handler.generate_schema(known) for kind, known in sorted(cls.known.items())}, cls._kind_of
         )
+
+    @classmethod
+    def _kind_of(cls, value: Any) -> Any:
+        return value.get("kind", cls.default) if isinstance(value, Mapping) else getattr(value, "kind", None)
 
 
 def _place(found: type) -> str:

@@ -94,11 +94,14 @@ LAUNCHERS: dict[str, type[Section]] = {"joblib": Joblib, "submitit": Submitit}
 def load_launcher(plain: Mapping[str, Any]) -> Launcher:
     """Check `hydra.launcher`; Hydra's basic launcher is `InProcess`. Raises `ConfigError`."""
     if "_target_" in plain:
-        return InProcess()
+        found: Any = _load(
+            InProcess, {key: value for key, value in plain.items() if key != "_target_"}, "hydra.launcher"
+        )
+        return found
     kind = str(plain.get("kind"))
     if kind not in LAUNCHERS:
         raise ConfigError(f"hydra.launcher.kind={kind!r} is not legal{did_you_mean(kind, LAUNCHERS)}")
-    found: Any = _load(LAUNCHERS[kind], plain, "hydra.launcher")
+    found = _load(LAUNCHERS[kind], plain, "hydra.launcher")
     return found
 
 

@@ -97,6 +97,7 @@ class Factorisation:
 class Correction(Choice):
     """A correction's settings; their fields are the keys of ``conf/correction/NAME.yaml``."""
 
+    default: ClassVar[str | None] = "none"
     trains: ClassVar[bool] = False
     """It trains what it has replaced, which whole numbers cannot be."""
 

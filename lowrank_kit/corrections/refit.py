@@ -36,6 +36,7 @@ from lowrank_kit.deferred import Tensor, no_grad, torch
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
+from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.progress import Bar
 from lowrank_kit.spectral.eliminate import compensated
 from lowrank_kit.spectral.factors import LowRankFactors
@@ -96,9 +97,10 @@ class Refit(Correction):
             )
         original, compressed = (BlockWalk(model, layout, batches) for _ in range(2))
         bar = Bar(work.progress, "correct and factorise", len(layout.blocks))
-        finished = FinishedBlocks(work.folder, self._digest(work))
-        for before, block in zip(original.forward(), compressed.forward(), strict=True):
+        finished = FinishedBlocks(work.folder, self._digest(work), weights_of(model))
+        for block in compressed.forward():
             index = block.index
+            before = original.reach(index)
             if index == 0 and writers and (has_experts or not _adds(before, writers[0])):
                 roles = dict.fromkeys(ref.role for ref in layout.linears if ref.writes_residual)
                 log.warning(

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from lowrank_kit.config import CalibrationConfig, ClassificationTask, EvalConfig
+from lowrank_kit.config import CalibrationConfig, ClassificationTask, EvalConfig, Method
 from lowrank_kit.data.encode import check_rows, encode_classification
 from lowrank_kit.data.reader import Reader
 from lowrank_kit.data.sources import DatasetRef, Rows, Source
@@ -83,7 +83,7 @@ class TaskRows:
         """Source, note, content hash and size of every split, for the manifest."""
         return {name: rows.facts() for name, rows in self._splits.items()}
 
-    def check_lengths(self, reader: Reader, *, calibrates: bool) -> None:
+    def check_lengths(self, reader: Reader, method: Method) -> None:
         """Nothing can be too short: rows are as long as they are."""
 
     @property

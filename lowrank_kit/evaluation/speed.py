@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_kit.config import SpeedConfig
 from lowrank_kit.errors import ConfigError
@@ -119,16 +119,20 @@ def speed_records(dense: Speed, compressed: Speed, source: str, versions: Mappin
     return records
 
 
-def _tokens(models: Mapping[str, PreTrainedModel], settings: SpeedConfig) -> Int64[Tensor, "batch tokens"]:
-    configs = [model.config.get_text_config() for model in models.values()]
+def check_positions(settings: SpeedConfig, model: PretrainedConfig) -> None:
+    """Raise `ConfigError` for more tokens than a model of this configuration has positions."""
     length = settings.prompt_tokens + settings.new_tokens
-    positions = min(getattr(config, "max_position_embeddings", length) for config in configs)
+    positions = getattr(model.get_text_config(), "max_position_embeddings", length)
     if length > positions:
         raise ConfigError(
             f"eval.speed.prompt_tokens={settings.prompt_tokens} and eval.speed.new_tokens={settings.new_tokens} "
             f"are more than the model's {positions} positions"
         )
-    vocabulary = min(config.vocab_size for config in configs)
+
+
+def _tokens(models: Mapping[str, PreTrainedModel], settings: SpeedConfig) -> Int64[Tensor, "batch tokens"]:
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    length = settings.prompt_tokens + settings.new_tokens
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (settings.batch_size, length), generator=generator)
 

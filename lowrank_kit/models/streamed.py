@@ -40,6 +40,10 @@ class Resident:
         """Whether this block of the new checkpoint lies on disk."""
         return False
 
+    def written(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block of the new checkpoint, by their names in the block; empty where none is written."""
+        return {}
+
     def write(self, index: int) -> None:
         """Put a block that was changed, and is there, into the new checkpoint, if that is written block by block."""
 
@@ -127,6 +131,16 @@ class Streamed(Resident):
         except LowRankKitError:
             return False
         return True
+
+    def written(self, index: int) -> dict[str, Tensor]:
+        """See `Resident`."""
+        from safetensors.torch import load_file
+
+        if not self.is_written(index):
+            return {}
+        prefix = f"{self._layout.blocks[index]}."
+        found = load_file(self._output / self._file(index))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def write(self, index: int) -> None:
         """See `Resident`. Raises `LowRankKitError` where the disk is full; what was written before is kept."""

@@ -10,6 +10,7 @@ from lowrank_kit import launcher
 from lowrank_kit.config import RunConfig, SingleTask
 from lowrank_kit.data.labels import check_labels
 from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.evaluation.speed import check_positions
 from lowrank_kit.models.layout import ModelLayout, layout_of
 from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton, streamable_folder
 from lowrank_kit.models.memory import free_bytes
@@ -72,6 +73,8 @@ def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> None:
     if config.recovery.method is not None:
         config.recovery.method.check(layout)
     method.check_tokens(layout, calibration.samples * calibration.seq_len)
+    if config.eval.speed.enabled:
+        check_positions(config.eval.speed, model)
     if config.runtime.weights == "streamed":
         method.check_streamed()
         _check_streamable(layout, source)

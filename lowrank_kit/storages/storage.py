@@ -58,6 +58,7 @@ class Storage(Choice):
     linears, ``down`` and ``up``, that are trained, quantised and adapted like any other.
     """
 
+    default: ClassVar[str | None] = "factors"
     rounding: ClassVar[None] = None
 
     @property

@@ -1,5 +1,7 @@
 """What a structure is: parts of a block that may leave whole, under the same budget as ranks."""
 
+from typing import ClassVar
+
 from lowrank_kit.allocations.allocation import Allocation
 from lowrank_kit.config import Choice
 from lowrank_kit.models.layout import LinearRef, ModelLayout
@@ -9,6 +11,8 @@ from lowrank_kit.truncations.truncation import Truncation
 
 class Structure(Choice):
     """A structure's settings; their fields are the keys of ``conf/structure/NAME.yaml``."""
+
+    default: ClassVar[str | None] = "none"
 
     def check(self, truncation: Truncation, allocation: Allocation) -> None:
         """Raise `ConfigError` for a truncation or an allocation that it does not go with."""

@@ -1,15 +1,16 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+import warm
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -82,10 +83,10 @@ def kill_in_training(environment) -> Callable[[list[str], Path], None]:
     """Start a command and kill it outright once its run directory holds a second checkpoint of its training."""
 
     def kill(words: list[str], run: Path) -> None:
-        process = subprocess.Popen([sys.executable, "-m", "lowrank_kit.run", *words], env=environment)
+        process = warm.Command(["-m", "lowrank_kit.run", *words], environment)
         deadline = time.monotonic() + 120
         while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
-            assert process.poll() is None
+            assert process.is_alive(), process.stderr
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.kill()
@@ -157,10 +158,10 @@ def config(arguments, composed) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def command(arguments) -> Callable[..., list[str]]:
-    """The same run as a command for a process of its own."""
+    """The same run as Python's arguments, for a process of its own."""
 
     def build(*words: str, **where: str) -> list[str]:
-        return [sys.executable, "-m", "lowrank_kit.run", *arguments(*words, **where)]
+        return ["-m", "lowrank_kit.run", *arguments(*words, **where)]
 
     return build
 
@@ -230,11 +231,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
+class Undrawn(MagicMock):
+    """A figure that takes every call and leaves an empty file: drawing takes as long as the rest of a tiny run."""
+
+    def subplots(self, *shape: int, **_: object) -> MagicMock | np.ndarray:
+        panels = np.empty(shape, dtype=object)
+        panels.fill(MagicMock())
+        return panels if shape else MagicMock()
+
+    def savefig(self, file: Path, **_: object) -> None:
+        file.touch()
+
+
 @pytest.fixture(autouse=True)
 def _drawn_where_marked(request, monkeypatch):
-    """Every run puts its figures together; only tests marked `draws` draw them, which takes longer than a tiny run."""
+    """Every run goes through its plots; only tests marked `draws` draw them."""
     if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: Path(file).touch())
+        monkeypatch.setattr("matplotlib.figure.Figure", Undrawn)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,10 @@
 """A causal model learns a task's instructions: what the run leaves, what it says of the model, what it refuses."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -217,9 +216,7 @@ assert not any(name == "lowrank_kit" for name in sys.modules)
 print(float((merged - apart).abs().max() / apart.abs().max()), float((without - apart).abs().max() / apart.abs().max()))
 """
     elsewhere = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(run)], env=elsewhere, cwd=run, capture_output=True, text=True, check=True
-    )
+    done = warm.run(["-c", script, str(run)], elsewhere, run, check=True)
     difference, change = map(float, done.stdout.split()[-2:])
     assert difference < 1e-5
     assert change > 1e-2

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import warm
 from safetensors.torch import load_file
 
 from lowrank_kit.adapters.adapter import InitialisedAdapter
@@ -167,9 +166,7 @@ def exported(cases, bases, folder):
         )
     (folder / "cases.json").write_text(json.dumps(manifest))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOADER, str(folder / "cases.json")]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    warm.run(["-c", LOADER, str(folder / "cases.json")], environment, folder, check=True)
     return results
 
 

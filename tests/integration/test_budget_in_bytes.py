@@ -3,11 +3,10 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -112,8 +111,7 @@ def test_transformers_alone_loads_it(family, tiny_model, samples, tmp_path):
     found, _, _ = compressed(tiny_model(family), method(), samples)
     save_compressed(found, tmp_path / "checkpoint")
     out = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "checkpoint"), str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    warm.run(["-c", FRESH, str(tmp_path / "checkpoint"), str(out)], cwd=tmp_path, check=True)
     assert torch.equal(torch.load(out), logits(found))
     save_dense(found, tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -173,21 +174,16 @@ def fresh(saved, environment, tmp_path):
 
     def run(script: str) -> None:
         variables = environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=saved.root,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        warm.run(["-c", script], variables, saved.root, check=True)
 
     return run
 
 
-def test_every_family_loads_in_a_fresh_process_with_our_import_alone(fresh):
-    fresh(WITH_US_FIRST + LOAD)
+def test_every_family_loads_in_a_fresh_process_with_our_import_alone(saved, environment):
+    # Cold: what our import brings in is what is tested.
+    command = [sys.executable, "-c", WITH_US_FIRST + LOAD]
+    done = subprocess.run(command, cwd=saved.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_family_loads_without_us_and_works_with_peft_generate_and_lm_eval(fresh):

@@ -1,12 +1,11 @@
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,10 +142,10 @@ def test_a_truncated_checkpoint_is_a_clear_error_and_leaves_no_results(job, word
 
 def test_a_compression_killed_while_it_calibrates_ends_as_if_it_had_not_been(words, environment, tmp_path, job):
     whole = execute(job(f"run.dir={tmp_path / 'whole'}", "calibration.cache=false"))
-    process = subprocess.Popen([sys.executable, "-m", "lowrank_kit.run", *words()], env=environment)
+    process = warm.Command(["-m", "lowrank_kit.run", *words()], environment)
     deadline = time.monotonic() + 90
     while not (blocks := list((tmp_path / "cache/calibration").glob("*/block-*.safetensors"))):
-        assert process.poll() is None
+        assert process.is_alive(), process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
@@ -176,14 +175,12 @@ def test_too_little_text_to_measure_on_is_said_before_the_model_is_loaded(job, m
 def test_a_preset_is_in_the_run_directory_value_by_value_and_what_is_typed_wins(words, tmp_path):
     """From the command line: a single run is composed by Hydra, not by our composer."""
     typed = words("method=zs_svd", "method.preset=paper", "method.rank_multiple=2", "run.stages=[calibrate,plan]")
-    done = subprocess.run([sys.executable, "-m", "lowrank_kit.run", *typed], capture_output=True, text=True)
+    done = warm.run(["-m", "lowrank_kit.run", *typed])
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load((Path(done.stdout.splitlines()[-1].removeprefix("run: ")) / "config.yaml").read_text())
     method = config["method"]
     assert (method["preset"], method["rank_multiple"], method["allocation"]["floor"]) == ("paper", 2, 0.0)
     assert config["calibration"]["seq_len"] == 32
-    refused = subprocess.run(
-        [sys.executable, "-m", "lowrank_kit.run", "method=zs_svd", "method.preset=nope"], capture_output=True, text=True
-    )
+    refused = warm.run(["-m", "lowrank_kit.run", "method=zs_svd", "method.preset=nope"])
     assert refused.returncode == 2
     assert "method.preset=nope is not an option; legal: default, paper" in refused.stderr

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from lowrank_kit.pipeline import execute
@@ -18,7 +19,6 @@ from lowrank_kit.runs.status import read_status
 
 WORK = Path(__file__).with_name("processes_at_work.py")
 work = SimpleNamespace(**run_path(str(WORK)))
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def done(tmp_path_factory, checkpoint):
     folder = tmp_path_factory.mktemp("two")
     (folder / "model").symlink_to(checkpoint("llama"))
     jobs = "calibrated,answered,trained,told,sharded"
-    ended = subprocess.run([*TWO, str(WORK), str(folder), jobs], env=work.ENVIRONMENT, capture_output=True, text=True)
+    ended = warm.run_in_two([str(WORK), str(folder), jobs], work.ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -97,7 +97,10 @@ def test_what_the_first_process_raises_all_raise(done):
 
 def test_one_that_fails_ends_all(tmp_path):
     started = time.monotonic()
-    ended = subprocess.run([*TWO, str(WORK), str(tmp_path), "one_fails"], env=work.ENVIRONMENT, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*torchrun, str(WORK), str(tmp_path), "one_fails"], env=work.ENVIRONMENT, capture_output=True
+    )
     assert ended.returncode == 1
     assert time.monotonic() - started < 60
 
@@ -110,9 +113,7 @@ def figures(run):
 
 
 def launched(words, environment):
-    ended = subprocess.run(
-        [*TWO, "-m", "lowrank_kit.run", *words], env=environment, capture_output=True, text=True, timeout=240
-    )
+    ended = warm.run_in_two(["-m", "lowrank_kit.run", *words], environment)
     return ended, [line for line in ended.stdout.splitlines() if line.startswith("run: ")]
 
 

@@ -1,12 +1,11 @@
 """A quantised base and its low-rank corrections, by the command, loaded by PEFT alone."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,8 +114,8 @@ def test_peft_alone_loads_it_and_more_rank_is_nearer_to_the_original(bits, writt
     folder = written(bits=bits, ranks=(2, 32))
     out = tmp_path / "logits.pt"
     for rank in (2, 32):
-        command = [sys.executable, "-c", FRESH, str(folder / "base"), str(folder / f"rank-{rank}"), str(out)]
-        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+        words = ["-c", FRESH, str(folder / "base"), str(folder / f"rank-{rank}"), str(out)]
+        warm.run(words, cwd=tmp_path, check=True)
         assert torch.equal(torch.load(out), logits(corrected(folder, rank)))
     dense, base = logits(original), logits(AutoModelForCausalLM.from_pretrained(folder / "base"))
     without, few, all_ = ((model - dense).norm() for model in (base, *(logits(corrected(folder, r)) for r in (2, 32))))

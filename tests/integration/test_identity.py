@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -86,16 +86,15 @@ def test_a_finished_run_is_not_complete_without_its_figures_or_its_checkpoint(mi
 def test_a_single_run_of_a_model_given_by_its_path_is_named_after_the_folder(mine, language_arguments, tmp_path):
     _, model, texts = mine
     words = [w for w in language_arguments(path=model, data=texts) if not w.startswith(("model.name=", "method="))]
-    command = [sys.executable, "-m", "lowrank_kit.run", "method=none", *words, "run.root=out"]
+    command = ["-m", "lowrank_kit.run", "method=none", *words, "run.root=out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = warm.run(command, environment, tmp_path, check=True)
     [run] = (tmp_path / "out").iterdir()
     assert run.name.startswith("none-mymodel-perplexity-")
     assert "none on mymodel" in done.stderr
     assert "none on mymodel" in done.stdout
     assert json.loads((run / "manifest.json").read_text())["model"]["name"] == "mymodel"
-    shown = subprocess.run([*command, "--cfg", "job"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    shown = warm.run([*command, "--cfg", "job"], environment, tmp_path)
     assert "name: mymodel\n" in shown.stdout
 
 

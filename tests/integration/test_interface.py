@@ -1,10 +1,8 @@
 """The Python interface gives what the command gives, and what it returns is an ordinary model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,10 +77,7 @@ def test_what_it_returns_is_what_a_process_without_the_toolkit_loads(family, tex
     with torch.no_grad():
         expected = found.eval()(torch.arange(3, 20)[None]).logits
     found.save_pretrained(tmp_path / "saved")
-    subprocess.run(
-        [sys.executable, "-P", "-c", FRESH, str(tmp_path / "saved"), str(tmp_path / "logits.pt")],
-        check=True, capture_output=True, cwd=tmp_path,
-    )  # fmt: skip
+    warm.run(["-c", FRESH, str(tmp_path / "saved"), str(tmp_path / "logits.pt")], cwd=tmp_path, check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from lowrank_kit.errors import ConfigError, LowRankKitError
@@ -99,9 +100,9 @@ def test_two_processes_compress_a_streamed_model(method, language_arguments, com
     for weights in ("streamed", "resident"):
         runs[weights] = tmp_path / weights
         apart = environment | {"LOWRANK_KIT_CACHE": str(tmp_path / f"{weights}-cache")}
-        log = runs[weights].with_suffix(".log")
-        started = start(TORCHRUN, [*words, f"runtime.weights={weights}", f"run.dir={runs[weights]}"], apart, log)
-        assert started.wait(timeout=240) == 0, log.read_text()
+        more = ("runtime=ddp", f"runtime.weights={weights}", f"run.dir={runs[weights]}")
+        ended = warm.run_in_two(["-m", "lowrank_kit.run", *words, *more], apart)
+        assert ended.returncode == 0, ended.stderr
     one = execute(composed(words))
     found = factors(runs["streamed"])
     for other, exactly in ((runs["resident"], True), (one, False)):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import StableLmConfig, StableLmForCausalLM
 
@@ -39,7 +40,7 @@ def python(tmp_path):
     def run(site: Path, *words: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(site), *sys.path])
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LOWRANK_KIT_CACHE": str(tmp_path)}
-        return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        return warm.run(words, environment, tmp_path)
 
     return run
 

@@ -9,12 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(command, environment, **options):
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, **options)
 
 
 def test_a_tracked_run_reads_well_and_leaves_its_curves(command, environment, tmp_path, wandb_records):
@@ -26,7 +23,7 @@ def test_a_tracked_run_reads_well_and_leaves_its_curves(command, environment, tm
         f"run.dir={folder}",
         "train.max_steps=25",
     )
-    done = run(command(*words), environment)
+    done = warm.run(command(*words), environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"run: {folder}"
     # Our own lines alone, each with its time: no bars, no reports of libraries, no warnings.
@@ -49,7 +46,7 @@ def test_a_tracked_run_reads_well_and_leaves_its_curves(command, environment, tm
 def test_a_failed_run_is_failed_for_the_tracker_too(command, environment, tmp_path, wandb_records):
     folder = tmp_path / "run"
     words = ("tracker=wandb", "tracker.mode=offline", f"run.dir={folder}", "method=lora", "train.learning_rate=1e30")
-    done = run(command(*words), environment)
+    done = warm.run(command(*words), environment)
     assert done.returncode == 1
     assert "training lost its way" in done.stderr
     assert "Traceback" not in done.stderr
@@ -62,13 +59,13 @@ def test_a_run_that_was_killed_after_its_last_stage_still_tells_the_tracker(
 ):
     folder = tmp_path / "run"
     words = command("tracker=wandb", "tracker.mode=offline", f"run.dir={folder}", "method=lora")
-    assert run(words, environment).returncode == 0
+    assert warm.run(words, environment).returncode == 0
     status = json.loads((folder / "status.json").read_text())
     results = (folder / "results.json").read_bytes()
     # As it is while the tracker is being told.
     (folder / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
     for _ in range(2):
-        assert run(words, environment).returncode == 0
+        assert warm.run(words, environment).returncode == 0
     first, second = wandb_records(folder)
     assert first["id"] == second["id"]
     assert [tracked["exit_code"] for tracked in (first, second)] == [0, 0]
@@ -79,8 +76,7 @@ def test_a_run_that_was_killed_after_its_last_stage_still_tells_the_tracker(
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="building a wheel needs hatchling: install .[test]")
 def test_an_installed_wheel_finds_its_configuration_from_anywhere(environment, tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
-    built = run(build, environment, cwd=ROOT)
-    assert built.returncode == 0, built.stderr
+    subprocess.run(build, env=environment, cwd=ROOT, capture_output=True, check=True)
     [wheel] = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
@@ -93,9 +89,9 @@ def test_an_installed_wheel_finds_its_configuration_from_anywhere(environment, t
     elsewhere.mkdir()
     others = [p for p in sys.path if p and Path(p).resolve() != ROOT]
     alone = environment | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *others])}
-    shown = run([sys.executable, "-m", "lowrank_kit.run", "--cfg", "job", "method.rank=5"], alone, cwd=elsewhere)
+    shown = warm.run(["-m", "lowrank_kit.run", "--cfg", "job", "method.rank=5"], alone, cwd=elsewhere)
     assert shown.returncode == 0, shown.stderr
     assert "rank: 5" in shown.stdout
-    where = run([sys.executable, "-c", "import lowrank_kit; print(lowrank_kit.__file__)"], alone, cwd=elsewhere)
+    where = warm.run(["-c", "import lowrank_kit; print(lowrank_kit.__file__)"], alone, cwd=elsewhere)
     assert where.stdout.startswith(str(tmp_path / "site"))
     assert list(elsewhere.iterdir()) == []

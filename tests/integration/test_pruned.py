@@ -1,11 +1,10 @@
 """Narrowed and sliced models as checkpoints, in processes of their own, and their methods on the run path."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -108,11 +107,7 @@ def saved(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("who", [WITH_US_FIRST, WITHOUT_US], ids=["with us", "without us"])
 def test_every_kind_loads_generates_and_is_saved_again_in_a_fresh_process(saved, environment, tmp_path, who):
     variables = environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", who + ROUND_TRIP]
-    done = subprocess.run(
-        command, cwd=saved, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.run(["-c", who + ROUND_TRIP], variables, saved, check=True)
 
 
 def test_only_what_is_unusual_is_written(saved):

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -89,10 +88,7 @@ with torch.no_grad():
     losses = [model(input_ids=w[None], labels=w[None]).loss.double() for w in windows]
 print(model.dtype, float(torch.stack(losses).mean().exp()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(run / "recovered"), TEXT],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = warm.run(["-c", script, str(run / "recovered"), TEXT], environment, check=True)
     dtype, value = done.stdout.split()
     assert dtype == "torch.bfloat16"
     assert float(value) == pytest.approx(figures(run)["final"], rel=1e-2)

@@ -4,12 +4,11 @@ import csv
 import json
 import logging
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from lowrank_kit.pipeline import execute
 from lowrank_kit.report.__main__ import main
@@ -37,8 +36,8 @@ def test_the_command_in_the_report_makes_the_same_figure_again(trained, tmp_path
     assert (row["seeds"], row["significant"]) == ("2", "")
     program, *words = shlex.split(row["command"])
     assert words[:3] == ["-m", "lowrank_kit.run", "-m"]
-    again = [program.replace("python", sys.executable), *words, f"run.root={tmp_path / 'again'}"]
-    subprocess.run(again, env=environment, check=True, capture_output=True, timeout=240)
+    assert program == "python"
+    warm.run([*words, f"run.root={tmp_path / 'again'}"], environment, check=True)
     # The same configuration has the same name.
     assert {p.name for p in (tmp_path / "again").iterdir()} >= {p.name for p in trained.glob("astra-*")}
     for file in trained.glob("astra-*/results.json"):
@@ -67,4 +66,4 @@ def test_a_tracker_that_fails_at_every_call_costs_no_result(config, monkeypatch,
 
 def test_a_run_without_a_tracker_never_imports_wandb(arguments, environment):
     code = "import sys; from lowrank_kit.run import main; main(sys.argv[1:]); assert 'wandb' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, *arguments()], env=environment, check=True, timeout=240)
+    warm.run(["-c", code, *arguments()], environment, check=True)

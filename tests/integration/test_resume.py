@@ -1,10 +1,10 @@
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from safetensors.torch import load_file
 
 from lowrank_kit.errors import ConfigError
@@ -21,23 +21,14 @@ def read(file: Path):
 
 def kill_in_training(command, environment, run: Path, sign: int) -> int:
     """Start a run, send the signal once it has left two checkpoints, return its exit status."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = warm.Command(command, environment)
     deadline = time.monotonic() + 90
     while not list(run.glob("checkpoints/checkpoint-1?/trainer_state.json")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), process.stderr
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.005)
     process.send_signal(sign)
-    process.communicate()
-    return process.returncode
+    return process.wait()
 
 
 @pytest.mark.parametrize("method", [("method.base=residual",), ("method.base=untouched", "method.train=down")])

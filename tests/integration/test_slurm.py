@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_a_sweep_with_a_requeued_a_failing_and_a_cancelled_job(command, environm
     words = ["method=lora", "train.max_steps=300", "train.eval_every=100", "train.save_every=10"]
     queued = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.poll_seconds=1"]
     rates = "train.learning_rate=1e-3,1e30,2e-3,3e-3"
-    sweep = [*command(*words), "-m", *queued, rates, "tracker=wandb", "tracker.mode=offline"]
+    sweep = [sys.executable, *command(*words), "-m", *queued, rates, "tracker=wandb", "tracker.mode=offline"]
     process = subprocess.Popen(sweep, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     [folder] = wait_for(lambda: list(tmp_path.glob("runs/sweeps/4-jobs-*")), "the sweep's folder")
@@ -118,7 +119,7 @@ def test_a_sweep_with_a_requeued_a_failing_and_a_cancelled_job(command, environm
     assert {run["group"] for runs in exits.values() for run in runs if run["id"]} == {folder.name}
 
     alone = subprocess.run(
-        command(*words, "train.learning_rate=1e-3", f"run.root={tmp_path / 'alone'}"),
+        [sys.executable, *command(*words, "train.learning_rate=1e-3", f"run.root={tmp_path / 'alone'}")],
         env=environment,
         capture_output=True,
         text=True,
@@ -133,7 +134,7 @@ def test_a_sweep_with_a_requeued_a_failing_and_a_cancelled_job(command, environm
 def test_a_job_that_is_warned_goes_back_to_the_queue_and_two_share_an_element(command, environment, slurm, tmp_path):
     words = ["method=lora", "train.max_steps=300", "train.eval_every=100", "train.save_every=10", "seed=0,1"]
     queued = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.poll_seconds=1"]
-    sweep = [*command(*words), "-m", *queued, "hydra.launcher.tasks_per_node=2"]
+    sweep = [sys.executable, *command(*words), "-m", *queued, "hydra.launcher.tasks_per_node=2"]
     process = subprocess.Popen(sweep, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     [folder] = wait_for(lambda: list(tmp_path.glob("runs/sweeps/2-jobs-*")), "the sweep's folder")
@@ -165,7 +166,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_goes_on_by_itself(com
     # SLURM looks every half a minute: the warning comes 30 to 60 s before the limit.
     limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30", "train.eval_every=100"]
     queued = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.poll_seconds=1", *limit]
-    sweep = [*command(*words), "-m", *queued, "train.learning_rate=1e-3"]
+    sweep = [sys.executable, *command(*words), "-m", *queued, "train.learning_rate=1e-3"]
     done = subprocess.run(sweep, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     [folder] = tmp_path.glob("runs/sweeps/1-jobs-*")

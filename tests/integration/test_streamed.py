@@ -4,13 +4,13 @@ import json
 import os
 import random
 import resource
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,6 +80,12 @@ def test_so_are_mlps_that_lose_channels_and_rounded_weights(choice, planned, com
     same(streamed, command("resident", *words, method="kfac_svd"))
 
 
+@pytest.mark.parametrize("word", [*(f"correction={kind}" for kind in ("sequential", "refine")), "dtype=bfloat16"])
+def test_so_are_corrections(word, command):
+    words = ["correction=residual", "calibration.batch_size=2", word]
+    same(command("streamed", STREAMED, *words, method="kfac_svd"), command("resident", *words, method="kfac_svd"))
+
+
 @pytest.mark.parametrize("family", ["gemma2", "opt", "gpt2"])
 def test_every_family_streams(family, command, checkpoint):
     words = [f"model.path={checkpoint(family)}"]
@@ -102,7 +108,10 @@ def _loaded(folder):
 BYTES = ("storage=bytes", "truncation=optimal", "allocation=lagrangian", "method.dense=true", "method.ratio=0.7")
 
 
-@pytest.mark.parametrize("words", [(), (PIVOT,), BYTES], ids=str)
+CORRECTED = ("correction=residual", "structure=channels", "truncation=two_sided", "allocation=lagrangian")
+
+
+@pytest.mark.parametrize("words", [(), (PIVOT,), BYTES, CORRECTED], ids=str)
 def test_a_killed_run_goes_on_at_its_block(words, command, monkeypatch):
     class Killed(Exception):
         pass
@@ -140,8 +149,8 @@ execute(config)
 def killed(words, is_reached):
     """Run a command in a process of its own, and kill that outright as soon as it is there."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", AT_WORK, *words], env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not is_reached():
+    process = warm.Command(["-c", AT_WORK, *words], environment)
+    while process.is_alive() and not is_reached():
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -195,7 +204,8 @@ def test_a_shard_that_is_not_the_models_is_named_before_the_work(
     assert not list(tmp_path.glob("streamed/*/.checkpoint"))
 
 
-def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
+@pytest.mark.parametrize("correction", ["none", "residual"])
+def test_one_block_is_in_memory_at_a_time(correction, command, monkeypatch):
     block, there = Streamed.block, []
 
     @contextmanager
@@ -206,7 +216,7 @@ def test_one_block_is_in_memory_at_a_time(command, monkeypatch):
             yield
 
     monkeypatch.setattr(Streamed, "block", watched)
-    command("streamed", STREAMED, method="kfac_svd")
+    command("streamed", STREAMED, f"correction={correction}", method="kfac_svd")
     assert set(there) == {1}
 
 
@@ -238,11 +248,6 @@ def test_a_full_disk_is_said_and_loses_nothing(command, tmp_path):
     ("method", "words", "message"),
     [
         ("grasp", [], "method=grasp needs the whole model in memory"),
-        (
-            "svd_llm",
-            ["method.correction=sequential", "method.rank_multiple=1"],
-            "method.correction=sequential is not made for that",
-        ),
         ("swift", [], "measures the whole model"),
         ("svd_llm", ["recovery=lora", "method.rank_multiple=1"], "recovery trains the whole model"),
     ],

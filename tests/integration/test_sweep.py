@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import warm
 
 from lowrank_kit import run
 
@@ -66,8 +65,7 @@ def signalled(language_arguments, environment, tmp_path):
 
     def sweep(launcher: str, sign: signal.Signals) -> tuple[int, str]:
         words = ["-m", f"hydra/launcher={launcher}", "method.ratio=0.3,0.4", "calibration.samples=2"]
-        command = [sys.executable, "-m", "lowrank_kit.run", *language_arguments(*words, method="svd")]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = warm.Command(["-m", "lowrank_kit.run", *language_arguments(*words, method="svd")], environment)
         deadline = time.monotonic() + 240
         found = None
         while found is None and time.monotonic() < deadline:
@@ -77,8 +75,7 @@ def signalled(language_arguments, environment, tmp_path):
             time.sleep(0.002)
         assert found is not None
         os.kill(read(found / "status.json")["pid"], sign)
-        _, errors = process.communicate(timeout=300)
-        return process.returncode, errors
+        return process.wait(), process.stderr
 
     return sweep
 

@@ -1,10 +1,8 @@
 """Two processes with half of every matrix each compute what one does."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+import warm
 
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.experts import list_experts
@@ -76,10 +74,7 @@ def saved(tmp_path_factory, tiny_model):
 
 def in_two(script, folder, environment):
     (folder / "parallel.py").write_text(script)
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    return subprocess.run(
-        [*words, "--standalone", "parallel.py"], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return warm.run_in_two(["parallel.py"], environment, folder)
 
 
 def test_two_processes_compute_what_one_does(saved, environment):

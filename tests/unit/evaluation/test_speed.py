@@ -7,6 +7,7 @@ from lowrank_kit.errors import ConfigError
 from lowrank_kit.evaluation.speed import (
     LiveTensors,
     Speed,
+    check_positions,
     ideal_speedup,
     measure_speed,
     speed_records,
@@ -61,8 +62,10 @@ def test_other_families_are_measured(tiny_model, family):
 
 
 def test_more_tokens_than_positions_are_refused(tiny_model):
+    config = tiny_model("gpt2").config
+    check_positions(SpeedConfig(prompt_tokens=38, new_tokens=2), config)
     with pytest.raises(ConfigError, match="more than the model's 40 positions"):
-        measure_speed({"dense": tiny_model("gpt2")}, SpeedConfig(prompt_tokens=39, new_tokens=2))
+        check_positions(SpeedConfig(prompt_tokens=39, new_tokens=2), config)
 
 
 def test_live_tensors_are_counted_for_as_long_as_they_live():

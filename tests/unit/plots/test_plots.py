@@ -66,12 +66,24 @@ def test_kept_ranks_are_drawn_over_the_blocks(refs, ranks, tmp_path):
 
 def test_loss_against_ratio_is_sorted_and_has_the_dense_line(tmp_path):
     points = {"wikitext2": {"svd": [(0.4, 90.0), (0.2, 30.0)]}, "ptb": {"svd": [(0.2, 40.0)]}}
-    first, second = plot_loss_against_ratio(points, tmp_path / "r.png", {"wikitext2": 19.9}).axes
+    first, second = plot_loss_against_ratio(points, tmp_path / "r.png", {"wikitext2": 19.9, "ptb": 30.0}).axes
     assert first.lines[0].get_xydata().tolist() == [[0.2, 30], [0.4, 90]]
     assert list(first.lines[1].get_ydata()) == [19.9, 19.9]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["svd", "dense"]
-    assert len(second.lines) == 1
+    assert [text.get_text() for text in first.texts] == ["dense", "svd"]
+    assert list(second.lines[1].get_ydata()) == [30, 30]
     assert first.get_yscale() == "log"
+
+
+def test_names_of_many_lines_stand_apart_in_the_order_of_their_ends(tmp_path):
+    ends = {f"m{n}": 20.0 + n / 10 for n in range(12)} | {"lost": 1e8}
+    [panel] = plot_loss_against_ratio(
+        {"t": {n: [(0.2, v)] for n, v in ends.items()}}, tmp_path / "r.png", {"t": 20.0}
+    ).axes
+    heights = {text.get_text(): text.get_position()[1] for text in panel.texts}
+    assert [*heights] == ["m0", "dense", *(f"m{n}" for n in range(1, 12)), "lost (1e+08)"]
+    gaps = np.diff([*heights.values()])
+    assert gaps.min() > 0.06
+    assert 0 < min(heights.values()) < max(heights.values()) <= 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

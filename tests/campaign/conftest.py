@@ -1,0 +1,35 @@
+"""What the parts of the campaign share. `make campaign` runs them in full, the ordinary suite a seeded part of each."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+FULL = os.environ.get("LOWRANK_KIT_CAMPAIGN") == "full"
+Case = TypeVar("Case")
+
+# Tiny models and local rows, as the integration tests have them.
+_loader = SourceFileLoader("integration_conftest", str(Path(__file__).parents[1] / "integration/conftest.py"))
+_spec = spec_from_loader(_loader.name, _loader)
+assert _spec is not None
+_small = module_from_spec(_spec)
+_loader.exec_module(_small)
+checkpoint, texts_folder, rows_folder = _small.checkpoint, _small.texts_folder, _small.rows_folder
+arguments, language_arguments, composed = _small.arguments, _small.language_arguments, _small.composed
+environment = _small.environment
+_drawn_where_marked, _one_thread = _small._drawn_where_marked, _small._one_thread
+
+
+@pytest.fixture(scope="session")
+def some() -> Callable[..., Sequence[Case]]:
+    """Cases of a part: ``full`` of them in a campaign, ``short`` in the suite, drawn by a fixed seed."""
+
+    def draw(cases: Sequence[Case], *, full: int, short: int) -> Sequence[Case]:
+        return random.Random(0).sample(cases, min(full if FULL else short, len(cases)))
+
+    return draw
