@@ -1,9 +1,12 @@
-"""Astra: an adapter that lives in chosen eigenvectors of a layer's output activations.
+"""Astra: an adapter that lives in chosen eigenvectors of a layer's output activations, or of its inputs.
 
 Source: arXiv 2602.19111. With C = sum y y^T over the outputs y [out] of a layer (uncentred, bias included) and
 Q [out, r] some of its eigenvectors, the adapter starts at B = Q, A = Q^T W, and the base at W - s B A, so that the
 adapted layer equals the original one. The paper's text takes the eigenvectors of SMALLEST eigenvalue ("tail"), so
 that updates stay away from the dominant activations; the authors' released code takes the LARGEST ("top").
+
+On the input side Q [in, r] are eigenvectors of sum x x^T, A = Q^T and B = W Q. The tail there is LoRA-Null
+(arXiv 2503.02659): what the calibration text says to a layer has no part along Q.
 """
 
 from collections.abc import Mapping
@@ -45,8 +48,11 @@ class Astra(InitialisedAdapter):
 
     subspace: Literal["tail", "top", "middle", "random"] = "tail"
     """Eigenvectors of smallest, largest or middling eigenvalue, or random orthonormal directions (control)."""
+    side: Literal["output", "input"] = "output"
+    """Whose eigenvectors: the outputs' (B = Q, A = Q^T W) or the inputs' (A = Q^T, B = W Q)."""
     null_space: bool = False
-    """Let `tail` use directions that the outputs never reach (only there: A starts near zero). Default: not."""
+    """Let `tail` use directions that the calibration text never reaches (on the output side A starts near zero there).
+    Default: not."""
     allocation: Literal["uniform", "effective_rank"] = "uniform"
     """`effective_rank`: ranks in proportion to log(R + 1), R the effective rank of each output spectrum, at the same
     number of trained parameters (the released code: at the same sum of ranks)."""
@@ -54,12 +60,12 @@ class Astra(InitialisedAdapter):
     """Seed of `subspace=random`."""
 
     def needs(self) -> StatisticsRequest:
-        """The cheaper side's moments: the output spectrum follows from either."""
-        return StatisticsRequest(moments="smaller")
+        """The inputs' moments, or those of the cheaper side: the output spectrum follows from either."""
+        return StatisticsRequest(moments="input" if self.side == "input" else "smaller")
 
     def reduction_key(self) -> dict[str, object]:
         """Every setting that decides which eigenvectors are kept, and how many."""
-        fields = {"subspace", "null_space", "allocation", "rank", "rank_pattern"}
+        fields = {"subspace", "side", "null_space", "allocation", "rank", "rank_pattern"}
         if self.subspace == "random":
             fields.add("seed")
         return {"method": "astra", **self.model_dump(mode="json", include=fields)}
@@ -70,26 +76,26 @@ class Astra(InitialisedAdapter):
         """Keep the chosen eigenvectors in order of preference, with their eigenvalues.
 
         Returns:
-            ``basis [out, r]``, ``energy [r]`` (sum of squared activations along each, NaN for random directions),
+            ``basis [out or in, r]``, ``energy [r]`` (sum of squared activations along each, NaN for random directions),
             and with ``allocation=effective_rank`` the whole ``spectrum``.
         """
         ref = statistics.ref
         count = self._largest_rank(ref)
         if self.subspace == "random":
             # Equal layers must not share their directions.
-            basis = random_orthonormal(ref.out_features, count, self.seed + crc32(ref.name.encode()))
+            basis = random_orthonormal(self._size(ref), count, self.seed + crc32(ref.name.encode()))
             chosen = Eigenpairs(basis.new_full((count,), torch.nan), basis)
         else:
             chosen = self._eigenpairs(weight, bias, statistics, count)
             found, rank = chosen.values.shape[0], self._configured_rank(ref)
             if found < rank:
                 raise LowRankKitError(
-                    f"the calibration outputs of {ref.name} span only {found} directions, fewer than its rank {rank}: "
-                    "raise calibration.samples or calibration.seq_len, or lower method.rank"
+                    f"the calibration {self.side}s of {ref.name} span only {found} directions, fewer than its rank "
+                    f"{rank}: raise calibration.samples or calibration.seq_len, or lower method.rank"
                 )
         kept = {"basis": chosen.vectors.float(), "energy": chosen.values}
         if self.allocation == "effective_rank":
-            kept["spectrum"] = _spectrum(weight, bias, statistics)
+            kept["spectrum"] = self._spectrum(weight, bias, statistics)
         return kept
 
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
@@ -108,22 +114,32 @@ class Astra(InitialisedAdapter):
         return self._plan_of(layout, {ref.name: n + 1 for ref, n in zip(targets, paid, strict=True)}, scores)
 
     def initialise(self, weight: Float[Tensor, "out in"], kept: Kept, rank: int) -> LowRankFactors:
-        """``B = Q``, ``A = Q^T W``."""
+        """``B = Q``, ``A = Q^T W``; on the input side ``B = W Q``, ``A = Q^T``."""
         basis = kept["basis"][:, :rank].to(weight.device, torch.float64)
+        if self.side == "input":
+            return LowRankFactors(up=weight.detach().double() @ basis, down=basis.T)
         return LowRankFactors(up=basis, down=basis.T @ weight.detach().double())
 
     def _eigenpairs(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics, count: int) -> Eigenpairs:
         which = PAIRS[self.subspace]
         wanted = None if self.subspace == "tail" and self.null_space else count
         moments = statistics.moments
-        if statistics.side == "input":
-            pairs = output_eigenpairs(weight, moments, bias, count=wanted, which=which)
-        else:
+        if statistics.side == self.side:
             pairs = range_eigenpairs(moments.gram, wanted, which, rank_bound=moments.count)
+        else:
+            pairs = output_eigenpairs(weight, moments, bias, count=wanted, which=which)
         if wanted is None:
-            pairs = _with_null_space(pairs, statistics.ref.out_features)
+            pairs = _with_null_space(pairs, self._size(statistics.ref))
         order = _preference(self.subspace, pairs.values.shape[0])[:count]
         return Eigenpairs(pairs.values[order], pairs.vectors[:, order])
+
+    def _spectrum(self, weight: Tensor, bias: Tensor | None, statistics: LayerStatistics) -> Float64[Tensor, " p"]:
+        if statistics.side == self.side:
+            return eigenvalues(statistics.moments.gram)
+        return output_eigenvalues(weight, statistics.moments, bias)
+
+    def _size(self, ref: LinearRef) -> int:
+        return ref.in_features if self.side == "input" else ref.out_features
 
     def _largest_rank(self, ref: LinearRef) -> int:
         rank = self._configured_rank(ref)
@@ -132,9 +148,9 @@ class Astra(InitialisedAdapter):
         return min(LARGEST_SHARE * rank, ref.in_features, ref.out_features)
 
 
-def _with_null_space(pairs: Eigenpairs, out_features: int) -> Eigenpairs:
+def _with_null_space(pairs: Eigenpairs, size: int) -> Eigenpairs:
     """The pairs of the whole range, followed by an orthonormal basis of what it leaves out."""
-    missing = out_features - pairs.values.shape[0]
+    missing = size - pairs.values.shape[0]
     null = complete_basis(pairs.vectors, missing)
     return Eigenpairs(torch.cat([pairs.values, pairs.values.new_zeros(missing)]), torch.cat([pairs.vectors, null], 1))
 
@@ -144,9 +160,3 @@ def _preference(subspace: str, size: int) -> list[int]:
     if subspace == "middle":
         return sorted(range(size), key=lambda i: abs(i - (size - 1) / 2))
     return list(range(size)) if subspace == "top" else list(range(size))[::-1]
-
-
-def _spectrum(weight: Tensor, bias: Tensor | None, statistics: LayerStatistics) -> Float64[Tensor, " p"]:
-    if statistics.side == "input":
-        return output_eigenvalues(weight, statistics.moments, bias)
-    return eigenvalues(statistics.moments.gram)

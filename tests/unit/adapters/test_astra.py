@@ -68,6 +68,30 @@ def test_captured_energy_is_the_sum_of_the_chosen_eigenvalues(subspace, out_feat
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+@pytest.mark.parametrize("subspace", ["top", "middle", "tail"])
+def test_on_the_input_side_they_are_the_inputs_own_directions(subspace, out_features, in_features):
+    weight, _, inputs, _ = layer(out_features, in_features)
+    method = Astra(name="astra", rank=RANK, side="input", subspace=subspace)
+    assert method.needs().moments == "input"
+    factors = method.initialise(
+        weight, method.reduce(weight, None, statistics("input", inputs, out_features, in_features)), RANK
+    )
+    directions, _, _ = np.linalg.svd(inputs.numpy().T)
+    start = {"top": 0, "middle": (in_features - RANK) // 2, "tail": in_features - RANK}[subspace]
+    chosen = torch.from_numpy(directions[:, start : start + RANK])
+    torch.testing.assert_close(factors.down.T @ factors.down, chosen @ chosen.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.up @ factors.down, weight @ chosen @ chosen.T, rtol=0, atol=1e-5)
+
+
+def test_lora_null_is_silent_on_text_that_does_not_fill_the_inputs():
+    weight, _, inputs, _ = layer(24, 40, tokens=20)
+    method = Astra(name="lora_null", rank=RANK, side="input", null_space=True)
+    factors = method.initialise(weight, method.reduce(weight, None, statistics("input", inputs, 24, 40)), RANK)
+    assert (inputs @ factors.down.T).norm() < 1e-6 * inputs.norm()
+    assert factors.up.norm(dim=0).min() > 0.1
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
 def test_tail_captures_least_and_top_most_of_all_frames_in_the_range(out_features, in_features):
     def captured(outputs, q):
         return float((outputs @ q).square().sum())
