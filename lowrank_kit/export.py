@@ -1,7 +1,7 @@
 """Write a run's model for others to load, with a model card: dense, lowrank, serve, or lora for an adapter.
 
 dense multiplies the factors out (a stock checkpoint), lowrank keeps them, serve keeps them as servers like them, lora
-is plain PEFT on the original base.
+is plain PEFT on the original base: the adapter of a run, or what --rank or --energy extracts from a full fine-tune.
 """
 
 import argparse
@@ -32,6 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--multiple", type=_positive, metavar="N",
         help="with --format serve: ranks become multiples of N, filled up with zeros (128 for GPU kernels; default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rank", type=_positive, metavar="N", help="extract a LoRA of this rank from a fully fine-tuned checkpoint"
+    )
+    parser.add_argument(
+        "--energy", type=_share, metavar="SHARE", help="the same, every matrix with as many components as hold so much"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="what it was trained from (default: the run's own model)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="choose components by the outputs on this text, not by the weights",
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload it to this repository of the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     parser.add_argument(
@@ -44,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.multiple and options.format != "serve":
             raise ConfigError(f"--multiple is for --format serve: --format {options.format} leaves ranks as they are")
         _check_output(options.output)
-        source = adapter_in(options.source) if options.format == "lora" else checkpoint_in(options.source)
+        _check_extraction(options)
+        is_adapter = options.format == "lora" and not (options.rank or options.energy)
+        source = adapter_in(options.source) if is_adapter else checkpoint_in(options.source)
         if options.push_to_hub:
             # A hub that cannot be written to is found out before anything is.
             _check_hub()
@@ -83,7 +98,10 @@ def checkpoint_in(source: Path) -> Path:
 def adapter_in(source: Path) -> Path:
     """Find the adapter of a run directory, or the adapter folder itself; `ConfigError` where there is none."""
     if (folder := _adapter(source)) is None:
-        raise ConfigError(f"'{source}' has no adapter: --format lora is for runs of a method that adapts")
+        raise ConfigError(
+            f"'{source}' has no adapter: --format lora is for runs of a method that adapts; from a full fine-tune "
+            "--rank N or --energy SHARE extracts one"
+        )
     return folder
 
 
@@ -107,6 +125,36 @@ def _check_whole(source: Path) -> None:
         )
 
 
+def _check_extraction(options: argparse.Namespace) -> None:
+    extracts = options.rank or options.energy
+    if options.rank and options.energy:
+        raise ConfigError("--rank gives all matrices one rank, and --energy each its own: choose one of them")
+    if extracts and options.format != "lora":
+        raise ConfigError(f"--rank and --energy are for --format lora, not for --format {options.format}")
+    if (options.base or options.text) and not extracts:
+        raise ConfigError("--base and --text are for extracting a LoRA: add --rank N or --energy SHARE")
+    if options.text is not None and not options.text.is_file():
+        raise ConfigError(f"--text '{options.text}' is not a file")
+
+
+def _base_of(source: Path, options: argparse.Namespace) -> str:
+    manifest = read_json(source.parent / "manifest.json", dict) or {}
+    base = options.base or manifest.get("model", {}).get("path")
+    if base is None:
+        raise ConfigError(f"'{source}' does not say what it was trained from: add --base MODEL")
+    return str(base)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0, 1 at most")
+    return value
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
@@ -119,7 +167,8 @@ def _export(source: Path, options: argparse.Namespace) -> None:
     from lowrank_kit.runs.card import write_card
 
     output: Path = options.output
-    if options.format == "lora":
+    extracts = options.rank or options.energy
+    if options.format == "lora" and not extracts:
         from lowrank_kit.training.adapter_files import check_adapter
 
         check_adapter(source)
@@ -128,18 +177,38 @@ def _export(source: Path, options: argparse.Namespace) -> None:
     # A sibling of the target: a rename is atomic only within one file system.
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         whole = Path(temporary, "whole")
-        if options.format == "lora":
+        if extracts:
+            _extract(source, options, whole)
+        elif options.format == "lora":
             shutil.copytree(source, whole, ignore=shutil.ignore_patterns("README.md"))
-            if options.push_to_hub:
-                _forget_folders(whole)
         else:
             _save_model(source, options, whole)
+        if options.format == "lora" and options.push_to_hub:
+            _forget_folders(whole)
         # Asked for by its own folder, the model from before a recovery may be written too.
         before_recovery = (source.parent / "recovered").is_dir() and source.name == "checkpoint"
         measured: Literal["compressed", "final"] = "compressed" if before_recovery else "final"
         command = command_elsewhere(run, options.method_prefixes) if run else None
         write_card(whole, run, options.push_to_hub or output.name, measured, command)
         whole.replace(output)
+
+
+def _extract(source: Path, options: argparse.Namespace, output: Path) -> None:
+    from lowrank_kit.training.extract import Wanted, write_extraction
+
+    wanted = Wanted(options.rank, options.energy)
+    found, parameters = write_extraction(_base_of(source, options), source, output, wanted, options.text)
+    ranks, left = found.adapted.plan.ranks.values(), sorted(found.left.items(), key=lambda entry: entry[1])
+    print(
+        f"{len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, {parameters} parameters; of a difference it "
+        f"leaves out {sum(found.left.values()) / len(left):.1%} in the mean, {left[-1][1]:.1%} at most ({left[-1][0]})"
+    )
+    if found.elsewhere:
+        most = max(found.elsewhere, key=lambda name: found.elsewhere[name])
+        print(
+            f"not in it: {len(found.elsewhere)} other tensors that changed, by {found.elsewhere[most]:.2%} at most "
+            f"({most})"
+        )
 
 
 def _forget_folders(adapter: Path) -> None:
