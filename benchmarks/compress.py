@@ -39,7 +39,7 @@ from lowrank_kit.allocations.uniform import Uniform
 from lowrank_kit.assets import require
 from lowrank_kit.calibration.store import CalibrationStore
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.compressor import Context
+from lowrank_kit.compressors.compressor import Compression, Context
 from lowrank_kit.compressors.svd import TruncatedSVD
 from lowrank_kit.data.sources import DatasetRef, LocalSource, PackagedSource
 from lowrank_kit.evaluation.perplexity import perplexity
@@ -48,6 +48,7 @@ from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.load import load_tokenizer
 from lowrank_kit.runs.provenance import in_words, parse_study
 from lowrank_kit.spectral.factors import LowRankFactors
+from lowrank_kit.truncations.decompose import Request
 from lowrank_kit.truncations.optimal import Optimal
 
 PERPLEXITY_WINDOW = 1024
@@ -108,6 +109,9 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            # Its calls return before their work is done.
+            torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - started
 
     def calls_of(self, owner: type, name: str, phase: str) -> AbstractContextManager[object]:
@@ -123,12 +127,13 @@ class Clock:
 
 def measure_ours(arguments: argparse.Namespace) -> Run:
     calibration, held_out = _windows(arguments)
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration), batch_size=arguments.batch_size)
     first, *others = arguments.ratios
     model, clock = smollm2(arguments.blocks), Clock()
     model_bytes = _bytes(model)
     with tempfile.TemporaryDirectory() as cache:
         with PeakMemory() as memory, clock("all"):
-            compress(model, calibration, first, arguments.batch_size, Path(cache), clock)
+            compress(model, svd_llm(first), samples, Path(cache), clock)
         phases = dict(clock.seconds)
         seconds = phases.pop("all")
         judged = perplexity(model, held_out)
@@ -137,7 +142,7 @@ def measure_ours(arguments: argparse.Namespace) -> Run:
                 # Not two models at once.
                 del model
                 model = smollm2(arguments.blocks)
-                compress(model, calibration, ratio, arguments.batch_size, Path(cache), Clock())
+                compress(model, svd_llm(ratio), samples, Path(cache), Clock())
     phases[FORWARD] -= phases[DECOMPOSITION] + phases[CACHE]
     return {
         "seconds": seconds,
@@ -149,17 +154,21 @@ def measure_ours(arguments: argparse.Namespace) -> Run:
     }
 
 
-def compress(model: PreTrainedModel, windows: Tensor, ratio: float, batch_size: int, cache: Path, clock: Clock) -> None:
+def svd_llm(ratio: float) -> TruncatedSVD:
+    return TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=ratio, rank_multiple=1)
+
+
+def compress(
+    model: PreTrainedModel, method: TruncatedSVD, samples: CalibrationSamples, cache: Path, clock: Clock
+) -> PreTrainedModel:
     """Compress a model in place as a run of the pipeline does."""
-    method = TruncatedSVD(name="svd_llm", truncation=Optimal(), allocation=Uniform(), ratio=ratio, rank_multiple=1)
-    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in windows), batch_size=batch_size)
-    in_reduce = clock.calls_of(TruncatedSVD, "reduce", DECOMPOSITION)
+    work = Compression(method, Context(model, layout_of(model), samples, cache))
+    in_decomposition = clock.calls_of(Request, "decomposed", DECOMPOSITION)
     in_save = clock.calls_of(CalibrationStore, "save", CACHE)
-    with clock(FORWARD), in_reduce, in_save:
-        found = method.calibrate(Context(model, layout_of(model), samples, cache))
+    with clock(FORWARD), in_decomposition, in_save:
+        work.calibrate()
     with clock(FACTORS):
-        plan = method.decide(layout_of(model), found.candidates, None)
-        method.apply(plan, found, Context(model, layout_of(model), samples, cache))
+        return work.apply(work.plan())
 
 
 def measure_published(arguments: argparse.Namespace) -> Run:
@@ -232,9 +241,10 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, bool]:
 def profile(arguments: argparse.Namespace) -> None:
     """Print where our time goes; products written with an operator count to the function that has them."""
     calibration, _ = _windows(arguments)
+    samples = CalibrationSamples(tuple({"input_ids": ids} for ids in calibration), batch_size=arguments.batch_size)
     model, clock, profiler = smollm2(arguments.blocks), Clock(), cProfile.Profile()
     with tempfile.TemporaryDirectory() as cache, profiler:
-        compress(model, calibration, arguments.ratios[0], arguments.batch_size, Path(cache), clock)
+        compress(model, svd_llm(arguments.ratios[0]), samples, Path(cache), clock)
     clock.seconds[FORWARD] -= clock.seconds[DECOMPOSITION] + clock.seconds[CACHE]
     print("; ".join(f"{phase} {seconds:.1f} s" for phase, seconds in clock.seconds.items()))
     pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(20)

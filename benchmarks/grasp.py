@@ -172,7 +172,7 @@ def compress_as_published(model: PreTrainedModel, windows: Tensor, arguments: ar
 
 @torch.no_grad()
 def _influence(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[float]:
-    sums = torch.zeros(len(model.model.layers))
+    sums = torch.zeros(len(model.model.layers), device=model.device)
     last = []
     # What the model returns last is behind the final norm.
     handle = model.model.norm.register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0]))

@@ -1,7 +1,7 @@
 """How much memory a streamed compression takes, and how long a block takes: a model of any width, of a few blocks.
 
     python benchmarks/streamed.py --blocks 4 8 --method svd_llm [--hidden 4096 --inner 11008 --heads 32]
-        [--vocabulary 32000 --dtype bfloat16 --samples 4 --seq-len 512 --threads 2 --folder DIR]
+        [--vocabulary 32000 --dtype bfloat16 --samples 4 --seq-len 512 --threads 2 --device cpu --folder DIR]
 
 For every number of blocks a random Llama checkpoint of these widths is written to DIR, a shard a block, without ever
 being in memory as a whole. Then the ordinary command, in a fresh process, compresses it with
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, required=True)
     if "--child" in sys.argv:
         # The fresh process of a measurement that this script started.
@@ -74,7 +75,8 @@ def compress(options: argparse.Namespace, blocks: int) -> dict:
     text.with_name("test.txt").write_text(text.read_text())
     run = options.folder / f"run-{options.method}-{blocks}"
     words = [
-        *(f"method={options.method}", f"method.ratio={options.ratio}", "runtime.weights=streamed", "device=cpu"),
+        *(f"method={options.method}", f"method.ratio={options.ratio}", f"device={options.device}"),
+        "runtime.weights=streamed",
         *("task=perplexity", "task.texts.mine={}", "task.calibrate_on=mine", f"task.window={options.seq_len}"),
         *(f"~task.texts.{name}" for name in ("wikitext2", "ptb", "c4", "wikipedia", "openwebtext")),
         *("data=local", f"data.root={options.folder / 'data'}", f"model.path={folder}", f"dtype={options.dtype}"),
@@ -89,6 +91,7 @@ def compress(options: argparse.Namespace, blocks: int) -> dict:
         "method": options.method,
         "blocks": blocks,
         "gib": round(found["kib"] / 2**20, 3),
+        "cuda_gib": round(found["cuda_bytes"] / 2**30, 3),
         "seconds": round(found["seconds"], 1),
         "cpu_seconds": round(found["cpu_seconds"], 1),
         "loads": loads(run / "checkpoint"),
@@ -105,7 +108,8 @@ def measure(words: list[str]) -> None:
     execute(config)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "kib": peak}))
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "kib": peak, "cuda_bytes": cuda}))
 
 
 def write(folder: Path, blocks: int, options: argparse.Namespace) -> None:
@@ -126,7 +130,7 @@ def write(folder: Path, blocks: int, options: argparse.Namespace) -> None:
     parts: dict[str, list[str]] = {}
     for name in shapes:
         parts.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append(name)
-    where, draw = {}, torch.Generator().manual_seed(0)
+    where, draw = {}, torch.Generator(options.device).manual_seed(0)
     for number, names in enumerate(parts.values(), start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         save_file({name: tensor(shapes[name], options.dtype, draw) for name in names}, folder / file, {"format": "pt"})
@@ -143,7 +147,7 @@ def tensor(shape: torch.Size, dtype: str, draw: torch.Generator) -> torch.Tensor
     """Norms of ones, matrices whose outputs are about as large as their inputs."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=getattr(torch, dtype))
-    return (torch.randn(shape, generator=draw) / shape[1] ** 0.5).to(getattr(torch, dtype))
+    return (torch.randn(shape, generator=draw, device=draw.device) / shape[1] ** 0.5).to(getattr(torch, dtype)).cpu()
 
 
 def loads(folder: Path) -> bool:

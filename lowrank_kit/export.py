@@ -225,15 +225,15 @@ def _forget_folders(adapter: Path) -> None:
 
 def _save_model(source: Path, options: argparse.Namespace, output: Path) -> None:
     import torch
-    from transformers import AutoTokenizer
 
     from lowrank_kit.models.checkpoint import save_compressed, save_dense
-    from lowrank_kit.models.load import ModelSource, load_config, load_model
+    from lowrank_kit.models.load import ModelSource, load_config, load_model, read_tokenizer
     from lowrank_kit.models.servable import make_servable
 
-    stored = load_config(ModelSource(str(source))).dtype or torch.float32
-    model = load_model(ModelSource(str(source)), "causal", dtype=stored).model
-    tokenizer = AutoTokenizer.from_pretrained(source) if (source / "tokenizer_config.json").is_file() else None
+    model_source = ModelSource(str(source))
+    stored = load_config(model_source).dtype or torch.float32
+    model = load_model(model_source, "causal", dtype=stored).model
+    tokenizer = read_tokenizer(model_source) if (source / "tokenizer_config.json").is_file() else None
     if options.format == "serve" and (kept := make_servable(model, options.multiple or 1)):
         print(
             f"{len(kept)} ranks are no multiples of {options.multiple}: filled up, these factors would be no smaller "

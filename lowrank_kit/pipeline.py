@@ -33,7 +33,7 @@ from lowrank_kit.stages.classification import ClassificationStages
 from lowrank_kit.stages.compression import CompressionStages
 from lowrank_kit.stages.ledger import Ledger
 from lowrank_kit.stages.models import Models, source_of
-from lowrank_kit.stages.requirements import check_model, check_settings, device_for
+from lowrank_kit.stages.requirements import check_memory, check_model, check_settings, device_for
 from lowrank_kit.stages.workplace import Workplace
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def execute(config: RunConfig) -> Path:
     source = open_source(config.data.source, config.data.root, config.data.revision)
     tasks = _present(config, source)
     check_model(config, tasks)
+    check_memory(config, tasks[0], device)
     members = [_open(config, task, source) for task in tasks]
     facts = {f"{member.task.name}/{split}": fact for member in members for split, fact in member.data.facts().items()}
     if not run_path(config).is_dir():

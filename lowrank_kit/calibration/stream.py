@@ -55,9 +55,9 @@ def stream_statistics(
     if not wanted:
         return
     batches = distributed.share(batches)
-    masks = {True: _masks(batches, "attention_mask", opening)}
+    masks = {True: _masks(batches, "attention_mask", opening, model.device)}
     if len(layout.stacks) > 1:
-        masks[False] = _masks(batches, "decoder_attention_mask", opening)
+        masks[False] = _masks(batches, "decoder_attention_mask", opening, model.device)
     walk = BlockWalk(model, layout, batches)
     for block in walk.forward(until=max(wanted)):
         linears = wanted.get(block.index, [])
@@ -71,12 +71,9 @@ def stream_statistics(
             yield block.index, collector.statistics()
 
 
-def _masks(batches: Sequence[Batch], name: str, opening: int) -> list[Tensor | None]:
-    return [_counted(batch.get(name), opening) for batch in batches]
-
-
-def _counted(mask: Tensor | None, opening: int) -> Tensor | None:
-    return None if mask is None else measured(mask, opening)
+def _masks(batches: Sequence[Batch], name: str, opening: int, device: "torch.device") -> list[Tensor | None]:
+    masks = [batch.get(name) for batch in batches]
+    return [None if mask is None else measured(mask, opening).to(device) for mask in masks]
 
 
 class MomentCollector:

@@ -53,6 +53,8 @@ def _show(path: Path, console: Console) -> None:
     if not (path / "config.json").is_file():
         raise ConfigError(f"'{path}' is neither a run directory (config.yaml) nor a checkpoint folder (config.json)")
     matrices = matrices_of(path)
+    if not matrices:
+        raise ConfigError(f"'{path}' has no block with a linear in it")
     console.print(_roles(matrices, path))
     console.print(_map(matrices))
 

@@ -150,7 +150,8 @@ class LocalSource:
         is_text = ref.name.startswith(TEXT)
         for folder in (ref.name, ref.name.removeprefix(TEXT)) if is_text else (ref.name,):
             for suffix in (".jsonl", ".txt") if is_text else (".jsonl",):
-                yield from (self.root / folder).glob(f"{stem}{suffix}")
+                # Of a pipe or a device the end may never come.
+                yield from filter(Path.is_file, (self.root / folder).glob(f"{stem}{suffix}"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lowrank_kit import distributed
 from lowrank_kit.config import Metric
 from lowrank_kit.data.padding import RightPadded, padding_id
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.memory import fewer
 
 BOOTSTRAP_SAMPLES = 200
 
@@ -76,7 +77,7 @@ def predict(
     )
 
     def logits_of(numbers: Sequence[int]) -> list[NDArray[np.float32]]:
-        loader = DataLoader(texts.select(numbers), batch_size, collate_fn=collate)
+        loader = DataLoader(texts.select(numbers), fewer(batch_size), collate_fn=collate)
         return [logits for batch in loader for logits in model(**batch.to(device)).logits.float().cpu().numpy()]
 
     lengths = [len(ids) for ids in rows["input_ids"]]

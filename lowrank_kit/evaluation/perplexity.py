@@ -11,6 +11,7 @@ from lowrank_kit import distributed
 from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.head import Head
+from lowrank_kit.models.memory import fewer
 from lowrank_kit.progress import Bar
 
 
@@ -51,7 +52,7 @@ def perplexity(
     Raises `LowRankKitError` that names the first window with logits that are not finite.
     """
     model.eval()
-    head = Head(model)
+    head, batch_size = Head(model), fewer(batch_size)
 
     def means_of(numbers: Sequence[int]) -> list[float]:
         means: list[float] = []

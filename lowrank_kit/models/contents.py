@@ -24,7 +24,8 @@ def contents(source: ModelSource) -> dict[str, str]:
         # A snapshot's folder is named by its commit.
         return {"commit": Path(found).parent.name} if isinstance(found, str) else {}
     gguf = source.gguf_file or Path(source.path).name
-    files = [file for file in folder.iterdir() if file.suffix in _READ or file.name == gguf]
+    # Of a pipe or a device the end may never come.
+    files = [file for file in folder.iterdir() if (file.suffix in _READ or file.name == gguf) and file.is_file()]
     # hashlib releases the interpreter lock, so threads read files side by side.
     with ThreadPoolExecutor() as pool:
         return dict(zip([file.name for file in sorted(files)], pool.map(sha256, sorted(files)), strict=True))

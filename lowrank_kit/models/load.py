@@ -33,6 +33,7 @@ from lowrank_kit.models.weight_files import check_weight_files, weight_files
 from lowrank_kit.models.whole import Head, check_whole
 
 PACKAGED = "packaged://"
+MOST_BLOCKS = 10_000
 _AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
@@ -81,9 +82,14 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, source)
 
 
+def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as it is; errors as for `load_model`."""
+    return _from_pretrained(AutoTokenizer, source)
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a padding token pads with its end-of-sequence token."""
-    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -193,6 +199,10 @@ def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None
     Raises `LowRankKitError` where the architecture has no such head, or the configuration describes no model.
     """
     config = _headed(config, head, num_labels, None)
+    if (blocks := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_BLOCKS:
+        raise LowRankKitError(
+            f"the config.json of '{config.name_or_path}' describes {blocks} blocks: no model has so many"
+        )
     try:
         with torch.device("meta"):
             return _AUTO_CLASSES[head].from_config(config)

@@ -4,16 +4,32 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
 
 from lowrank_kit import distributed
 from lowrank_kit.config import Stage
+from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.models.memory import within_memory
 from lowrank_kit.runs.directory import RunDirectory
 from lowrank_kit.runs.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
+
+# They only read the model, and can be done again with smaller batches.
+_READ: Collection[Stage] = ("calibrate", "evaluate")
+_TAKES_LESS: Mapping[Stage, str] = {
+    "calibrate": "lower calibration.seq_len, or have one block in memory at a time (runtime=streamed)",
+    "plan": "lower the windows that the allocation measures on, or use one that does not measure the model",
+    "apply": "have one block in memory at a time (runtime=streamed), or use a method without correction",
+    "train": "halve train.batch_size and double train.gradient_accumulation, which is the same training; or set "
+    "train.gradient_checkpointing=true",
+    "evaluate": "lower task.window, or spread the model over all memory that there is (runtime=spread)",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,9 @@ class Ledger:
         """
         if stage not in self.todo:
             return None
+        task = partial(within_memory, work) if stage in _READ else work
         with self._noted(stage):
-            return distributed.on_main(work) if alone else work()
+            return distributed.on_main(task) if alone else task()
 
     @contextmanager
     def _noted(self, stage: Stage) -> Iterator[None]:
@@ -43,6 +60,11 @@ class Ledger:
         try:
             with self.manifest.stage(stage):
                 yield
+        except torch.OutOfMemoryError as error:
+            raise LowRankKitError(
+                f"{self.task}: the device has no memory for the stage {stage} ({str(error).partition('. ')[0]}). The "
+                f"stages before it are kept. What takes less: dtype=bfloat16, where it is not set; {_TAKES_LESS[stage]}"
+            ) from error
         finally:
             self.manifest.record("data", self.facts())
             self.run.write_json("manifest.json", self.manifest.as_dict())

@@ -13,6 +13,7 @@ from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.evaluation.speed import check_positions
 from lowrank_kit.models.layout import ModelLayout, layout_of
 from lowrank_kit.models.load import ModelSource, check_files, load_config, skeleton, streamable_folder
+from lowrank_kit.models.memory import free_bytes
 from lowrank_kit.models.quantised import as_quantised, check_quantisation
 from lowrank_kit.stages.models import source_of
 from lowrank_kit.training.processes import rows_per_pass
@@ -30,7 +31,10 @@ def device_for(asked: str) -> str:
         return "cuda" if there else "cpu"
     kind, _, index = asked.partition(":")
     if kind == "cuda" and int(index or 0) >= there:
-        raise ConfigError(f"device={asked}: torch {torch.__version__} sees {there} CUDA devices here; use device=auto")
+        built = "" if torch.version.cuda else " and is built for CPUs alone: install one for CUDA, or"
+        raise ConfigError(
+            f"device={asked}: torch {torch.__version__} sees {there} CUDA devices here{built or ';'} use device=auto"
+        )
     return asked
 
 
@@ -74,6 +78,33 @@ def check_model(config: RunConfig, tasks: Sequence[SingleTask]) -> None:
     if config.runtime.weights == "streamed":
         method.check_streamed()
         _check_streamable(layout, source)
+
+
+def check_memory(config: RunConfig, task: SingleTask, device: str) -> None:
+    """Raise `ConfigError` where the weights alone find no room on a CUDA device. Reads shapes, no weights.
+
+    What is streamed, spread or quantised takes less, which is not estimated.
+    """
+    runtime = config.runtime
+    less = runtime.weights == "streamed" or runtime.placement is not None or config.model.quantization != "none"
+    if less or not device.startswith("cuda"):
+        return
+    labels = task.labels if task.kind == "classification" else None
+    shapes = skeleton(_configuration(source_of(config.model)), task.kind, labels)
+    needed = sum(weight.numel() for weight in shapes.parameters()) * getattr(torch, config.dtype).itemsize
+    if needed <= (free := free_bytes(torch.device(device))):
+        return
+    smaller = ["dtype=bfloat16"] if config.dtype == "float32" else []
+    if config.method.trains:
+        smaller.append("model.quantization=nf4 (for adapters that leave the base alone)")
+    elif config.method.compresses:
+        smaller.append("runtime=streamed with run.stages=[calibrate,plan,apply] (for the SVD family)")
+    else:
+        smaller.append("runtime=spread")
+    raise ConfigError(
+        f"the weights of {config.model.name} take {needed / 2**30:.1f} GiB in {config.dtype}, and "
+        f"{free / 2**30:.1f} GiB are free on {device}: use {', '.join(smaller)} or device=cpu"
+    )
 
 
 def _check_streamable(layout: ModelLayout, source: ModelSource) -> None:

@@ -70,6 +70,8 @@ def _kind(model: PreTrainedModel) -> str:
 
 
 def _check_factors(file: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
+    if not isinstance(config.target_modules, set | list | str):
+        raise LowRankKitError(_unlike(file, f"targets that are no names, {config.target_modules!r}"))
     ends = (".lora_A.weight", ".lora_B.weight")
     names = {name.removesuffix(end) for name in weights for end in ends if name.endswith(end)}
     wanted = config.target_modules if isinstance(config.target_modules, set | list) else ()

@@ -34,6 +34,12 @@ from lowrank_kit.training.processes import make_whole, rows_per_pass, sharding
 from lowrank_kit.training.reporting import TrainingProgress
 
 LOGGING_STEPS = 10
+# Renamed by transformers after 5.17.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 # Transformers' "constant" has no warm-up.
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -116,7 +122,7 @@ def fit(
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=examples.eval_batch_size,
         gradient_accumulation_steps=passes,
-        activation_checkpointing=settings.gradient_checkpointing,
+        **{_CHECKPOINTING: settings.gradient_checkpointing},
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=_SCHEDULERS[settings.scheduler],

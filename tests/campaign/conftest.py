@@ -2,13 +2,19 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
+# As the processes that are forked find it, too.
+sys.path.append(str(Path(__file__).parent))
+import trial
 
 FULL = os.environ.get("LOWRANK_KIT_CAMPAIGN") == "full"
 Case = TypeVar("Case")
@@ -33,3 +39,36 @@ def some() -> Callable[..., Sequence[Case]]:
         return random.Random(0).sample(cases, min(full if FULL else short, len(cases)))
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether this is the campaign and not the suite."""
+    return FULL
+
+
+class Trials:
+    """Commands in processes of their own, with a cache each; ``said`` is what the last one printed."""
+
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self._log, self._environment = log, environment
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def start(
+        self, words: Sequence[str], cache: Path, limits: dict[int, int] | None = None, **more: str
+    ) -> BaseProcess:
+        self._log.write_text("")
+        return trial.start(words, self._log, self._environment | {"LOWRANK_KIT_CACHE": str(cache)} | more, limits)
+
+    def run(self, words: Sequence[str], cache: Path, limits: dict[int, int] | None = None, **more: str) -> int | None:
+        process = self.start(words, cache, limits, **more)
+        process.join(120)
+        return process.exitcode
+
+
+@pytest.fixture
+def trials(environment, tmp_path) -> Trials:
+    return Trials(tmp_path / "said", environment | {"COLUMNS": "300"})
