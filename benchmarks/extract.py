@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--energies", type=float, nargs="*", default=[0.5, 0.9, 0.99])
     options = parse_study(parser)
     print(in_words(options.provenance))
-    words = ["method=full_ft", "task=glue/sst2", f"run.root={options.folder / 'runs'}"]
+    # The rate of BERT's own fine-tuning; the default is for adapters.
+    words = ["method=full_ft", "task=glue/sst2", "train.learning_rate=5e-5", f"run.root={options.folder / 'runs'}"]
     run = execute(Composer().jobs(force_dotted(words), multirun=False)[0])
     rows = PackagedSource().load(DatasetRef("glue/sst2"), "validation").dataset
     sentences = PackagedSource().load(DatasetRef("glue/sst2"), "train").dataset["sentence"]

@@ -1,7 +1,7 @@
 """Methods at Llama-2-7B's widths on few blocks, and their ratio to the published procedure: what a block costs.
 
 Compressions read 128 windows of 2048 random tokens; their phases are seconds of two blocks, and 32 take sixteen times
-as much. Against published procedures ours works on four blocks, in float32 and on 32 windows but for CorDA.
+as much. Published procedures take two blocks, GRASP's four; in float32 and with 32 windows, but for CorDA.
 """
 
 from argparse import Namespace
@@ -28,12 +28,12 @@ def main() -> None:
         # Both read one decomposition: the second shows what another allocation or ratio costs.
         for method in ("svd_llm", "hisvd", "kfac_svd"):
             part.measure(method, partial(compressed, part, method, windows, Path(cache)))
-    part.measure("svd_llm, published / ours", partial(against_published, part, windows[: part.pick(32, 4)]))
     settings = Namespace(batch_size=4, redundant=1, full_backward=False)
     part.measure(
         "grasp, published / ours", partial(grasp_against_published, part, windows[: part.pick(32, 4)], settings)
     )
     part.measure("astra, corda / ours", partial(astra_against_corda, part, windows))
+    part.measure("svd_llm, published / ours", partial(against_published, part, windows[: part.pick(32, 4)]))
     part.finish()
 
 
@@ -48,8 +48,8 @@ def compressed(part: Part, name: str, windows: torch.Tensor, cache: Path) -> Fig
 
 
 def against_published(part: Part, windows: torch.Tensor) -> Figures:
-    """SVD-LLM on four blocks in float32, ours and as published."""
-    blocks, found = 4, {}
+    """SVD-LLM in float32, ours and as published."""
+    blocks, found = FEW, {}
     for name in ("ours", "published"):
         model, clock = part.llama(blocks, torch.float32), compress.Clock()
         with part.scratch() as cache, clock("all"):
@@ -76,8 +76,8 @@ def grasp_against_published(part: Part, windows: torch.Tensor, settings: Namespa
 
 
 def astra_against_corda(part: Part, windows: torch.Tensor) -> Figures:
-    """The start of an adapter of rank 128 on every linear of four blocks: Astra's, and CorDA's by PEFT."""
-    blocks, rank, clock = 4, part.pick(128, 8), compress.Clock()
+    """The start of an adapter of rank 128 on every linear: Astra's, and CorDA's by PEFT."""
+    blocks, rank, clock = FEW, part.pick(128, 8), compress.Clock()
     starts = {"astra": astra_init.initialise_astra, "corda": astra_init.initialise_corda}
     for name, start in starts.items():
         model = part.llama(blocks)

@@ -42,42 +42,41 @@ def main() -> None:
     }
     for name, make in kinds.items():
         part.measure(name, partial(against_dense, part, make))
+    for name in ("factors, 0.2", "pivots, 0.2", "int8"):
+        part.measure(f"{name}, compiled", partial(compiled, part, kinds[name]))
+    part.measure("dense, compiled", partial(compiled, part, dense))
     part.finish()
 
 
 @torch.no_grad()
 def against_dense(part: Part, make: Callable[[Part], PreTrainedModel]) -> Figures:
-    """Both phases at every shape, eager; at one of them, compiled."""
-    models = {"dense": part.llama(part.pick(BLOCKS, 2)), "compressed": make(part)}
+    """Both phases at every shape, eager."""
+    models = {"dense": dense(part), "compressed": make(part)}
     found: Figures = {}
     for batch, length in part.pick(((1, 512), (8, 512), (8, 2048), (64, 128)), ((1, 8), (2, 16))):
         settings = SpeedConfig(
-            batch_size=batch, prompt_tokens=length, new_tokens=part.pick(32, 2), repeats=part.pick(7, 2)
+            batch_size=batch, prompt_tokens=length, new_tokens=part.pick(32, 2), repeats=part.pick(5, 2)
         )
         speeds = measure_speed(models, settings, part.device)
-        dense, compressed = speeds["dense"], speeds["compressed"]
+        slow, fast = speeds["dense"], speeds["compressed"]
         bytes_of_weights = {name: held(model) for name, model in models.items()}
         found[f"{batch} x {length}"] = {
-            "prefill, tokens a second": [dense.prefill_tokens_per_second, compressed.prefill_tokens_per_second],
-            "decode, tokens a second": [dense.decode_tokens_per_second, compressed.decode_tokens_per_second],
-            "times faster": speedup(dense, compressed),
-            "ideal by multiplications": ideal_speedup(dense, compressed),
+            "prefill, tokens a second": [slow.prefill_tokens_per_second, fast.prefill_tokens_per_second],
+            "decode, tokens a second": [slow.decode_tokens_per_second, fast.decode_tokens_per_second],
+            "times faster": speedup(slow, fast),
+            "ideal by multiplications": ideal_speedup(slow, fast),
             "ideal by bytes": bytes_of_weights["dense"] / bytes_of_weights["compressed"],
-            "peak extra MiB": [dense.peak_extra_bytes / 2**20, compressed.peak_extra_bytes / 2**20],
-        }
-    if not part.rehearses:
-        seconds = {name: compiled(part, model) for name, model in models.items()}
-        found["compiled"] = seconds | {
-            phase: seconds["dense"][phase] / seconds["compressed"][phase] for phase in ("prefill", "decode")
+            "peak extra MiB": [slow.peak_extra_bytes / 2**20, fast.peak_extra_bytes / 2**20],
         }
     models.clear()
     gc.collect()
     return found
 
 
-def compiled(part: Part, model: PreTrainedModel) -> Figures:
+@torch.no_grad()
+def compiled(part: Part, make: Callable[[Part], PreTrainedModel]) -> Figures:
     """Seconds of a prefill of 8 x 512 tokens, and of 32 tokens that `generate` adds to it one by one."""
-    tokens = part.windows(8, 512).to(part.device)
+    model, tokens = make(part), part.windows(*part.pick((8, 512), (2, 16))).to(part.device)
     forward = torch.compile(model.model, dynamic=False)
     prefill = timed(part, lambda: forward(input_ids=tokens, use_cache=False), 5)
     options = {"do_sample": False, "cache_implementation": "static", "pad_token_id": 0, "eos_token_id": None}
@@ -111,6 +110,11 @@ def held(model: nn.Module) -> int:
 def rank_of(ref: LinearRef, ratio: float) -> int:
     """The rank of two factors that leaves this share of the parameters, in whole eights."""
     return max(8, int((1 - ratio) * ref.parameters / (ref.out_features + ref.in_features)) // 8 * 8)
+
+
+def dense(part: Part) -> PreTrainedModel:
+    """The model as it is."""
+    return part.llama(part.pick(BLOCKS, 2))
 
 
 def factored(part: Part, ratio: float) -> PreTrainedModel:
