@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).with_name("support")))
 
 from conftest import build_tiny_model
 from integration.conftest import WORDS, build_tokenizer, made_up_rows, write_rows
