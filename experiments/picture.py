@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from lowrank_kit.plots.ratio import plot_loss_against_ratio
+from lowrank_kit.runs.provenance import parse_study
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("--text", default="wikitext2")
     parser.add_argument("--title")
     parser.add_argument("arms", nargs="+", metavar="ARM[=NAME]")
-    options = parser.parse_args()
+    options = parse_study(parser)
     rows, column = json.loads(options.results.read_text())["rows"], f"{options.text} perplexity"
     names = dict((arm.split("=") * 2)[:2] for arm in options.arms)
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in names.values()}
