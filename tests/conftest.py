@@ -5,6 +5,17 @@ import logging
 for library in ("torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Where shapes are annotated every call is checked. Elsewhere mypy does: the check of a call costs more than the call.
+PACKAGE = Path(__file__).parents[1] / "lowrank_kit"
+SHAPED = [file for file in PACKAGE.rglob("*.py") if "from jaxtyping import" in file.read_text()]
+install_import_hook(
+    [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in SHAPED], "beartype.beartype"
+)
+
 import gc
 import time
 from collections.abc import Callable
