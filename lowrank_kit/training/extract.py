@@ -29,6 +29,8 @@ from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import output_projection
 from lowrank_kit.training.adapters import AdaptedModel, attach
 
+LORA = Lora(name="lora")
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -79,7 +81,8 @@ def extract(
 
     Raises `LowRankKitError` for models of different shapes, and for those whose linears are equal.
     """
-    layout = layout_of(tuned)
+    # Of experts that are one parameter, no adapter holds a change.
+    targets = LORA.targets(layout_of(tuned))
     shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (base, tuned)]
     if shapes[0] != shapes[1]:
         name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
@@ -104,9 +107,9 @@ def extract(
         return keep(layer.ref, layer.moments)
 
     if samples is None:
-        found = {ref.name: keep(ref, _identity(ref.in_features)) for ref in layout.linears}
+        found = {ref.name: keep(ref, _identity(ref.in_features)) for ref in targets}
     else:
-        found = calibrate(tuned, samples, layout.linears, Reduction(StatisticsRequest(moments="input"), keep_of))
+        found = calibrate(tuned, samples, targets, Reduction(StatisticsRequest(moments="input"), keep_of))
     factors = {name: LowRankFactors(kept["up"], kept["down"]) for name, kept in found.items() if kept["up"].shape[1]}
     if not factors:
         raise LowRankKitError("no matrix of the fine-tuned model differs from the base: there is nothing to extract")
@@ -136,7 +139,7 @@ def _adapter(base: PreTrainedModel, factors: Mapping[str, LowRankFactors], new_m
     is_classifier = type(base).__name__.endswith("ForSequenceClassification")
     heads = [layout.head] if is_classifier and layout.head else []
     saved = tuple(dict.fromkeys([*new_modules, *heads]))
-    adapted = attach(base, Lora(name="lora"), plan, {}, saved, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
+    adapted = attach(base, LORA, plan, {}, saved, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
     for name, product in factors.items():
         layer = adapted.layer(name)
         layer.lora_A["default"].weight.copy_(product.down)

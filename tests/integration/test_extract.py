@@ -107,6 +107,20 @@ def products(full, adapted):
         yield ref, (after - before).numpy(), layer.get_delta_weight("default").detach().double().numpy()
 
 
+def test_experts_that_are_one_parameter_are_told_apart(tiny_model, tmp_path, capsys):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    tiny_model("mixtral").save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            parameter *= 2.0 if "experts" in name else 1.5
+    model.save_pretrained(tuned)
+    extracted((base, tuned), tmp_path / "lora", "--rank", "12")
+    assert "by 100.00% at most (model.layers.0.mlp.experts" in capsys.readouterr().out
+    names = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
+    assert {name.rsplit(".", 1)[1] for name in names} == {f"{role}_proj" for role in "qkvo"}
+
+
 def test_by_weights_it_is_the_truncated_svd(full, tmp_path, capsys):
     adapted = extracted(full, tmp_path / "lora", "--rank", "5")
     said = capsys.readouterr().out
