@@ -34,6 +34,8 @@ from lowrank_kit.models.whole import Head, check_whole
 
 PACKAGED = "packaged://"
 MOST_BLOCKS = 10_000
+# Pivot rows of a 70B model, a number a line, would take some 50 MB; reading a file takes fifty times as much memory.
+MOST_CONFIG_BYTES = 2**27
 _AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
@@ -199,10 +201,6 @@ def skeleton(config: PretrainedConfig, head: Head, num_labels: int | None = None
     Raises `LowRankKitError` where the architecture has no such head, or the configuration describes no model.
     """
     config = _headed(config, head, num_labels, None)
-    if (blocks := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_BLOCKS:
-        raise LowRankKitError(
-            f"the config.json of '{config.name_or_path}' describes {blocks} blocks: no model has so many"
-        )
     try:
         with torch.device("meta"):
             return _AUTO_CLASSES[head].from_config(config)
@@ -222,6 +220,10 @@ def _headed(config: PretrainedConfig, head: Head, num_labels: int | None, proble
         raise LowRankKitError(
             f"'{config.name_or_path}' is no causal language model: this {config.model_type} reads what comes behind a "
             "token too; choose a model that predicts the next token, or a classification task"
+        )
+    if (blocks := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_BLOCKS:
+        raise LowRankKitError(
+            f"the config.json of '{config.name_or_path}' describes {blocks} blocks: no model has so many"
         )
     config = deepcopy(config)
     if num_labels is not None:
@@ -264,6 +266,11 @@ def _locate(source: ModelSource) -> ModelSource:
             raise ConfigError(
                 f"'{source.path}' has no {wanted} (it holds {found}): give a transformers checkpoint folder, "
                 f"a .gguf file, a hub id or {_packaged_hint()}"
+            )
+        if source.gguf_file is None and (size := (path / wanted).stat().st_size) > MOST_CONFIG_BYTES:
+            raise ConfigError(
+                f"the config.json of '{source.path}' has {size / 1e6:.0f} MB: what describes a model has "
+                f"{MOST_CONFIG_BYTES / 1e6:.0f} at most; fetch it or write it again"
             )
         return ModelSource(str(path), gguf_file=source.gguf_file)
     if path.is_file():

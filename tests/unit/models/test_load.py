@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -165,3 +167,21 @@ def test_absent_packaged_model_says_what_to_run(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_KIT_CACHE", str(tmp_path))
     with pytest.raises(LowRankKitError, match=r"python -m lowrank_kit\.assets minilm_l6.*84 MB"):
         load_config(ModelSource("packaged://minilm_l6"))
+
+
+def test_a_million_blocks_are_refused_by_all_that_build_a_model(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**6}))
+    source = ModelSource(str(tmp_path))
+    for build in (lambda: load_model(source, "causal"), lambda: skeleton(load_config(source), "causal")):
+        with pytest.raises(LowRankKitError, match="describes 1000000 blocks: no model has so many"):
+            build()
+
+
+def test_a_configuration_of_hundreds_of_megabytes_is_not_read(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"x": "x" * 2**27}))
+    with pytest.raises(ConfigError, match=r"has 134 MB: what describes a model has 134 at most"):
+        load_config(ModelSource(str(tmp_path)))
