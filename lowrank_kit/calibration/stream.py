@@ -17,7 +17,7 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.streamed import weights_of
-from lowrank_kit.spectral.moments import Moments
+from lowrank_kit.spectral.moments import Moments, SampleMoments
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class MomentCollector:
         self, model: PreTrainedModel, refs: Sequence[LinearRef], request: StatisticsRequest, masks: TokenMasks
     ) -> None:
         self._model, self._masks, device = model, masks, model.device
+        kind = SampleMoments if request.scaled_samples else Moments
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             self._groups[ref.input_group].append(ref)
@@ -119,10 +120,10 @@ class MomentCollector:
             if request.moments == "input" or (
                 request.moments == "smaller" and width**2 < sum(ref.out_features**2 for ref in group)
             ):
-                self._inputs[name] = Moments.zeros(width, device)
+                self._inputs[name] = kind.zeros(width, device)
             elif request.moments is not None:
                 for ref in group:
-                    self._outputs[ref.name] = Moments.zeros(ref.out_features, device)
+                    self._outputs[ref.name] = kind.zeros(ref.out_features, device)
 
     @property
     def reads(self) -> dict[str, Callable[[int, Tensor], None]]:
