@@ -14,7 +14,7 @@ import pytest
 from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.assets import CATALOGUE
 from lowrank_kit.commands import VERBS
-from lowrank_kit.commands.completion import SCRIPTS, candidates
+from lowrank_kit.commands.completion import candidates
 from lowrank_kit.compose import Composer
 
 COMMAND = Path(sys.executable).with_name("lowrank-kit")
@@ -98,10 +98,17 @@ def _until(terminal: int, *expected: str) -> None:
     raise AssertionError(f"not seen: {expected} in {seen!r}")
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_script_is_read_by_the_shell(shell):
-    if not (program := shutil.which(shell)):
+@pytest.mark.parametrize(
+    ("shell", "program"),
+    [
+        # zsh's `compdef` exists behind `compinit` alone; it completes on a terminal only.
+        ("zsh", "autoload -U compinit; compinit -D; source <(lowrank-kit completion zsh); whence _lowrank_kit"),
+        ("fish", "source (lowrank-kit completion fish | psub); complete -C 'lowrank-kit run method=svd_llm_'"),
+    ],
+)
+def test_another_shell_takes_the_script(shell, program):
+    if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
-    # zsh's `compdef` exists behind `compinit` alone.
-    before = "autoload -U compinit; compinit -D; " if shell == "zsh" else ""
-    subprocess.run([program, "-c", f"{before}{SCRIPTS[shell]}"], check=True, capture_output=True)
+    environment = os.environ | {"PATH": f"{COMMAND.parent}:{os.environ['PATH']}"}
+    done = subprocess.run([shell, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [{"zsh": "_lowrank_kit", "fish": "method=svd_llm_v2"}[shell]]
