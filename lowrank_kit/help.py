@@ -58,7 +58,9 @@ def help_text(
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
         if (section := _section_type(field.annotation, value)) is not None:
-            keys += [f"\n{name}: {one_line(field.description)}", *_section(name, section, value or {})]
+            keys.append(f"\n{name}: {one_line(field.description)}")
+            for key, its_field, its_value in fields(section, value or {}, f"{name}."):
+                keys += _key(key, its_field, its_value)
         else:
             keys += ["", *_key(name, field, value)]
     heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
@@ -95,13 +97,16 @@ def _kind(section: type[BaseModel]) -> str:
     return str(kind)
 
 
-def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+def fields(
+    section: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Yield every key of a section behind ``prefix``, with its field and its value; of the sections inside, too."""
     for name, field in section.model_fields.items():
         value = values.get(name, to_jsonable_python(field.get_default(call_default_factory=True), fallback=str))
         if (inner := _section_type(field.annotation, value)) is not None:
-            yield from _section(f"{prefix}.{name}", inner, value)
+            yield from fields(inner, value, f"{prefix}{name}.")
         else:
-            yield from _key(f"{prefix}.{name}", field, value)
+            yield f"{prefix}{name}", field, value
 
 
 def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
+from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.spectral.moments import Moments, SampleMoments
 
 
@@ -69,6 +70,24 @@ def stream_statistics(
         if linears:
             collector.add_up()
             yield block.index, collector.statistics()
+
+
+def statistics_by_block(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Batch],
+    request: StatisticsRequest,
+    refs: Collection[LinearRef],
+    skip: Collection[int] = (),
+    opening: int = 0,
+) -> Iterator[tuple[int, list[LayerStatistics]]]:
+    """As `stream_statistics`; where a request reads no activations, no batch is run and the moments are empty."""
+    if request.reads_activations:
+        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
+        return
+    for block in sorted({ref.block for ref in refs} - set(skip)):
+        with weights_of(model).block(block):
+            yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
 
 
 def _masks(batches: Sequence[Batch], name: str, opening: int, device: "torch.device") -> list[Tensor | None]:

@@ -31,11 +31,16 @@ class Matrix:
     """None: no product of two."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
     parser = argparse.ArgumentParser("lowrank-kit inspect", description=__doc__)
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     with command():
         _show(options.path, Console(width=max(100, Console().width)))
     return 0
