@@ -21,9 +21,9 @@ from lowrank_kit.runs.status import read_status
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m lowrank_kit.export", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
     parser.add_argument("--format", choices=("dense", "lowrank", "serve", "lora"), required=True, help="what to write")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
@@ -51,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--method-prefixes", nargs="+", default=[], metavar="PACKAGE",
         help="packages of your own methods, which may be imported; what a run names itself is not",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     let_here(options.method_prefixes)
     try:
         if options.multiple and options.format != "serve":

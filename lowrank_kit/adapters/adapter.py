@@ -87,7 +87,7 @@ class Adapter(FineTuning):
     takes_from_base: ClassVar[bool] = False
     """Whether PEFT's initialisation takes a product that is not zero out of the base weight."""
     rows_a_batch: ClassVar[int | None] = None
-    """Calibration sequences that PEFT's initialisation can read at once; None: any number."""
+    """Calibration samples that are read at once; None: as many as `calibration.batch_size` says."""
 
     rank: int = Field(default=8, ge=1)
     """Rank r of every adapted matrix, unless `rank_pattern` or an allocation says otherwise."""
