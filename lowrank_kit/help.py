@@ -15,24 +15,25 @@ from lowrank_kit.config import Choice, RunConfig
 INTRODUCTION = """\
 Adapt or compress a language model with a low-rank method, evaluate it, and leave a run directory behind.
 
-Usage: python -m lowrank_kit.run [GROUP=OPTION | KEY=VALUE ...]
-       python -m lowrank_kit.run -m KEY=VALUE,VALUE,...    one run for each combination
+Usage: lowrank-kit run [GROUP=OPTION | KEY=VALUE ...]
+       lowrank-kit run -m KEY=VALUE,VALUE,...    one run for each combination
+       python -m lowrank_kit.run ...             the same command, by its module
 
 A run calibrates, plans, applies the method, trains and evaluates. It prints `run: DIR` as its last line; DIR
 holds config.yaml, manifest.json, status.json, results.json and the adapter or the compressed checkpoint. The same
 command again resumes where the last one stopped. Exit status: 0 all done, 1 the work failed, 2 the command is wrong.
 
 Examples
-  python -m lowrank_kit.run method=astra task=glue/rte
-  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
-  python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
-  python -m lowrank_kit.run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
-  python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
-  python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
-  python -m lowrank_kit.run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
-  python -m lowrank_kit.run method=none data=local data.root=my_rows task=glue/cola
-  python -m lowrank_kit.run debug=fast tracker=wandb tracker.mode=offline
-  python -m lowrank_kit.run method=astra method.subspace=top --cfg job --resolve    show, do not run
+  lowrank-kit run method=astra task=glue/rte
+  lowrank-kit run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
+  lowrank-kit run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
+  lowrank-kit run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
+  lowrank-kit run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
+  lowrank-kit run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
+  lowrank-kit run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
+  lowrank-kit run method=none data=local data.root=my_rows task=glue/cola
+  lowrank-kit run debug=fast tracker=wandb tracker.mode=offline
+  lowrank-kit run method=astra method.subspace=top --cfg job --resolve    show, do not run
 """
 
 FOOTER = """\
