@@ -78,9 +78,7 @@ def estimate(
     The row's passes are scaled by the number of tokens, the reduction of the last span by the number of spans. The
     memory is what the process holds now, the hidden states, the statistics at hand, and the activations of a batch.
     """
-    import psutil
-
-    tokens, held_now = sum(batch["input_ids"].numel() for batch in batches), psutil.Process().memory_info().rss
+    tokens, held_now = sum(batch["input_ids"].numel() for batch in batches), _held(model)
     row = {name: values[:1] for name, values in batches[0].items()}
     share, request = tokens / row["input_ids"].numel(), work.request
     last = [ref for ref in work.refs if ref.block in work.spans[-1]]
@@ -111,6 +109,15 @@ def estimate(
     states = min(MEMORY_BYTES, tokens * layout.linears[0].in_features * model.dtype.itemsize)
     seconds = share * (passed - started) + len(work.spans) * (reduced - passed)
     return Estimate(seconds, held_now + states + at_hand + activations)
+
+
+def _held(model: PreTrainedModel) -> int:
+    """Bytes that the process holds: on the GPU, if the model is there."""
+    if model.device.type == "cuda":
+        return torch.cuda.memory_allocated(model.device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _now(model: PreTrainedModel) -> float:
