@@ -22,9 +22,7 @@ def command() -> Iterator[None]:
     An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the work and exit with 130 and 143.
     """
     unwind_on_sigterm()
-    # Where torchao is installed, PEFT imports it, and it names every kernel that it has for another machine.
-    for library in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    hush_kernels()
     try:
         yield
     except LowRankKitError as error:
@@ -32,6 +30,12 @@ def command() -> Iterator[None]:
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def hush_kernels() -> None:
+    """Where torchao is installed, PEFT imports it, and it names every kernel that it has for another machine."""
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def unwind_on_sigterm() -> None:
@@ -50,6 +54,9 @@ def set_up_console(quiet: bool = False) -> None:
 
     ``quiet``: errors alone, as from all but the first of several processes.
     """
+    hush_kernels()
+    # In a notebook, where bars would be drawn by a package that is not there.
+    warnings.filterwarnings("ignore", "IProgress not found")
     import datasets
     import transformers
 

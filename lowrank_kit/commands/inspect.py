@@ -115,9 +115,8 @@ def matrices_of(folder: Path) -> list[Matrix]:
     whole = {ref.name: ref.parameters for ref in layout_of(skeleton(stock.from_dict(settings), "base")).linears}
     found = []
     for ref in layout_of(skeleton(config, "base")).linears:
-        rank = min(part.full_rank for part in ref.parts) if len(ref.parts) > 1 else None
         left = sum(part.parameters for part in ref.parts)
-        found.append(Matrix(ref.block, ref.role, left, whole[ref.name], rank))
+        found.append(Matrix(ref.block, ref.role, left, whole[ref.name], ref.rank))
     return found
 
 

@@ -81,6 +81,10 @@ def test_inspect_shows_a_checkpoint_s_own_ranks(say, job):
     # What a plan says is left, the checkpoint's own shapes say.
     assert sum(m.parameters for m in matrices) == plan["parameters_after"]
     assert sum(m.dense for m in matrices) == plan["parameters_before"]
+    # Pivot storage has a half whose smaller side is not the rank.
+    factored = [(m.rank, rank) for m, rank in zip(matrices, plan["ranks"].values(), strict=True) if m.rank is not None]
+    assert factored
+    assert all(shown == planned for shown, planned in factored)
     status, out, _ = say("inspect", str(run))
     assert status == 0
     assert "complete" in out
