@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.console import explained
+from lowrank_kit.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         _compare(samples_in(options.first), samples_in(options.second), options.seed)
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 
