@@ -53,7 +53,8 @@ def command(language_arguments, arguments) -> Callable[[str, Path], list[str]]:
         if method not in ("none", "shortgpt", "laco"):
             more.append("method.rank_multiple=1")
         more += ["-m", "method.ratio=0.3,0.4"] if kind == SWEEP else []
-        more += ["method.ratio=0.4"] if kind in ("blocks", "merged blocks") else []
+        # One block of three goes.
+        more += ["method.ratio=0.3"] if kind in ("blocks", "merged blocks") else []
         return ["run", *language_arguments(*more, method=method), f"run.root={root}"]
 
     return build
