@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from importlib.metadata import Distribution, distributions, requires
 from pathlib import Path
@@ -99,7 +98,8 @@ def environment(tmp_path) -> Environment:
     def build(name: str, *words: str) -> Path:
         folder = tmp_path / name
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip(folder / "bin", "install", *words)
+        if words:
+            pip(folder / "bin", "install", *words)
         return folder / "bin"
 
     return build
@@ -153,18 +153,29 @@ UNITS = (
 TOOLS = ("pytest", "pytest-timeout", "beartype", "hypothesis")
 
 
-def lowest() -> list[str]:
-    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return [f"torch=={pinned()['torch']}" if re.match(r"torch\b", one) else one.replace(">=", "==") for one in bounds]
-
-
 @pytest.mark.assets
 @pytest.mark.parametrize("which", ["lowest", "newest"])
 def test_lowest_and_newest_dependencies_work(which, environment, asset, tmp_path):
     for name in ("smollm2_135m", "minilm_l6", "benchmark_rows", "running_text"):
         asset(name)
-    words = lowest() if which == "lowest" else ["--upgrade", f"torch=={pinned()['torch']}"]
-    programs = environment(which, str(ROOT), *words, *TOOLS)
+    programs = environment(which)
+    # pip has no such choice. It takes wheels that lie here where pip does.
+    resolver = environment("resolver", "uv")
+    local = ["--find-links", links] if (links := os.environ.get("PIP_FIND_LINKS")) else []
+    choice = "lowest-direct" if which == "lowest" else "highest"
+    words = [
+        str(resolver / "uv"),
+        "pip",
+        "install",
+        "--python",
+        str(programs / "python"),
+        "--resolution",
+        choice,
+        *local,
+    ]
+    # Tools of these tests are as the lock has them.
+    tools = [f"{name}=={pinned()[name]}" for name in ("torch", *TOOLS)]
+    subprocess.run([resolver / "uv", *words, str(ROOT), *tools], check=True)
     at_work(programs, tmp_path / "work")
     # The checkout's tests, and the installed package.
     (tmp_path / "checkout").mkdir()
@@ -200,6 +211,8 @@ def test_no_known_vulnerability(environment):
         "off",
     ]
     done = subprocess.run(words, capture_output=True, text=True)
-    if re.search(r"ConnectionError|ProxyError|Max retries|ServiceError|timed out|Forbidden", done.stderr):
-        pytest.skip(f"the service of vulnerabilities does not answer: {done.stderr.strip().splitlines()[-1][:200]}")
+    # A mirror of the index may serve packages alone, and pip-audit calls that nothing found.
+    silent = done.stdout.count("could not be audited") >= len(pinned())
+    if silent or re.search(r"ConnectionError|Max retries|ServiceError|timed out|Forbidden", done.stderr):
+        pytest.skip("the index that is reached from here tells nothing of vulnerabilities")
     assert done.returncode == 0, done.stdout + done.stderr
