@@ -5,7 +5,7 @@ SERVER ?= .venv-vllm
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test campaign lint docs nightly supply-chain lock server clean
+.PHONY: demo test campaign lint assets docs nightly supply-chain lock server clean
 
 demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, fine-tune, print the table
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
@@ -13,8 +13,8 @@ demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, 
 
 # A process a core, of one thread each: the matrices are small, and threads that wait for each other cost minutes.
 # In the order of the files, for those with few and long tests come early.
-test: lint  ## everything that CI checks
-	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
+test: $(VENV)/.installed  ## everything that CI checks
+	$(MAKE) --no-print-directory --jobs 2 --output-sync lint assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not nightly" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 campaign: $(VENV)/.installed  ## faults, hostile input and kills in full: about half an hour on one core
@@ -25,6 +25,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+assets: $(VENV)/.installed  ## the small real models, rows and texts that the tests read
+	$(BIN)/python -m lowrank_kit.assets minilm_l6 smollm2_135m benchmark_rows running_text
 
 nightly: $(VENV)/.installed server  ## the full-size checks
 	$(BIN)/python -m lowrank_kit.assets

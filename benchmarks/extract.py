@@ -1,9 +1,10 @@
 """What a LoRA extracted from a full fine-tune loses, by rank: a small encoder on SST-2, judged on the rows held out.
 
-    python benchmarks/extract.py --folder DIR [--ranks 1 2 4 8 16 32 64 --energies 0.5 0.9 0.99]
+    python benchmarks/extract.py --folder DIR [--ranks 1 2 4 8 16 32 64] [--energies 0.5 0.9 0.99] [--budgets 41472 ...]
 
-An ordinary run of `method=full_ft` first, then `export --format lora` at every rank and energy, by weights and by the
-outputs on the training sentences. Loss and accuracy are of the model that PEFT makes of the base and the adapter.
+An ordinary run of `method=full_ft` first, then `export --format lora` at every rank, energy and budget of parameters,
+by weights and by the outputs on the training sentences. The budgets are those of ranks 1, 4 and 16. Loss and accuracy
+are of the model that PEFT makes of the base and the adapter.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--energies", type=float, nargs="*", default=[0.5, 0.9, 0.99])
+    parser.add_argument("--budgets", type=int, nargs="*", default=[41472, 165888, 663552])
     options = parse_study(parser)
     print(in_words(options.provenance))
     # The rate of BERT's own fine-tuning; the default is for adapters.
@@ -60,6 +62,8 @@ def choices(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
         yield f"rank {rank}", ["--rank", str(rank)]
     for energy in options.energies:
         yield f"energy {energy}", ["--energy", str(energy)]
+    for budget in options.budgets:
+        yield f"budget {budget}", ["--parameters", str(budget)]
 
 
 def with_head(base: PreTrainedModel, tuned: PreTrainedModel) -> PreTrainedModel:

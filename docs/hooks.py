@@ -1,8 +1,14 @@
-"""Fills the reference page of the configuration from the schema that checks it."""
+"""Fills the reference page of the configuration from the schema that checks it, and sets formulas as MathML.
 
+Formulas are set when the site is built: a reader needs neither a script nor a network.
+"""
+
+import re
 from collections.abc import Iterator, Mapping
+from html import unescape
 from typing import Any, get_args, get_origin
 
+from latex2mathml.converter import convert
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
@@ -11,6 +17,7 @@ from lowrank_kit.config import RunConfig
 from lowrank_kit.help import one_line, type_name, yaml_value
 
 MARK = "<!-- schema -->"
+FORMULA = re.compile(r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -19,6 +26,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return markdown
     values: Any = OmegaConf.to_container(Composer().compose(), resolve=True)
     return markdown.replace(MARK, "\n".join(_sections(RunConfig, "", values)))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Set what arithmatex has marked as a formula."""
+    return FORMULA.sub(_formula, html)
+
+
+def _formula(found: re.Match[str]) -> str:
+    is_block = found[1] == "["
+    set_ = convert(unescape(found[2]).strip(), display="block" if is_block else "inline")
+    return f'<div class="formula">{set_}</div>' if is_block else set_
 
 
 def _sections(section: type[BaseModel], key: str, values: Mapping[str, Any]) -> Iterator[str]:

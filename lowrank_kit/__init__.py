@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "adapt", "compress"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # `AutoModelForCausalLM.from_pretrained` knows compressed checkpoints from here on; costs nothing until then.
 register_on_import()

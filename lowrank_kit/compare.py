@@ -12,14 +12,19 @@ from lowrank_kit.console import explained
 from lowrank_kit.errors import ConfigError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m lowrank_kit.compare", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit compare", description=__doc__)
     text = "run directory (its final model), or a folder of samples such as RUN/samples/dense"
     parser.add_argument("first", type=Path, metavar="RUN_A", help=text)
     parser.add_argument("second", type=Path, metavar="RUN_B", help="the same; differences are B - A")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     try:
         _compare(samples_in(options.first), samples_in(options.second), options.seed)
     except Exception as error:

@@ -22,9 +22,7 @@ def command() -> Iterator[None]:
     An unexpected exception keeps its traceback; Ctrl-C and SIGTERM unwind the work and exit with 130 and 143.
     """
     unwind_on_sigterm()
-    # Where torchao is installed, PEFT imports it, and it names every kernel that it has for another machine.
-    for library in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    hush_kernels()
     try:
         yield
     except Exception as error:
@@ -45,6 +43,12 @@ def explained(error: Exception) -> int:
     return known.exit_status
 
 
+def hush_kernels() -> None:
+    """Where torchao is installed, PEFT imports it, and it names every kernel that it has for another machine."""
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def unwind_on_sigterm() -> None:
     """Let SIGTERM raise `SystemExit`: a scheduler sends it before it kills, and unwinding records the interruption."""
 
@@ -61,6 +65,9 @@ def set_up_console(quiet: bool = False) -> None:
 
     ``quiet``: errors alone, as from all but the first of several processes.
     """
+    hush_kernels()
+    # In a notebook, where bars would be drawn by a package that is not there.
+    warnings.filterwarnings("ignore", "IProgress not found")
     import datasets
     import transformers
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lowrank_kit.models.quantised import Bits
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m lowrank_kit.eora", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit eora", description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="new or empty folder")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of the base's weights (default: 4)")
     parser.add_argument("--group", type=int, default=32, help="inputs with one scale, of 4 bits (default: 32)")
@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDES", help="for example task=perplexity model=smollm2_135m"
     )
-    options = parser.parse_intermixed_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_intermixed_args(arguments)
     try:
         if options.output.exists() and any(options.output.iterdir()):
             raise ConfigError(f"'{options.output}' exists and is not empty: choose another folder")

@@ -1,7 +1,8 @@
 """Write a run's model for others to load, with a model card: dense, lowrank, serve, or lora for an adapter.
 
 dense multiplies the factors out (a stock checkpoint), lowrank keeps them, serve keeps them as servers like them, lora
-is plain PEFT on the original base: the adapter of a run, or what --rank or --energy extracts from a full fine-tune.
+is plain PEFT on the original base: the adapter of a run, or what --rank, --energy or --parameters extracts from a full
+fine-tune.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from lowrank_kit.runs.status import read_status
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m lowrank_kit.export", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
     parser.add_argument("--format", choices=("dense", "lowrank", "serve", "lora"), required=True, help="what to write")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--energy", type=_share, metavar="SHARE", help="the same, every matrix with as many components as hold so much"
     )
+    parser.add_argument(
+        "--parameters", type=_positive, metavar="N",
+        help="the same, all matrices together with so many parameters, where they hold most",
+    )  # fmt: skip
     parser.add_argument("--base", metavar="MODEL", help="what it was trained from (default: the run's own model)")
     parser.add_argument(
         "--text",
@@ -52,14 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--method-prefixes", nargs="+", default=[], metavar="PACKAGE",
         help="packages of your own methods, which may be imported; what a run names itself is not",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     let_here(options.method_prefixes)
     try:
         if options.multiple and options.format != "serve":
             raise ConfigError(f"--multiple is for --format serve: --format {options.format} leaves ranks as they are")
         _check_output(options.output)
         _check_extraction(options)
-        is_adapter = options.format == "lora" and not (options.rank or options.energy)
+        is_adapter = options.format == "lora" and not _extracts(options)
         source = adapter_in(options.source) if is_adapter else checkpoint_in(options.source)
         if options.push_to_hub:
             # A hub that cannot be written to is found out before anything is.
@@ -100,7 +110,7 @@ def adapter_in(source: Path) -> Path:
     if (folder := _adapter(source)) is None:
         raise ConfigError(
             f"'{source}' has no adapter: --format lora is for runs of a method that adapts; from a full fine-tune "
-            "--rank N or --energy SHARE extracts one"
+            "--rank N, --energy SHARE or --parameters N extracts one"
         )
     return folder
 
@@ -125,14 +135,23 @@ def _check_whole(source: Path) -> None:
         )
 
 
+def _extracts(options: argparse.Namespace) -> list[str]:
+    """The options that ask for a LoRA out of a full fine-tune."""
+    asked = {"--rank": options.rank, "--energy": options.energy, "--parameters": options.parameters}
+    return [name for name, value in asked.items() if value]
+
+
 def _check_extraction(options: argparse.Namespace) -> None:
-    extracts = options.rank or options.energy
-    if options.rank and options.energy:
-        raise ConfigError("--rank gives all matrices one rank, and --energy each its own: choose one of them")
+    extracts = _extracts(options)
+    if len(extracts) > 1:
+        raise ConfigError(
+            "--rank gives all matrices one rank, --energy each its own, --parameters all a common budget: choose one "
+            "of them"
+        )
     if extracts and options.format != "lora":
-        raise ConfigError(f"--rank and --energy are for --format lora, not for --format {options.format}")
+        raise ConfigError(f"{extracts[0]} is for --format lora, not for --format {options.format}")
     if (options.base or options.text) and not extracts:
-        raise ConfigError("--base and --text are for extracting a LoRA: add --rank N or --energy SHARE")
+        raise ConfigError("--base and --text are for extracting a LoRA: add --rank N, --energy SHARE or --parameters N")
     if options.text is not None and not options.text.is_file():
         raise ConfigError(f"--text '{options.text}' is not a file")
 
@@ -167,7 +186,7 @@ def _export(source: Path, options: argparse.Namespace) -> None:
     from lowrank_kit.runs.card import write_card
 
     output: Path = options.output
-    extracts = options.rank or options.energy
+    extracts = _extracts(options)
     if options.format == "lora" and not extracts:
         from lowrank_kit.training.adapter_files import check_adapter
 
@@ -214,7 +233,7 @@ def _copy_adapter(source: Path, output: Path) -> None:
 def _extract(source: Path, options: argparse.Namespace, output: Path) -> None:
     from lowrank_kit.training.extract import Wanted, write_extraction
 
-    wanted = Wanted(options.rank, options.energy)
+    wanted = Wanted(options.rank, options.energy, options.parameters)
     found, parameters = write_extraction(_base_of(source, options), source, output, wanted, options.text)
     ranks, left = found.adapted.plan.ranks.values(), sorted(found.left.items(), key=lambda entry: entry[1])
     print(

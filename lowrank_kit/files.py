@@ -71,14 +71,9 @@ def read_json(file: Path, kind: type = object, remedy: str = RUN_REMEDY) -> Any:
 
     Raises `DamagedFileError` for anything else.
     """
-    text = _text(file, remedy)
-    if text is None:
+    if (text := _text(file, remedy)) is None:
         return None
-    try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        why = str(error) if isinstance(error, json.JSONDecodeError) else "no JSON"
-        raise damaged(file, why, remedy) from error
+    value = _decoded(file, text, remedy)
     if not isinstance(value, kind):
         raise damaged(file, f"it holds a {type(value).__name__}, no {kind.__name__}", remedy)
     return value
@@ -103,10 +98,9 @@ def read_as(file: Path, content: Any, remedy: str = RUN_REMEDY) -> Any:
 
     Raises `DamagedFileError` for anything else, naming the place in the file.
     """
-    value = read_json(file, object, remedy)
-    if value is None and not file.is_file():
+    if (text := _text(file, remedy)) is None:
         return None
-    return checked(content, value, file, remedy)
+    return checked(content, _decoded(file, text, remedy), file, remedy)
 
 
 def checked(content: Any, value: Any, file: Path, remedy: str = RUN_REMEDY) -> Any:
@@ -149,6 +143,14 @@ def read_yaml(file: Path, remedy: str = RUN_REMEDY) -> dict[str, Any]:
     return value
 
 
+def _decoded(file: Path, text: str, remedy: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, json.JSONDecodeError) else "no JSON"
+        raise damaged(file, why, remedy) from error
+
+
 def _finite(number: str) -> float:
     value = float(number)
     if not isfinite(value):
@@ -170,6 +172,9 @@ def _text(file: Path, remedy: str) -> str | None:
         if file.stat().st_size > MOST_BYTES:
             raise damaged(file, f"it has more than {MOST_BYTES >> 20} MiB", remedy)
         return file.read_text("utf-8")
+    except FileNotFoundError:
+        # Another process may take it away at any time: a lock that is released, a cache that is cleared.
+        return None
     except UnicodeDecodeError as error:
         raise damaged(file, "it is not UTF-8", remedy) from error
     except OSError as error:

@@ -15,24 +15,25 @@ from lowrank_kit.config import Choice, RunConfig
 INTRODUCTION = """\
 Adapt or compress a language model with a low-rank method, evaluate it, and leave a run directory behind.
 
-Usage: python -m lowrank_kit.run [GROUP=OPTION | KEY=VALUE ...]
-       python -m lowrank_kit.run -m KEY=VALUE,VALUE,...    one run for each combination
+Usage: lowrank-kit run [GROUP=OPTION | KEY=VALUE ...]
+       lowrank-kit run -m KEY=VALUE,VALUE,...    one run for each combination
+       python -m lowrank_kit.run ...             the same command, by its module
 
 A run calibrates, plans, applies the method, trains and evaluates. It prints `run: DIR` as its last line; DIR
 holds config.yaml, manifest.json, status.json, results.json and the adapter or the compressed checkpoint. The same
 command again resumes where the last one stopped. Exit status: 0 all done, 1 the work failed, 2 the command is wrong.
 
 Examples
-  python -m lowrank_kit.run method=astra task=glue/rte
-  python -m lowrank_kit.run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
-  python -m lowrank_kit.run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
-  python -m lowrank_kit.run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
-  python -m lowrank_kit.run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
-  python -m lowrank_kit.run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
-  python -m lowrank_kit.run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
-  python -m lowrank_kit.run method=none data=local data.root=my_rows task=glue/cola
-  python -m lowrank_kit.run debug=fast tracker=wandb tracker.mode=offline
-  python -m lowrank_kit.run method=astra method.subspace=top --cfg job --resolve    show, do not run
+  lowrank-kit run method=astra task=glue/rte
+  lowrank-kit run method=hisvd task=perplexity method.ratio=0.2 calibration.samples=32 eval.limit=8
+  lowrank-kit run method=svd_llm allocation=d_rank truncation=two_sided task=perplexity
+  lowrank-kit run method=zs_svd method.preset=paper method.ratio=0.6 task=perplexity    as published
+  lowrank-kit run method=lora task=glue seed=1 train.max_steps=300 train.learning_rate=5e-4
+  lowrank-kit run -m method=astra,lora method.rank=8,16 task=glue/sst2 seed=0,1,2
+  lowrank-kit run -m method=svd_llm,hisvd method.ratio=0.2,0.4 task=perplexity hydra/launcher=slurm_gpu
+  lowrank-kit run method=none data=local data.root=my_rows task=glue/cola
+  lowrank-kit run debug=fast tracker=wandb tracker.mode=offline
+  lowrank-kit run method=astra method.subspace=top --cfg job --resolve    show, do not run
 """
 
 FOOTER = """\
@@ -58,7 +59,9 @@ def help_text(
     for name, field in schema.model_fields.items():
         value = defaults.get(name)
         if (section := _section_type(field.annotation, value)) is not None:
-            keys += [f"\n{name}: {one_line(field.description)}", *_section(name, section, value or {})]
+            keys.append(f"\n{name}: {one_line(field.description)}")
+            for key, its_field, its_value in fields(section, value or {}, f"{name}."):
+                keys += _key(key, its_field, its_value)
         else:
             keys += ["", *_key(name, field, value)]
     heading = "Keys (type, value in this configuration, meaning; those of `method` are the chosen method's)"
@@ -95,13 +98,16 @@ def _kind(section: type[BaseModel]) -> str:
     return str(kind)
 
 
-def _section(prefix: str, section: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+def fields(
+    section: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Yield every key of a section behind ``prefix``, with its field and its value; of the sections inside, too."""
     for name, field in section.model_fields.items():
         value = values.get(name, to_jsonable_python(field.get_default(call_default_factory=True), fallback=str))
         if (inner := _section_type(field.annotation, value)) is not None:
-            yield from _section(f"{prefix}.{name}", inner, value)
+            yield from fields(inner, value, f"{prefix}{name}.")
         else:
-            yield from _key(f"{prefix}.{name}", field, value)
+            yield f"{prefix}{name}", field, value
 
 
 def _key(key: str, field: FieldInfo, value: Any) -> Iterator[str]:

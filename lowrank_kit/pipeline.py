@@ -93,6 +93,7 @@ def execute(config: RunConfig) -> Path:
         distributed.together(device),
         RunDirectory.open(config, lambda: _inputs(config, facts)) as run,
         _logged_to(run.path / "log.txt"),
+        _interruption_told(run.path),
     ):
         log.info(
             "%s on %s (%s), %s, %s", config.method.name, config.model.name, config.model.path, config.dtype, device
@@ -176,6 +177,16 @@ def _execute_task(config: RunConfig, member: Member, models: Models, run: RunDir
         records = read_records(run.path / "results.json")
         tracker.summary({f"{r.task}/{r.metric}/{r.checkpoint}": r.value for r in records})
     return records
+
+
+@contextmanager
+def _interruption_told(path: Path) -> Iterator[None]:
+    """One line for a person who ends the run by Ctrl-C, or reads why a scheduler's job ended."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        log.warning("interrupted; the same command again goes on in %s", path)
+        raise
 
 
 def _log_data(facts: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ class StageProgress(Progress):
             return
         self._last_line = time.monotonic()
         task = self._tasks[task_id]
-        left = "" if task.time_remaining is None else f", {_clock(round(task.time_remaining))} left"
+        left = "" if task.time_remaining is None else f", {clock(round(task.time_remaining))} left"
         total = "" if task.total is None else f" of {task.total:g}"
         log.info("%s: %g%s%s", task.description, task.completed, total, left)
 
@@ -86,7 +86,8 @@ class Bar:
             self._progress.update(self._task, **changes)
 
 
-def _clock(seconds: int) -> str:
+def clock(seconds: int) -> str:
+    """Return a time as `M:SS` or `H:MM:SS`."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -78,7 +78,7 @@ def grasp_against_published(part: Part, windows: torch.Tensor, settings: Namespa
 def astra_against_corda(part: Part, windows: torch.Tensor) -> Figures:
     """The start of an adapter of rank 128 on every linear: Astra's, and CorDA's by PEFT."""
     blocks, rank, clock = FEW, part.pick(128, 8), compress.Clock()
-    starts = {"astra": astra_init.initialise_astra, "corda": astra_init.initialise_corda}
+    starts = {"astra": astra_init.initialise_astra, "corda": astra_init.initialise_peft_corda}
     for name, start in starts.items():
         model = part.llama(blocks)
         sequences = list(windows) if name == "astra" else list(windows.to(part.device))

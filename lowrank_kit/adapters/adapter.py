@@ -48,13 +48,13 @@ class FineTuning(Method):
         To such a parameter no adapter can be attached, and PEFT takes names of other MLP matrices for the experts'.
         Raises `ConfigError` for a role that is not there, or that cannot be adapted.
         """
-        refs = layout.of_roles(self.roles)
+        refs = self._chosen(layout)
         if any(ref.packed for ref in layout.linears):
             others = dict.fromkeys(ref.role for ref in refs if ref.kind != "attention")
-            if self.roles is not None and others:
+            if self._chooses and others:
                 raise ConfigError(
-                    f"method.roles: {', '.join(others)} of this {layout.model_type} cannot be adapted, for its experts "
-                    "are one parameter: leave them out"
+                    f"{self._chooses}: {', '.join(others)} of this {layout.model_type} cannot be adapted, for its "
+                    "experts are one parameter: leave them out"
                 )
             refs = tuple(ref for ref in refs if ref.kind == "attention")
         return tuple(part for ref in refs for part in ref.parts)
@@ -62,6 +62,15 @@ class FineTuning(Method):
     def plan(self, layout: ModelLayout, kept: Mapping[str, Kept]) -> Plan:
         """Decide every rank. ``kept`` is what calibration kept of each target, empty without calibration."""
         raise NotImplementedError
+
+    @property
+    def _chooses(self) -> str | None:
+        """The setting that names linears, if there is one."""
+        return None if self.roles is None else "method.roles"
+
+    def _chosen(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
+        """The linears that are named."""
+        return layout.of_roles(self.roles)
 
     def _plan_with(
         self,
@@ -87,8 +96,11 @@ class Adapter(FineTuning):
     takes_from_base: ClassVar[bool] = False
     """Whether PEFT's initialisation takes a product that is not zero out of the base weight."""
     rows_a_batch: ClassVar[int | None] = None
-    """Calibration sequences that PEFT's initialisation can read at once; None: any number."""
+    """Calibration samples that are read at once; None: as many as `calibration.batch_size` says."""
 
+    target_modules: str | tuple[str, ...] | None = Field(default=None, exclude_if=lambda wanted: wanted is None)
+    """Linears to adapt as PEFT names them: ends of module paths, such as `[q_proj, v_proj]`, one regular expression of
+    whole paths, or `all-linear`; null: `roles`."""
     rank: int = Field(default=8, ge=1)
     """Rank r of every adapted matrix, unless `rank_pattern` or an allocation says otherwise."""
     match_parameters: int | None = Field(default=None, ge=1, exclude_if=lambda wanted: wanted is None)
@@ -104,6 +116,17 @@ class Adapter(FineTuning):
     """Rank by role, or by a regular expression that matches a whole module path; it overrides `rank`."""
     train: Literal["both", "down", "up"] = "both"
     """Which factors learn. `down` freezes B, so that every update stays in its column space."""
+
+    @model_validator(mode="after")
+    def _targets_are_named_once(self) -> "Adapter":
+        if self.target_modules is not None and self.roles is not None:
+            raise ValueError("target_modules and roles both name what is adapted: leave one out")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(f"target_modules: '{self.target_modules}' is no regular expression: {error}") from None
+        return self
 
     @field_validator("rank_pattern")
     @classmethod
@@ -220,6 +243,27 @@ class Adapter(FineTuning):
         from peft import get_peft_model
 
         return get_peft_model(model, config)
+
+    @property
+    def _chooses(self) -> str | None:
+        return "method.target_modules" if self.target_modules is not None else super()._chooses
+
+    def _chosen(self, layout: ModelLayout) -> tuple[LinearRef, ...]:
+        wanted = self.target_modules
+        if wanted is None or wanted == "all-linear":
+            return super()._chosen(layout)
+        patterns = (wanted,) if isinstance(wanted, str) else tuple(rf"(.*\.)?{re.escape(name)}" for name in wanted)
+        names = (wanted,) if isinstance(wanted, str) else wanted
+        for name, pattern in zip(names, patterns, strict=True):
+            if not any(re.fullmatch(pattern, ref.name) for ref in layout.linears):
+                known = tuple(dict.fromkeys(ref.name.rpartition(".")[2] for ref in layout.linears))
+                raise ConfigError(
+                    f"method.target_modules: '{name}' matches no linear in the blocks of this {layout.model_type}"
+                    f"{did_you_mean(name, known)} (their paths end in {', '.join(known)})"
+                )
+        if not patterns:
+            raise ConfigError("method.target_modules=[] names no linear: leave it out for all")
+        return tuple(ref for ref in layout.linears if any(re.fullmatch(pattern, ref.name) for pattern in patterns))
 
     def _plan_of(self, layout: ModelLayout, ranks: dict[str, int], scores: dict[str, float] | None = None) -> Plan:
         targets = [ref for ref in self.targets(layout) if ref.name in ranks]

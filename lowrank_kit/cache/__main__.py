@@ -1,4 +1,4 @@
-"""``python -m lowrank_kit.cache [--clear [KEY ...]]``: list what runs keep on disk for other runs, or clear it."""
+"""`lowrank-kit cache [--clear [KEY ...]]`: list what runs keep on disk for other runs, or clear it."""
 
 import argparse
 import json
@@ -18,13 +18,18 @@ from lowrank_kit.errors import ConfigError, did_you_mean
 KINDS = ("calibration", "perplexity", "benchmarks")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank_kit.cache", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit cache", description=__doc__)
     parser.add_argument(
         "--clear", nargs="*", metavar="KEY", help="remove the entries whose keys begin so; without a KEY, all"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     console = Console()
     try:
         known = {kind: entries(cache_dir() / kind) for kind in KINDS}

@@ -9,17 +9,16 @@ from rich.progress import Progress
 
 from lowrank_kit.cache.key import Maker, StatisticsKey
 from lowrank_kit.calibration.batches import batches_of
+from lowrank_kit.calibration.estimate import Work, say_estimate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.stream import stream_statistics
+from lowrank_kit.calibration.stream import statistics_by_block
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.models.fingerprint import Reads
 from lowrank_kit.models.layout import LinearRef, ModelLayout, layout_of
-from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.progress import Bar
-from lowrank_kit.spectral.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,12 @@ def reduce_spans(
     if not spans:
         return
     layout, batches = layout_of(model), batches_of(model, samples)
+    say_estimate(model, layout, batches, Work(refs, request, reduce, spans), gradients)
     if request.gradient is not None:
         assert gradients is not None
         collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
-    for block, statistics in _statistics(model, layout, batches, request, refs, known, samples.opening):
+    for block, statistics in statistics_by_block(model, layout, batches, request, refs, known, samples.opening):
         if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found.pop(layer.ref.name)) for layer in statistics]
@@ -157,23 +157,6 @@ def _reduced(
     reduce: Callable[[list[LayerStatistics]], dict[str, Kept]], statistics: list[LayerStatistics]
 ) -> dict[str, Kept]:
     return {name: _on_cpu(kept) for name, kept in reduce(statistics).items()}
-
-
-def _statistics(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    batches: Sequence[Mapping[str, Tensor]],
-    request: StatisticsRequest,
-    refs: Collection[LinearRef],
-    skip: Collection[int],
-    opening: int,
-) -> Iterator[tuple[int, list[LayerStatistics]]]:
-    if request.reads_activations:
-        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
-        return
-    for block in sorted({ref.block for ref in refs} - set(skip)):
-        with weights_of(model).block(block):
-            yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
 
 
 def collect_gradients(

@@ -1,6 +1,6 @@
 """Gradients of the loss in some linears: backward passes over the calibration set, in bounded memory."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from jaxtyping import Float
@@ -106,13 +106,17 @@ def weight_gradients(
     return {name: found.mean for name, found in collector.statistics(refs).items() if found.mean is not None}
 
 
+def bytes_of(refs: Iterable[LinearRef], request: GradientRequest) -> int:
+    """What the statistics of some linears take, all at once; the small ones are not counted."""
+    return sum(8 * request.moments * ref.full_rank**2 + 4 * request.mean * ref.parameters for ref in refs)
+
+
 def _passes(wanted: Mapping[int, Sequence[LinearRef]], request: GradientRequest) -> Iterator[list[int]]:
     """Group the blocks so that no group's statistics exceed the limit; a block alone may."""
     group: list[int] = []
     held = 0
     for block, refs in wanted.items():
-        grams, weights = 8 * request.moments, 4 * request.mean
-        size = sum(grams * ref.full_rank**2 + weights * ref.parameters for ref in refs)
+        size = bytes_of(refs, request)
         if group and held + size > STATISTICS_BYTES:
             yield group
             group, held = [], 0

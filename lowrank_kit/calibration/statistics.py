@@ -65,10 +65,13 @@ class StatisticsRequest:
     ``moments``: second moments of its ``input``, of its ``output``, or of whichever costs less. ``smaller`` is enough
     to know the spectrum of the outputs: those of a layer that reads ``x`` follow from the moments of ``x`` and the
     weight, and linears that share one input tensor share its moments.
+    ``scaled_samples``: every sample is divided by the absolute value of its largest entry first, and ``count`` is of
+    samples (`SampleMoments`); the batches then have a sample each.
     ``magnitudes``: mean absolute value of every input channel. ``gradient``: parts of `GradientStatistics`; None: none.
     """
 
     moments: Side | None = None
+    scaled_samples: bool = False
     magnitudes: bool = False
     gradient: GradientRequest | None = None
 

@@ -16,7 +16,8 @@ from lowrank_kit.deferred import PreTrainedModel, Tensor, torch
 from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.models.experts import tokens_of
 from lowrank_kit.models.layout import LinearRef, ModelLayout
-from lowrank_kit.spectral.moments import Moments
+from lowrank_kit.models.streamed import weights_of
+from lowrank_kit.spectral.moments import Moments, SampleMoments
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,24 @@ def stream_statistics(
             yield block.index, collector.statistics()
 
 
+def statistics_by_block(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    batches: Sequence[Batch],
+    request: StatisticsRequest,
+    refs: Collection[LinearRef],
+    skip: Collection[int] = (),
+    opening: int = 0,
+) -> Iterator[tuple[int, list[LayerStatistics]]]:
+    """As `stream_statistics`; where a request reads no activations, no batch is run and the moments are empty."""
+    if request.reads_activations:
+        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
+        return
+    for block in sorted({ref.block for ref in refs} - set(skip)):
+        with weights_of(model).block(block):
+            yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
+
+
 def _masks(batches: Sequence[Batch], name: str, opening: int, device: "torch.device") -> list[Tensor | None]:
     masks = [batch.get(name) for batch in batches]
     return [None if mask is None else measured(mask, opening).to(device) for mask in masks]
@@ -87,6 +106,7 @@ class MomentCollector:
         self, model: PreTrainedModel, refs: Sequence[LinearRef], request: StatisticsRequest, masks: TokenMasks
     ) -> None:
         self._model, self._masks, device = model, masks, model.device
+        kind = SampleMoments if request.scaled_samples else Moments
         self._groups: dict[str, list[LinearRef]] = defaultdict(list)
         for ref in refs:
             self._groups[ref.input_group].append(ref)
@@ -100,10 +120,10 @@ class MomentCollector:
             if request.moments == "input" or (
                 request.moments == "smaller" and width**2 < sum(ref.out_features**2 for ref in group)
             ):
-                self._inputs[name] = Moments.zeros(width, device)
+                self._inputs[name] = kind.zeros(width, device)
             elif request.moments is not None:
                 for ref in group:
-                    self._outputs[ref.name] = Moments.zeros(ref.out_features, device)
+                    self._outputs[ref.name] = kind.zeros(ref.out_features, device)
 
     @property
     def reads(self) -> dict[str, Callable[[int, Tensor], None]]:

@@ -21,6 +21,7 @@ VERBS = {
     "eora": "lowrank_kit.eora",
     "assets": "lowrank_kit.assets.__main__",
     "cache": "lowrank_kit.cache.__main__",
+    "completion": "lowrank_kit.commands.completion",
 }
 """The module of each, whose `main` takes the words behind it."""
 
@@ -59,10 +60,11 @@ def _help() -> str:
 
 
 def _summary(module: str) -> str:
-    """The first sentence of a module's docstring, without importing it."""
+    """The first sentence of a module's docstring, behind the command that it may begin with; nothing is imported."""
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
     sentence = " ".join(text.split("\n\n")[0].split())
-    return sentence.partition(": ")[2].rstrip(".") or sentence.rstrip(".")
+    words = (sentence.partition("`: ")[2] or sentence).rstrip(".")
+    return words[0].upper() + words[1:]

@@ -12,12 +12,17 @@ from lowrank_kit.console import command
 from lowrank_kit.errors import ConfigError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
     parser = argparse.ArgumentParser("lowrank-kit diff", description=__doc__)
     parser.add_argument("first", type=Path, metavar="RUN_A")
     parser.add_argument("second", type=Path, metavar="RUN_B")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     with command():
         _show(options.first, options.second)
     return 0

@@ -29,10 +29,14 @@ Finding = tuple[str, bool | None, str]
 """What, whether it is there (None: a fact), and what that means."""
 
 
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    return argparse.ArgumentParser("lowrank-kit doctor", description=__doc__)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("lowrank-kit doctor", description=__doc__)
-    parser.parse_args(arguments)
+    command_line().parse_args(arguments)
     with command():
         table = Table("", "what", "here")
         for what, there, means in findings():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,9 @@ from rich.text import Text
 
 from lowrank_kit.console import command
 from lowrank_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowrank_kit.models.layout import LinearRef
 
 SHADES = " .:-=+*#%@"
 """From a matrix of which nothing is left to a whole one."""
@@ -31,17 +34,28 @@ class Matrix:
     """None: no product of two."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
     parser = argparse.ArgumentParser("lowrank-kit inspect", description=__doc__)
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint folder")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--spectra", type=Path, metavar="PICTURE",
+        help="draw the singular values of every matrix (png, svg or pdf), and list effective ranks; reads the weights",
+    )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     with command():
-        _show(options.path, Console(width=max(100, Console().width)))
+        if options.spectra and options.spectra.suffix not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"--spectra '{options.spectra}' should end in .png, .svg or .pdf")
+        _show(options.path, options.spectra, Console(width=max(100, Console().width)))
     return 0
 
 
-def _show(path: Path, console: Console) -> None:
+def _show(path: Path, picture: Path | None, console: Console) -> None:
     from lowrank_kit.runs.directory import CONFIG_FILE
 
     if (path / CONFIG_FILE).is_file():
@@ -57,6 +71,13 @@ def _show(path: Path, console: Console) -> None:
         raise ConfigError(f"'{path}' has no block with a linear in it")
     console.print(_roles(matrices, path))
     console.print(_map(matrices))
+    if picture is not None:
+        from lowrank_kit.plots.singular_values import plot_spectra
+
+        refs, values = spectra_of(path)
+        console.print(_effective_ranks(refs, values))
+        plot_spectra(refs, values, picture)
+        console.print(Text(f"singular values: {picture}"))
 
 
 def _show_run(run: Path, console: Console) -> None:
@@ -94,10 +115,43 @@ def matrices_of(folder: Path) -> list[Matrix]:
     whole = {ref.name: ref.parameters for ref in layout_of(skeleton(stock.from_dict(settings), "base")).linears}
     found = []
     for ref in layout_of(skeleton(config, "base")).linears:
-        rank = min(part.full_rank for part in ref.parts) if len(ref.parts) > 1 else None
         left = sum(part.parameters for part in ref.parts)
-        found.append(Matrix(ref.block, ref.role, left, whole[ref.name], rank))
+        found.append(Matrix(ref.block, ref.role, left, whole[ref.name], ref.rank))
     return found
+
+
+def spectra_of(folder: Path) -> "tuple[list[LinearRef], dict[str, list[float]]]":
+    """The linears of a checkpoint that are modules, and their singular values by name, whatever they are stored as."""
+    import torch
+    from transformers import AutoModel
+
+    from lowrank_kit.models.layout import layout_of
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    modules = dict(model.named_modules())
+    refs = [ref for ref in layout_of(model).linears if ref.name in modules]
+    values: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for ref in refs:
+            nothing = modules[ref.name](torch.zeros(1, ref.in_features))
+            product = modules[ref.name](torch.eye(ref.in_features)) - nothing
+            values[ref.name] = torch.linalg.svdvals(product.double()).tolist()
+    return refs, values
+
+
+def _effective_ranks(refs: "Sequence[LinearRef]", values: Mapping[str, Sequence[float]]) -> Table:
+    import torch
+
+    from lowrank_kit.spectral.metrics import effective_rank
+
+    table = Table("role", "effective rank, least to most (median)", "of", title="of the squared singular values")
+    found: dict[str, list[float]] = defaultdict(list)
+    for ref in refs:
+        found[ref.role].append(effective_rank(torch.tensor(values[ref.name], dtype=torch.float64).square()))
+    full = {ref.role: min(ref.out_features, ref.in_features) for ref in refs}
+    for role, ranks in found.items():
+        table.add_row(role, f"{min(ranks):.0f} to {max(ranks):.0f} ({median(ranks):.0f})", str(full[role]))
+    return table
 
 
 def _roles(matrices: Sequence[Matrix], folder: Path) -> Table:

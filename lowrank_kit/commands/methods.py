@@ -16,11 +16,16 @@ from lowrank_kit.errors import ConfigError, did_you_mean
 PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
     parser = argparse.ArgumentParser("lowrank-kit methods", description=__doc__)
     parser.add_argument("name", nargs="?", metavar="NAME", help="show the settings of this one")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     with command():
         _show(options.name)
     return 0

@@ -100,6 +100,9 @@ class CalibrationConfig(Section):
     batch_size: int = Field(default=8, ge=1)
     """Most rows per forward pass, fewer where they would not fit; changes memory and speed, not the statistics. The one
     exception is `method=eva`, which finds its directions batch by batch."""
+    on: Literal["task", "text"] = Field(default="task", exclude_if=lambda rows: rows == "task")
+    """What a method that adapts reads: the rows that it will learn, or the general text `task.calibrate_on` of a causal
+    task. A compressor always reads that text."""
     bos: Bos = "auto"
     """Whether every calibration window, or row of instructions, begins with BOS: as `eval.bos`. Nothing is measured at
     that token."""

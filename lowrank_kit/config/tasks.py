@@ -208,6 +208,13 @@ class InstructionSet(Section):
     """Another name that the rows may have for a column which `lm_eval` reads."""
     only: dict[str, str] = Field(default_factory=dict, exclude_if=lambda only: not only)
     """Learn only from rows that have this text in this column, for example `{lang: python}`."""
+    prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
+    """What an instruction is asked in, for example `"Question: {instruction}\\nAnswer:"`; the answer follows directly.
+    null: the Alpaca prompt."""
+    learn_prompt: bool = Field(default=False, exclude_if=lambda learnt: not learnt)
+    """Learn the prompt's tokens as well as the answer's."""
+    max_characters: int | None = Field(default=None, ge=1, exclude_if=lambda most: most is None)
+    """Leave out rows whose instruction and answer, a space between them, have more characters; null: none."""
     fallback: bool = Field(default=False, exclude_if=lambda fallback: not fallback)
     """Of a task: learn from it only where the data source has none of the sets that are no fallback."""
 
@@ -215,6 +222,20 @@ class InstructionSet(Section):
     def _choices_have_a_label(self) -> "InstructionSet":
         if (len(self.output_columns) > 1) != (self.label_column is not None):
             raise ValueError("several output_columns need a label_column that says which is right, one needs none")
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompt_asks(self) -> "InstructionSet":
+        if self.prompt is not None and "{instruction}" not in self.prompt:
+            raise ValueError("prompt has no {instruction}, the place of what is asked")
+        if self.prompt is not None and self.input_column is not None:
+            raise ValueError("a prompt of your own has no place for input_column: set it to null")
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_ask_in_their_own_words(self) -> "InstructionSet":
+        if self.lm_eval is not None and (self.prompt is not None or self.learn_prompt or self.max_characters):
+            raise ValueError("lm_eval decides what is asked and learnt: leave out prompt, learn_prompt, max_characters")
         return self
 
 

@@ -23,7 +23,7 @@ class CausalData:
     def check_lengths(self, reader: Reader, method: Method) -> None:
         """Raise `ConfigError` for texts that are too short, and for windows that are longer than the model reads."""
         self.texts.evaluation(reader)
-        if method.compresses:
+        if method.compresses or (method.calibrates and self.texts.adapters_read_text):
             self.texts.calibration(reader)
         if method.probe is not None:
             self.texts.held_out(method.probe[0], reader, method.probe[1])

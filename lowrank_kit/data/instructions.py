@@ -38,12 +38,13 @@ class Example:
     """One instruction as the model reads it, and the answer to learn.
 
     ``continues``: the answer is more of the same text, as a benchmark of likelihoods scores it, with no end behind it;
-    otherwise it stands by itself and the end of text is learnt too.
+    otherwise it stands by itself and the end of text is learnt too. ``learns_prompt``: so is the prompt.
     """
 
     prompt: str
     answer: str
     continues: bool = False
+    learns_prompt: bool = False
 
 
 Ask = Callable[[Questions], Sequence[Example]]
@@ -70,7 +71,7 @@ class Instructions:
             raise ConfigError(f"{self._where} has no rows to learn from")
         if columns.lm_eval is None:
             self._check(rows)
-        self.rows: Rows = rows
+        self.rows: Rows = self._short(rows)
 
     def facts(self) -> dict[str, Any]:
         """Source, note, content hash and size, for the manifest."""
@@ -92,7 +93,8 @@ class Instructions:
         """Some rows in words, in their order. Raises what ``ask`` raises, which sets of a benchmark need."""
         questions = self.questions(rows)
         if questions is None:
-            return [Example(self._prompt(row), self._answer(row)) for row in rows]
+            learns_prompt = self._columns.learn_prompt
+            return [Example(self._prompt(row), self._answer(row), learns_prompt=learns_prompt) for row in rows]
         if ask is None:
             raise ConfigError(f"{self._key}.lm_eval is for what a task learns: task.instructions, not recovery.sets")
         return ask(questions)
@@ -101,8 +103,21 @@ class Instructions:
     def _where(self) -> str:
         return f"'{self._columns.split}' of {self.name}"
 
+    def _short(self, rows: Rows) -> Rows:
+        most = self._columns.max_characters
+        if most is None:
+            return rows
+        asked = self._columns.instruction_column
+        short = rows.dataset.filter(lambda row: len(f"{row[asked]} {self._answer(row)}") <= most)
+        if not len(short):
+            raise ConfigError(f"{self._where} has no row of at most {self._key}.max_characters={most}: raise it")
+        note = f"{len(short)} of {len(rows.dataset)} rows, of at most {most} characters"
+        return replace(rows, dataset=short, sha256=content_hash(short), note=note, file=None)
+
     def _prompt(self, row: Mapping[str, Any]) -> str:
         columns = self._columns
+        if columns.prompt is not None:
+            return columns.prompt.replace("{instruction}", row[columns.instruction_column])
         given = row[columns.input_column] if columns.input_column else ""
         template = _WITH_INPUT if given else _WITHOUT_INPUT
         return template.format(instruction=row[columns.instruction_column], input=given)
@@ -164,11 +179,12 @@ def encode(
     `ConfigError`, with ``of`` for the set's name, where that is every one.
     """
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for prompt, answer in _tokens(examples, tokenizer, opening or opening_of("auto", tokenizer)):
+    tokens = _tokens(examples, tokenizer, opening or opening_of("auto", tokenizer))
+    for example, (prompt, answer) in zip(examples, tokens, strict=True):
         if len(prompt) < max_length and answer:
-            unlearnt = prompt if train_on_prompt else [NOT_PREDICTED] * len(prompt)
+            asked = prompt if train_on_prompt or example.learns_prompt else [NOT_PREDICTED] * len(prompt)
             encoded["input_ids"].append([*prompt, *answer][:max_length])
-            encoded["labels"].append([*unlearnt, *answer][:max_length])
+            encoded["labels"].append([*asked, *answer][:max_length])
     found = datasets.Dataset.from_dict(encoded)
     if not len(found):
         raise ConfigError(f"the prompts of all {len(examples)} rows of {of} fill {key}={max_length} tokens: raise it")

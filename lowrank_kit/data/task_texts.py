@@ -118,6 +118,11 @@ class TaskTexts:
         """What a manifest says of both."""
         return {of: self.opening(of, reader).facts() for of in PURPOSES}
 
+    @property
+    def adapters_read_text(self) -> bool:
+        """Whether a method that adapts is calibrated on the text, too."""
+        return self._calibration.on == "text"
+
     def calibration(self, reader: Reader) -> Int64[Tensor, "samples seq_len"]:
         """The first ``calibration.samples`` windows of ``calibration.seq_len`` tokens of the calibration split.
 

@@ -12,9 +12,9 @@ from lowrank_kit.console import explained
 from lowrank_kit.errors import ConfigError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m lowrank_kit.report", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The words that this command takes."""
+    parser = argparse.ArgumentParser("lowrank-kit report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or folders of them")
     parser.add_argument(
         "--output", type=Path, default=Path("report"), metavar="DIR",
@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--method-prefixes", nargs="+", default=[], metavar="PACKAGE",
         help="packages of your own methods, which may be imported; what a run names itself is not",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = command_line().parse_args(arguments)
     let_here(options.method_prefixes)
     try:
         _report(options.runs, options.output, options.level, options.ignore, options.method_prefixes)

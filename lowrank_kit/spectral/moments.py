@@ -89,3 +89,20 @@ class Moments:
                 self.gram[panel, panel.start :] += chunk[:, panel].T @ chunk[:, panel.start :]
         for panel in panels:
             self.gram[panel.stop :, panel] = self.gram[panel, panel.stop :].T
+
+
+class SampleMoments(Moments):
+    """Moments of samples that are divided by the absolute value of their largest entry; ``count`` is of samples."""
+
+    def update(
+        self,
+        activations: Float[Tensor, "*tokens n"],
+        mask: Bool[Tensor, "*tokens"] | Int[Tensor, "*tokens"] | None = None,
+    ) -> None:
+        """Add one sample; one without tokens that count is none. Otherwise as `Moments.update`."""
+        rows = activations.reshape(-1, activations.shape[-1]) if mask is None else activations[mask.bool()]
+        if not rows.shape[0]:
+            return
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        super().update(rows / rows.max().abs())
+        self.count += 1 - rows.shape[0]

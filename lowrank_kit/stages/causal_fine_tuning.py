@@ -60,7 +60,9 @@ class CausalFineTuningStages(FineTuningStages[CausalTask, CausalData]):
         _ = self._examples
 
     def calibration_rows(self, original: Opened) -> datasets.Dataset:
-        """The first rows that are learnt."""
+        """The first rows that are learnt, or windows of the text."""
+        if self.config.calibration.on == "text":
+            return datasets.Dataset.from_dict({"input_ids": self.data.texts.calibration(self.models.reader).tolist()})
         return self._instructions.calibration(self.models.reader, self.config.calibration, ask)
 
     @property

@@ -46,6 +46,8 @@ def check_settings(config: RunConfig, task: SingleTask, device: str) -> None:
     method, runtime, recovery = config.method, config.runtime, config.recovery
     _refuse(_of_machine(config, device))
     _refuse(method.requirements(config.model, runtime, task))
+    if config.calibration.on == "text" and task.kind != "causal":
+        raise ConfigError(f"calibration.on=text: task={task.name} has no texts; leave it at task")
     _refuse(recovery.requirements(method, runtime, task))
     if method.trains or recovery.trains:
         rows_per_pass(config.train, launcher.started())

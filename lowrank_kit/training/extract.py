@@ -24,6 +24,7 @@ from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.models.whole import Head
 from lowrank_kit.plan import Plan
+from lowrank_kit.spectral.allocate import spend
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.spectral.moments import Moments
 from lowrank_kit.spectral.truncate import output_projection
@@ -34,19 +35,44 @@ LORA = Lora(name="lora")
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many components a matrix keeps: ``rank``, or as many as hold this share of its difference's ``energy``."""
+    """How many components a matrix keeps.
+
+    ``rank``; or as many as hold this share of its difference's ``energy``; or what it gets of a common budget of
+    ``parameters``, which goes to the components that hold most energy a parameter.
+    """
 
     rank: int | None = None
     energy: float | None = None
+    parameters: int | None = None
 
-    def of(self, values: Float64[Tensor, " p"]) -> int:
-        """Components of a matrix, 0 where nothing changed; ``values`` are squared singular values, descending."""
+    def of(self, values: Float64[Tensor, " p"], price: int) -> int:
+        """Components of a matrix, of a common budget at most; 0 where nothing changed.
+
+        ``values`` are squared singular values, descending; ``price`` is the parameters of a component.
+        """
         total = float(values.sum())
         if total <= 0:
             return 0
-        if self.energy is None:
-            return min(self.rank or 0, len(values))
-        return min(int((values.cumsum(0) < self.energy * total).sum()) + 1, len(values))
+        if self.energy is not None:
+            return min(int((values.cumsum(0) < self.energy * total).sum()) + 1, len(values))
+        most = self.rank if self.parameters is None else self.parameters // price
+        return min(most or 0, int((values > 0).sum()))
+
+    def shared(self, values: Mapping[str, Float64[Tensor, " p"]], prices: Mapping[str, int]) -> dict[str, int]:
+        """Ranks by name: of every matrix's components these are the first.
+
+        Raises `LowRankKitError` for a budget that no component fits.
+        """
+        if self.parameters is None:
+            return {name: len(found) for name, found in values.items()}
+        options = [range(0, prices[name] * len(found) + 1, prices[name]) for name, found in values.items()]
+        listed = [(found / prices[name]).tolist() for name, found in values.items()]
+        taken = spend([0] * len(options), options, self.parameters, lambda item, n: listed[item][n])
+        if not any(taken):
+            raise LowRankKitError(
+                f"{self.parameters} parameters are fewer than one component has: the least is {min(prices.values())}"
+            )
+        return dict(zip(values, taken, strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,10 +124,9 @@ def extract(
     def keep(ref: LinearRef, inputs: Moments) -> Kept:
         changed = difference(ref)
         projection = output_projection(changed, inputs)
-        rank = wanted.of(projection.values)
+        rank = wanted.of(projection.values, sum(changed.shape))
         up, down = projection.factors(changed, rank)
-        left = projection.values[rank:].sum() / projection.values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return {"up": up, "down": down, "left": left}
+        return {"up": up, "down": down, "values": projection.values[:rank], "total": projection.values.sum()}
 
     def keep_of(layer: LayerStatistics) -> Kept:
         return keep(layer.ref, layer.moments)
@@ -110,9 +135,17 @@ def extract(
         found = {ref.name: keep(ref, _identity(ref.in_features)) for ref in targets}
     else:
         found = calibrate(tuned, samples, targets, Reduction(StatisticsRequest(moments="input"), keep_of))
-    factors = {name: LowRankFactors(kept["up"], kept["down"]) for name, kept in found.items() if kept["up"].shape[1]}
-    if not factors:
+    found = {name: kept for name, kept in found.items() if kept["total"] > 0}
+    if not found:
         raise LowRankKitError("no matrix of the fine-tuned model differs from the base: there is nothing to extract")
+    prices = {name: kept["up"].shape[0] + kept["down"].shape[1] for name, kept in found.items()}
+    ranks = wanted.shared({name: kept["values"] for name, kept in found.items()}, prices)
+    factors = {
+        name: LowRankFactors(found[name]["up"][:, :rank], found[name]["down"][:rank])
+        for name, rank in ranks.items()
+        if rank
+    }
+    left = {name: float(1 - kept["values"][: ranks[name]].sum() / kept["total"]) for name, kept in found.items()}
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     adapted = _adapter(base, factors, new_modules)
     for name in adapted.new_modules:
@@ -124,7 +157,7 @@ def extract(
         for name, now in tuned.named_parameters()
         if name.removesuffix(".weight") not in found and not name.startswith(held) and not now.equal(before[name])
     }
-    return Extraction(adapted, {name: float(found[name]["left"]) for name in factors}, elsewhere)
+    return Extraction(adapted, left, elsewhere)
 
 
 def _identity(size: int) -> Moments:
@@ -175,5 +208,5 @@ def write_extraction(
         samples = CalibrationSamples(tuple({"input_ids": window} for window in ids.split(512)[:32]), batch_size=1)
     found = extract(before.model.eval(), now, wanted, samples, before.new_modules)
     found.adapted.export(output, local_path(ModelSource(base)))
-    sizes = (found.adapted.factors(name) for name in found.left)
+    sizes = (found.adapted.factors(name) for name in found.adapted.plan.ranks)
     return found, sum(product.up.numel() + product.down.numel() for product in sizes)

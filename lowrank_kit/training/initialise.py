@@ -65,6 +65,7 @@ def calibrate_for(
         return {}
     layout = layout_of(model)
     method, samples = method.matched(layout), _present(samples).without_labels()
+    samples = replace(samples, batch_size=method.rows_a_batch or samples.batch_size)
     targets = method.targets(layout)
     if not isinstance(method, InitialisedAdapter):
         return method.collect(model, targets, _batches(model, samples))
@@ -112,8 +113,7 @@ def adapted(
     factors = starting_factors(method, model, plan, kept)
     batches: Batches = ()
     if method.calibrates and not isinstance(method, InitialisedAdapter):
-        samples = _present(samples)
-        batches = _batches(model, replace(samples, batch_size=method.rows_a_batch or samples.batch_size))
+        batches = _batches(model, _present(samples))
     return attach(model, method, plan, factors, new_modules, task_type, kept=kept, batches=batches)
 
 

@@ -125,6 +125,22 @@ def test_effects_tell_where_the_update_lies_and_what_moved(job):
     assert min(figures["top"]) > 1 - 1e-6
 
 
+def test_an_adapter_may_be_calibrated_on_general_text(job, words, sharp_checkpoint, composed):
+    """The inputs' directions that the text does not use are those of the text's own windows, made apart from it."""
+    asked = ("calibration.on=text", "calibration.samples=2", "calibration.seq_len=8", "method.null_space=true")
+    run = execute(job(*asked, "train.max_steps=1", "train.learning_rate=1e-9", method="lora_null"))
+    assert read(run / "manifest.json")["calibration"] == {"samples": 2, "tokens": 16}
+    base = AutoModelForCausalLM.from_pretrained(sharp_checkpoint)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(sharp_checkpoint)(TEXT)["input_ids"])[:16].view(2, 8)
+    name = "model.layers.0.self_attn.q_proj"
+    seen = []
+    base.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double().flatten(0, 1)))
+    with torch.no_grad():
+        base(input_ids=ids)
+    kept = load_file(run / "adapter/adapter_model.safetensors")[f"base_model.model.{name}.lora_A.weight"]
+    assert (seen[0] @ kept.double().T).norm() <= 1e-4 * seen[0].norm() * kept.norm()
+
+
 def test_held_out_rows_are_judged_and_not_learnt(job):
     run = execute(job("eval.held_out=10", "train.eval_every=10", task="commonsense"))
     records = {(r["task"], r["metric"], r["checkpoint"]): r for r in read(run / "results.json")}
@@ -183,6 +199,7 @@ def test_stages_apart_judge_the_adapter_that_was_left(job, tmp_path, caplog):
         (["task.instructions.code_feedback.only={lang: c}"], {"task": "code"}, ConfigError, "no rows to learn from"),
         (["task.max_length=3"], {}, ConfigError, r"the prompts of all 40 rows of piqa fill task\.max_length=3"),
         (["eval.held_out=40"], {}, ConfigError, "eval.held_out=40 leaves nothing"),
+        (["calibration.on=text", "calibration.samples=9999"], {}, ConfigError, "'validation' of mine has"),
         (["method.rank=1000"], {}, ConfigError, "method.rank=1000 does not fit"),
     ],
 )  # fmt: skip

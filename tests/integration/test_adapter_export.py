@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import warm
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from lowrank_kit.adapters.adapter import InitialisedAdapter
@@ -243,6 +244,23 @@ def test_an_adapter_on_a_compressed_checkpoint_travels_too(factored_exports, cas
     _, _, ready = factored_exports[str(case)]
     assert {name.rpartition(".")[2] for name in ready.plan.ranks} >= {"up", "down"}
     assert ready.trained_parameters == ready.plan.trained_parameters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_adapters_share_one_base(tiny_model, tiny_exports, dtype):
+    """Starts that were taken out of the base among them: what they took is inside the adapter."""
+    cases = [case for case in CASES if (case.family, case.dtype) == ("llama", dtype) and not case.settings.get("train")]
+    bound = 1e-5 if dtype == "float32" else 2e-2
+    base = tiny_model("llama").to(getattr(torch, dtype))
+    names = [str(number) for number in range(len(cases))]
+    model = PeftModel.from_pretrained(base, tiny_exports[str(cases[0])][1], adapter_name="0").eval()
+    for name, case in list(zip(names, cases, strict=True))[1:]:
+        model.load_adapter(tiny_exports[str(case)][1], adapter_name=name)
+    for name, case in [*zip(names, cases, strict=True)][::-1]:
+        model.set_adapter(name)
+        expected = tiny_exports[str(case)][0]
+        with torch.no_grad():
+            assert (model(input_ids=token_ids()).logits - expected).abs().max() <= bound * expected.abs().max(), case
 
 
 def test_an_adapter_does_not_go_onto_another_base(tiny_model, tiny_exports):

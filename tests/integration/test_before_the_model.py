@@ -14,6 +14,7 @@ from lowrank_kit.pipeline import execute
         (["method.rank=33"], r"method\.rank=33 does not fit .*32x32"),
         (["method.roles=[qq]"], "no linear of this bert has the role 'qq'; did you mean 'q'"),
         (["calibration.samples=0"], r"calibration\.samples=0"),
+        (["calibration.on=text"], r"calibration\.on=text: task=glue/rte has no texts"),
         (["method.subspace=tale"], r"method\.subspace='tale' is not legal; did you mean 'tail'"),
         (["data.root=null"], r"data=local needs a folder"),
         (["data.root=nowhere"], r"data\.root: there is no folder 'nowhere'"),

@@ -124,4 +124,4 @@ def test_help_describes_the_chosen_method(cli):
     done = cli("--help")
     assert done.returncode == 0, done.stderr
     assert "method.rank (integer) = 8" in done.stdout
-    assert "python -m lowrank_kit.run method=astra task=glue/rte" in done.stdout
+    assert "lowrank-kit run method=astra task=glue/rte" in done.stdout

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lowrank_kit.commands import VERBS, main
-from lowrank_kit.commands.inspect import matrices_of
+from lowrank_kit.commands.inspect import matrices_of, spectra_of
 from lowrank_kit.compose import Composer
 from lowrank_kit.pipeline import execute
 
@@ -70,6 +70,7 @@ def test_a_method_s_settings_are_its_class_s(say):
     assert (status, "did you mean 'svd_llm'?" in err) == (2, True)
 
 
+@pytest.mark.draws
 def test_inspect_shows_a_checkpoint_s_own_ranks(say, job):
     run = execute(
         job("method.ratio=0.4", "method.rank_multiple=1", "structure=channels", "storage=pivot", method="kfac_svd")
@@ -80,11 +81,24 @@ def test_inspect_shows_a_checkpoint_s_own_ranks(say, job):
     # What a plan says is left, the checkpoint's own shapes say.
     assert sum(m.parameters for m in matrices) == plan["parameters_after"]
     assert sum(m.dense for m in matrices) == plan["parameters_before"]
+    # Pivot storage has a half whose smaller side is not the rank.
+    factored = [(m.rank, rank) for m, rank in zip(matrices, plan["ranks"].values(), strict=True) if m.rank is not None]
+    assert factored
+    assert all(shown == planned for shown, planned in factored)
     status, out, _ = say("inspect", str(run))
     assert status == 0
     assert "complete" in out
     assert f"{plan['parameters_after']:,}" in out
     assert len(re.findall(r"^ *(?:q|k|v|o|gate|up|down) \|[ .:=+*#%@-]{3}\|$", out, re.MULTILINE)) == 7
+    status, out, _ = say("inspect", str(run), "--spectra", str(run / "spectra.png"))
+    assert (status, "effective rank" in out) == (0, True)
+    assert (run / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    # Of a product of rank k no more than k singular values are there; of a matrix that is whole, all.
+    refs, values = spectra_of(run / "checkpoint")
+    found = [sum(value > 1e-6 * values[ref.name][0] for value in values[ref.name]) for ref in refs]
+    assert found == [plan["ranks"][f"model.{ref.name}"] for ref in refs]
+    status, _, err = say("inspect", str(run), "--spectra", str(run / "spectra.txt"))
+    assert (status, ".png, .svg or .pdf" in err) == (2, True)
     status, _, err = say("inspect", str(run / "plots"))
     assert (status, "neither a run directory" in err) == (2, True)
 

@@ -140,6 +140,44 @@ def test_by_energy_every_matrix_has_as_few_components_as_hold_so_much(full, tmp_
         assert config["rank_pattern"].get(ref.name, config["r"]) == least
 
 
+def test_a_common_budget_goes_where_a_parameter_holds_most(full, tmp_path, capsys):
+    with_one, budget = AutoModelForCausalLM.from_pretrained(full[1]), 2000
+    with torch.no_grad():
+        # Of one matrix nothing changed, and one changed more than all others.
+        base = AutoModelForCausalLM.from_pretrained(full[0])
+        with_one.model.layers[0].self_attn.q_proj.weight.copy_(base.model.layers[0].self_attn.q_proj.weight)
+        with_one.model.layers[1].mlp.up_proj.weight += 0.05 * torch.randn(
+            with_one.model.layers[1].mlp.up_proj.weight.shape, generator=torch.Generator().manual_seed(8)
+        )
+    with_one.save_pretrained(full[1])
+    adapted = extracted(full, tmp_path / "lora", "--parameters", str(budget))
+    said = capsys.readouterr().out
+    ranks = json.loads((tmp_path / "lora/adapter_config.json").read_text())["rank_pattern"]
+    base_model, tuned = (AutoModelForCausalLM.from_pretrained(folder) for folder in full)
+    components, spent = [], 0
+    for ref in layout_of(base_model).linears:
+        before, after = (weight_of(model.get_submodule(ref.name)).detach().double() for model in (base_model, tuned))
+        price = sum(before.shape)
+        values = np.linalg.svd((after - before).numpy(), compute_uv=False) ** 2
+        components += [(value / price, price, ref.name) for value in values if value > 0]
+    expected = {}
+    for _, price, name in sorted(components, reverse=True):
+        if spent + price <= budget:
+            expected[name], spent = expected.get(name, 0) + 1, spent + price
+    found = {
+        name: layer.lora_A["default"].weight.shape[0]
+        for name, layer in adapted.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert "model.layers.0.self_attn.q_proj" not in found
+    assert set(ranks.values()) <= set(found.values())
+    assert sum(rank * sum(adapted.get_submodule(n).weight.shape) for n, rank in found.items()) <= budget
+    assert found["model.layers.1.mlp.up_proj"] == max(found.values())
+    # The last few components differ: an item whose next one does not fit takes no more.
+    assert sum(abs(found.get(name, 0) - expected.get(name, 0)) for name in {*found, *expected}) <= 2
+    assert f"{sum(rank * sum(adapted.get_submodule(n).weight.shape) for n, rank in found.items())} parameters" in said
+
+
 def test_by_text_the_outputs_are_nearer_than_by_weights(full, tmp_path):
     words = " ".join(f"w{7 * n % 60}" for n in range(400))
     (tmp_path / "text.txt").write_text(words)
@@ -178,8 +216,9 @@ def test_by_text_the_outputs_are_nearer_than_by_weights(full, tmp_path):
         (["--rank", "2", "--energy", "0.5"], "choose one of them"),
         (["--rank", "2", "--text", "nothing.txt"], "--text 'nothing.txt' is not a file"),
         (["--rank", "2"], "add --base MODEL"),
-        ([], "--rank N or --energy SHARE extracts one"),
-        (["--base", "x"], "add --rank N or --energy SHARE"),
+        (["--parameters", "9", "--energy", "0.5"], "choose one of them"),
+        ([], "--rank N, --energy SHARE or --parameters N extracts one"),
+        (["--base", "x"], "add --rank N, --energy SHARE or --parameters N"),
     ],
 )
 def test_a_wrong_command_is_answered_before_a_model_is_loaded(words, message, full, tmp_path, capsys):
@@ -195,4 +234,7 @@ def test_models_that_do_not_belong_together_are_refused(full, tiny_model, tmp_pa
     assert "not one model before and after: model.layers.0.mlp.gate_proj.weight" in capsys.readouterr().err
     assert main([str(full[1]), "--base", str(full[1]), *words]) == 1
     assert "nothing to extract" in capsys.readouterr().err
+    few = ["--format", "lora", "--parameters", "3", "--output", str(tmp_path / "out")]
+    assert main([str(full[1]), "--base", str(full[0]), *few]) == 1
+    assert "3 parameters are fewer than one component has: the least is" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -69,6 +69,7 @@ def test_a_run_that_is_asked_to_end_records_its_interruption(command, environmen
     status = kill_in_training(command(*STEPS, f"run.dir={run}"), environment, run, sign)
     assert status == 128 + sign
     assert (read_status(run).state, read_status(run).stage) == ("interrupted", "train")
+    assert (run / "log.txt").read_text().count(f"WARNING interrupted; the same command again goes on in {run}\n") == 1
     assert "train" in read(run / "manifest.json")["stages"]
 
 

@@ -7,6 +7,8 @@ import warm
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.layout import layout_of
+from lowrank_kit.models.narrow import keep_units
+from lowrank_kit.models.units import units_of
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.storages.pivot import Pivot
 from lowrank_kit.storages.two_factors import Factors
@@ -28,6 +30,13 @@ for name, logits in expected["logits"].items():
         found = model(expected["ids"]).logits
     torch.testing.assert_close(found, logits, rtol=0, atol=2e-6, msg=name)
     assert expected["split"][name] <= split, (name, expected["split"][name] - split)
+try:
+    AutoModelForCausalLM.from_pretrained("one head", distributed_config=DistributedConfig(tp_size=2))
+    raise SystemExit("a head was cut")
+except ValueError as error:
+    assert str(error) == (
+        "tensor parallelism over 2 devices would cut heads of attention: model.layers.0.self_attn.k_proj has 1; "
+        "numbers of devices that divide the heads of all layers: 1"), error
 torch.distributed.destroy_process_group()
 """
 
@@ -66,6 +75,11 @@ def saved(tmp_path_factory, tiny_model):
     }
     for name, model in models.items():
         save_compressed(model, root / name)
+    # One of two heads of keys is left in the first block.
+    narrow = tiny_model("llama")
+    [heads] = (units for units in units_of(layout_of(narrow), [0]) if units.kind == "heads")
+    keep_units(narrow, heads, [1])
+    save_compressed(narrow, root / "one head")
     with torch.no_grad():
         logits = {name: model(IDS).logits for name, model in models.items()}
     torch.save({"ids": IDS, "logits": logits, "split": split}, root / "expected.pt")

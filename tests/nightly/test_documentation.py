@@ -15,10 +15,12 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/
 
 def commands():
     for page in PAGES:
-        for found in re.findall(r"-m lowrank_kit\.run ([^\n`]+)", page.read_text().replace("\\\n", " ")):
+        for found in re.findall(
+            r"(?:-m lowrank_kit\.run|lowrank-kit run) ([^\n`]+)", page.read_text().replace("\\\n", " ")
+        ):
             words = [word for word in shlex.split(found, comments=True) if word != "..."]
-            # That folder is the reader's own.
-            if "--config-dir" not in words:
+            # That folder is the reader's own; a help page is not run.
+            if not {"--config-dir", "--help"} & {*words}:
                 yield " ".join(words), words
 
 

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lowrank_kit.adapters.astra import Astra
 from lowrank_kit.calibration.texts import CalibrationSamples
@@ -27,6 +27,7 @@ from lowrank_kit.compressors.slicegpt import slice_model
 from lowrank_kit.export import main as export
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.depth import drop_blocks
+from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.narrow import keep_units
 from lowrank_kit.models.units import units_of
@@ -89,6 +90,20 @@ def shorter(model: PreTrainedModel, *kept: int) -> PreTrainedModel:
     return model
 
 
+def experts() -> PreTrainedModel:
+    """A small mixture with random weights: all is factored in its first two blocks, and nothing in the last."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 49152}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes, **heads)).eval()
+    list_experts(model)
+    for ref in layout_of(model).linears:
+        if ref.block < 2:
+            up, down = torch.randn(ref.out_features, 24) / 8, torch.randn(24, ref.in_features) / 8
+            Factors().put(model, [ref.name], LowRankFactors(up, down))
+    return model
+
+
 def samples(folder: Path) -> CalibrationSamples:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "The history of the city begins with a market by the river, where two old roads cross. " * 60
@@ -126,10 +141,12 @@ def kinds(smollm2_path, tmp_path_factory) -> dict[str, tuple[Path, Path | None]]
     save_compressed(shared(short()), root / "run/checkpoint", tokenizer)
     words = ["--format", "serve", "--multiple", "64"]
     assert export([str(root / "run"), *words, "--output", str(root / "shared, exported")]) == 0
-    assert export([str(root / "mixed"), *words, "--output", str(root / "mixed, exported")]) == 0
-    found: dict[str, tuple[Path, Path | None]] = {
-        name: (root / name, None) for name in (*models, "shared, exported", "mixed, exported")
-    }
+    # Of weights in bfloat16 too the server computes in float32, here.
+    rounded = ["--dtype", "bfloat16", "--output", str(root / "mixed, exported")]
+    assert export([str(root / "mixed"), *words, *rounded]) == 0
+    save_compressed(experts(), root / "experts with factors", tokenizer)
+    more = ("shared, exported", "mixed, exported", "experts with factors")
+    found: dict[str, tuple[Path, Path | None]] = {name: (root / name, None) for name in (*models, *more)}
     ready = adapt(short(), Astra(name="astra", rank=16), samples(smollm2_path), task_type="CAUSAL_LM")
     with torch.no_grad():
         for name, parameter in ready.model.named_parameters():
@@ -212,6 +229,9 @@ def test_what_cannot_be_served_says_why(kinds, tmp_path):
     found = answers(*({"model": model} for model in wanted), HF_HOME=str(tmp_path / "home"))
     for said, words in zip(found, wanted.values(), strict=True):
         assert words in said.get("error", ""), (words, said)
+    # SmolLM2 has nine heads.
+    [said] = answers({"model": str(mixed), "tensor_parallel_size": 2}, HF_HOME=str(tmp_path / "home"))
+    assert "must be divisible by tensor parallel size" in said.get("error", ""), said
 
 
 @pytest.fixture

@@ -36,9 +36,15 @@ def attempt(job: dict) -> dict:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-answers = []
-for job in json.load(sys.stdin):
-    answers.append(attempt(job))
-    gc.collect()
-    cleanup_dist_env_and_memory()
-print(json.dumps(answers))
+def main() -> None:
+    answers = []
+    for job in json.load(sys.stdin):
+        answers.append(attempt(job))
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print(json.dumps(answers))
+
+
+# Where there are several devices, their processes read this file too.
+if __name__ == "__main__":
+    main()

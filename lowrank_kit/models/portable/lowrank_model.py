@@ -7,7 +7,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from lowrank_kit.models.portable.entries import checked, relative
 from lowrank_kit.models.portable.form import give_form
 from lowrank_kit.models.portable.linears import LowRankLinear
-from lowrank_kit.models.portable.parallel import tensor_parallel_plan
+from lowrank_kit.models.portable.parallel import check_heads, tensor_parallel_plan
 
 
 class LowRankModel(PreTrainedModel):
@@ -28,10 +28,11 @@ class LowRankModel(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         lowrank = checked(config.lowrank)
         text: Any = config.get_text_config()
-        if lowrank["shared_down"] and text._attn_implementation == "vllm":
+        if lowrank["shared_down"] and text._attn_implementation in ("vllm", "sglang"):
             raise ValueError(
-                "some matrices of this checkpoint share a factor that is stored once, and vLLM would leave the others' "
-                "without values and say nothing: write them out by lowrank_kit.export --format serve"
+                f"some matrices of this checkpoint share a factor that is stored once, and {text._attn_implementation} "
+                "would leave the others' without values and say nothing: write them out by lowrank_kit.export "
+                "--format serve"
             )
         # Where the stock base model looks for it, and no part of what is saved.
         text.base_model_tp_plan = tensor_parallel_plan(type(text).base_model_tp_plan, lowrank)
@@ -70,7 +71,9 @@ class LowRankModel(PreTrainedModel):
         factored = {name: module for name, module in self.named_modules() if isinstance(module, LowRankLinear)}
         own = {f"{name}.{part}" for name, module in factored.items() for part in module._parameters}
         rules: dict[str, str] = super()._expand_parallel_plan(plan)
-        return {name: style for name, style in rules.items() if name not in factored and name not in own}
+        rules = {name: style for name, style in rules.items() if name not in factored and name not in own}
+        check_heads(self, rules, getattr(self, "_tp_size", None) or 1)
+        return rules
 
 
 def _validate(config: Any) -> None:

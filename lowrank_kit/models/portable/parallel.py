@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
+
+from torch import nn
 
 
 def tensor_parallel_plan(stock: Mapping[str, str] | None, lowrank: Mapping[str, Any]) -> dict[str, str] | None:
@@ -29,3 +32,25 @@ def tensor_parallel_plan(stock: Mapping[str, str] | None, lowrank: Mapping[str, 
             else:
                 rules |= {f"{place}.down": "replicate", f"{place}.up": style}
     return rules | dict(stock)
+
+
+def check_heads(model: nn.Module, rules: Mapping[str, str], devices: int) -> None:
+    """Raise `ValueError` where rules by concrete names would cut attention heads: transformers fails far from there.
+
+    Blocks that lost heads may have another number of them than the configuration says.
+    """
+    modules, found = dict(model.named_modules()), {}
+    for name, style in rules.items():
+        module, owner = modules.get(name), name
+        while owner and not isinstance(getattr(modules.get(owner), "head_dim", None), int):
+            owner = owner.rpartition(".")[0]
+        if style == "colwise" and owner and isinstance(module, nn.Linear):
+            found[name] = module.out_features // int(modules[owner].head_dim)
+    for name, heads in found.items():
+        if heads % devices:
+            every = gcd(*found.values())
+            legal = ", ".join(str(size) for size in range(1, every + 1) if every % size == 0)
+            raise ValueError(
+                f"tensor parallelism over {devices} devices would cut heads of attention: {name} has {heads}; numbers "
+                f"of devices that divide the heads of all layers: {legal}"
+            )

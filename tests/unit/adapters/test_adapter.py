@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from lowrank_kit.adapters.astra import Astra
@@ -31,6 +32,38 @@ def test_ranks_follow_the_pattern_by_role_and_by_path(layout):
 def test_only_the_chosen_roles_are_adapted(layout):
     plan = Lora(name="lora", rank=2, roles=("v", "down")).plan(layout, {})
     assert {name.rpartition(".")[2] for name in plan.ranks} == {"v_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [("q_proj", "down_proj"), r"model\.layers\.[02]\..*_proj", "all-linear", ("layers.1.mlp.up_proj", "v_proj")],
+)
+def test_target_modules_are_those_that_peft_would_take(tiny_model, layout, wanted):
+    taken = get_peft_model(
+        tiny_model("llama"), LoraConfig(target_modules=list(wanted) if isinstance(wanted, tuple) else wanted)
+    )
+    expected = {name.removeprefix("base_model.model.") for name, m in taken.named_modules() if hasattr(m, "lora_A")}
+    assert {ref.name for ref in Lora(name="lora", target_modules=wanted).targets(layout)} == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (("q_proj", "vproj"), r"'vproj' matches no linear in the blocks of this llama; did you mean 'v_proj'"),
+        (("proj",), r"'proj' matches no linear"),
+        (("lm_head",), r"'lm_head' matches no linear .*end in q_proj, k_proj"),
+        ((), "names no linear"),
+    ],
+)
+def test_target_modules_that_match_nothing_are_named(layout, wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        Lora(name="lora", target_modules=wanted).check(layout)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": "(q"}, {"target_modules": ("q_proj",), "roles": ("q",)}])
+def test_target_modules_that_cannot_be_right_are_refused_by_the_schema(settings):
+    with pytest.raises(ValidationError, match="target_modules"):
+        Lora(name="lora", **settings)
 
 
 @pytest.mark.parametrize(

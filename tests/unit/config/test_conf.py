@@ -20,7 +20,9 @@ CHOICES = [f"{group}={name}" for group in sorted(GROUPS) for name in COMPOSER.op
 
 
 # Options that cannot stand alone: the user has to say where the rows are, and these are parts of some methods.
-LOCAL = ("data=local", "experiment=astra_math_small", "experiment=astra_code_small")
+LOCAL = (
+    "data=local", "experiment=astra_math_small", "experiment=astra_code_small", "experiment=peft_metamath_small",
+)  # fmt: skip
 NEEDED = {
     **{name: ["++data.root=rows"] for name in LOCAL},
     **{part: ["method=svd"] for part in ("allocation", "truncation", "correction", "storage", "structure")},
@@ -49,6 +51,16 @@ def test_a_papers_experiment_has_its_settings_and_a_rival_is_one_word_away(name)
         assert train.batch_size * train.gradient_accumulation == 128
         assert (run.calibration.samples, run.calibration.seq_len) == (64 if "commonsense" in name else 256, 512)
         assert (run.task.max_length, run.dtype, train.train_samples) == (512, "bfloat16", 100_000)
+
+
+def test_pefts_comparison_has_its_settings():
+    [run] = COMPOSER.jobs(["experiment=peft_metamath", "method=corda"], multirun=False)
+    train, adapter, learnt = run.train, run.method, run.task.instructions["metamath"]
+    assert run.model.path == "meta-llama/Llama-3.2-3B"
+    assert (adapter.name, adapter.rank, adapter.alpha, adapter.roles) == ("corda", 32, 64, ("q", "v"))
+    assert (train.max_steps, train.batch_size, train.learning_rate, train.weight_decay) == (5000, 4, 1e-4, 0.1)
+    assert (train.scheduler, train.warmup_ratio, train.max_grad_norm) == ("cosine", 0.1, 1)
+    assert (run.task.max_length, learnt.max_characters, learnt.learn_prompt) == (768, 1300, True)
 
 
 @pytest.mark.parametrize("words", [["recovery=adapter"], ["recovery=adapter", "method@recovery.method=astra"]])

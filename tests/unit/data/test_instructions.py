@@ -147,3 +147,38 @@ def test_only_rows_that_are_asked_for_are_learnt(instructions):
     assert kept.rows.sha256 != instructions(rows).rows.sha256
     with pytest.raises(ConfigError, match=r"no column 'lng'; did you mean 'lang'.*recovery\.sets\.mine\.only"):
         instructions(rows, InstructionSet(only={"lng": "b"}))
+
+
+ASKED = InstructionSet(
+    input_column=None, prompt="Question: {instruction} {Think}\nAnswer:", learn_prompt=True, max_characters=8
+)
+
+
+def test_a_prompt_of_ones_own_surrounds_the_instruction_and_is_learnt_where_that_is_asked_for(instructions, letters):
+    rows = instructions([{"instruction": "1+{2}", "output": "3"}], ASKED)
+    [row] = encoded(rows, letters, 100)
+    assert row["input_ids"] == [BEGIN, *codes("Question: 1+{2} {Think}\nAnswer:3"), END]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_rows_with_more_characters_are_left_out_and_the_rest_is_another_set(instructions, caplog):
+    short, long = {"instruction": "1+1", "output": "=2.."}, {"instruction": "1+1", "output": "=2..."}
+    found = instructions([short, long, short], ASKED)
+    assert [row["output"] for row in found.rows.dataset] == ["=2..", "=2.."]
+    assert found.rows.note == "2 of 3 rows, of at most 8 characters"
+    assert found.rows.sha256 != instructions([short, long, short], InstructionSet(input_column=None)).rows.sha256
+    with pytest.raises(ConfigError, match=r"no row of at most recovery\.sets\.mine\.max_characters=8: raise it"):
+        instructions([long], ASKED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "Question:", "input_column": None}, "prompt has no {instruction}"),
+        ({"prompt": "{instruction}"}, "no place for input_column"),
+        ({"lm_eval": "piqa", "learn_prompt": True}, "lm_eval decides"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        InstructionSet(**settings)
