@@ -68,6 +68,7 @@ def set_up_console(quiet: bool = False) -> None:
     hush_kernels()
     # In a notebook, where bars would be drawn by a package that is not there.
     warnings.filterwarnings("ignore", "IProgress not found")
+    warnings.filterwarnings("ignore", 'install "ipywidgets"')
     import datasets
     import transformers
 
