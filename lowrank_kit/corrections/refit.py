@@ -15,10 +15,11 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 from jaxtyping import Float, Float64
@@ -45,14 +46,21 @@ from lowrank_kit.truncations.truncation import Layer, Truncation
 
 log = logging.getLogger(__name__)
 
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What ``ridge=null`` chooses from."""
+
+CHECKED_SHARE = 1 / 8
+"""Of the batches, those that a ridge is chosen by."""
+
 
 class Refit(Correction):
     """In order of execution, every matrix is refitted to its original outputs on the compressed model's inputs."""
 
     anchor: float = Field(default=1.0, ge=0)
     """Weight of the error on the original inputs against that on the compressed ones."""
-    ridge: float = Field(default=0.001, gt=0)
-    """Pull towards the original weight, as a share of the inputs' mean energy."""
+    ridge: float | None = Field(default=0.001, gt=0)
+    """Pull towards the original weight, as a share of the inputs' mean energy. null: for every matrix, one of 0.001,
+    0.01, 0.1, 1 and 10: whose fit to seven eighths of the calibration batches errs least on the last eighth."""
 
     @property
     def to_stream(self) -> bool:
@@ -116,16 +124,23 @@ class Refit(Correction):
             known = load_gradients(gradients, index, model.device) if gradients else {}
             for group in groups:
                 first = group[0]
-                sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
-                for number in self.fitted(compressed.numbers):
-                    with _noted(compressed, [first.name], writers[index], stop=True) as found:
-                        block.run(number)
-                    sums.add(reads.pop((first.name, number)), found[first.name, number])
+                parts = []
+                for numbers in self._parts(self.fitted(compressed.numbers)):
+                    sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
+                    for number in numbers:
+                        with _noted(compressed, [first.name], writers[index], stop=True) as found:
+                            block.run(number)
+                        sums.add(reads.pop((first.name, number)), found[first.name, number])
+                    parts.append(sums)
                 narrowed = work.narrowed.get(first.name) if first.writes_residual else None
                 kept = None if narrowed is None else work.plan.kept[narrowed.name]
-                correction = sums.correction(self.anchor, self.ridge, kept)
+                weights = {ref.name: weight_of(model.get_submodule(ref.name)).double() for ref in group}
+                ridges = self._ridges(parts, weights, kept)
+                for part in parts[1:]:
+                    parts[0].add_sums(part)
+                corrections = {ridge: parts[0].correction(self.anchor, ridge, kept) for ridge in {*ridges.values()}}
                 for ref in group:
-                    self._replace(work, ref, correction, known.get(ref.name))
+                    self._replace(work, ref, corrections[ridges[ref.name]], known.get(ref.name))
             if is_finished:
                 refs = [ref for group in blocks[index].values() for ref in group]
                 work.outline(refs)
@@ -141,6 +156,33 @@ class Refit(Correction):
     def fitted(self, numbers: Sequence[int]) -> Sequence[int]:
         """The batches, of all, that matrices are fitted to."""
         return numbers
+
+    def _parts(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """The batches that are summed together: where a ridge is to be chosen, those that it is chosen by apart."""
+        if self.ridge is not None:
+            return [numbers]
+        checked = ceil(CHECKED_SHARE * len(numbers))
+        if checked == len(numbers):
+            raise ConfigError(
+                "method.correction.ridge=null chooses by batches that are not fitted to, and there is only one: raise "
+                "calibration.samples or lower calibration.batch_size, or give a ridge such as 0.001"
+            )
+        return [numbers[:-checked], numbers[-checked:]]
+
+    def _ridges(
+        self, parts: "Sequence[_Sums]", weights: Mapping[str, Float64[Tensor, "out in"]], kept: Sequence[int] | None
+    ) -> dict[str, float]:
+        if self.ridge is not None:
+            return dict.fromkeys(weights, self.ridge)
+        fit, check = parts
+        errors: dict[str, dict[float, float]] = defaultdict(dict)
+        for ridge in RIDGES:
+            correction = fit.correction(self.anchor, ridge, kept)
+            for name, weight in weights.items():
+                errors[name][ridge] = check.error(weight, correction.applied(weight), self.anchor, kept)
+        ridges = {name: min(found, key=lambda ridge: found[ridge]) for name, found in errors.items()}
+        log.debug("ridges: %s", ridges)
+        return ridges
 
     def started(self, factors: LowRankFactors) -> LowRankFactors:
         """The form in which factors go into the model."""
@@ -164,9 +206,7 @@ class Refit(Correction):
         self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
     ) -> None:
         module: Any = work.model.get_submodule(ref.name)
-        corrected = weight_of(module).double() @ correction.inputs
-        if correction.residual is not None:
-            corrected = corrected + correction.residual
+        corrected = correction.applied(weight_of(module).double())
         rank = work.plan.ranks[ref.name]
         if (narrowed := work.narrowed.get(ref.name)) is not None and ref.writes_residual:
             work.narrow(narrowed, corrected)
@@ -266,6 +306,11 @@ class _Correction:
     moments: Moments
     magnitudes: Float64[Tensor, " in"]
 
+    def applied(self, weight: Float64[Tensor, "out in"]) -> Float64[Tensor, "out left"]:
+        """W*."""
+        corrected = weight @ self.inputs
+        return corrected if self.residual is None else corrected + self.residual
+
 
 class _Sums:
     """Second moments of what a group of linears reads, in the original model and in the compressed one."""
@@ -287,6 +332,39 @@ class _Sums:
         _add_product(self._difference, before - after, after)
         if self._stream is not None:
             _add_product(self._stream, self._rows(old.stream - new.stream), after)
+
+    def add_sums(self, other: "_Sums") -> None:
+        """Take in those of other batches."""
+        for mine, others in ((self._old, other._old), (self._new, other._new)):
+            mine.gram += others.gram
+            mine.total += others.total
+            mine.count += others.count
+        for ours, theirs in (
+            (self._old_magnitudes, other._old_magnitudes),
+            (self._new_magnitudes, other._new_magnitudes),
+        ):
+            ours.total += theirs.total
+            ours.count += theirs.count
+        self._difference += other._difference
+        if self._stream is not None and other._stream is not None:
+            self._stream += other._stream
+
+    def error(
+        self,
+        weight: Float64[Tensor, "out in"],
+        corrected: Float64[Tensor, "out left"],
+        anchor: float,
+        kept: Sequence[int] | None = None,
+    ) -> float:
+        """What `correction` minimises, of any weight W* in these batches, but for a constant that no W* changes."""
+        left = slice(None) if kept is None else list(kept)
+        gram = self._new.gram + anchor * self._old.gram
+        # (W X + H - H') X'^T + anchor W X X^T, and X X'^T is the difference's product and the new inputs' own.
+        wanted = weight @ (self._difference + gram)
+        if self._stream is not None:
+            wanted = wanted + self._stream
+        quadratic = (corrected @ gram[left][:, left] * corrected).sum()
+        return float(quadratic - 2 * (corrected * wanted[:, left]).sum())
 
     def correction(self, anchor: float, ridge: float, kept: Sequence[int] | None = None) -> _Correction:
         """The minimiser W* of `|W X + (H - H') - W* X'|^2 + anchor |(W - W*) X|^2`, without H where no stream is kept.

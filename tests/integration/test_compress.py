@@ -17,7 +17,7 @@ from lowrank_kit.runs.status import read_status
 
 METHODS = [
     *("svd", "fwsvd", "asvd", "svd_llm", "svd_llm_v2", "d_rank", "swift", "zs_svd"),
-    *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd", "aa_svd"),
+    *("kfac_svd", "basis_sharing", "hisvd", "energy_svd", "loss_svd", "structured_svd", "aa_svd"),
 ]
 MEASURED = ("asvd", "swift", "loss_svd")
 

@@ -1,5 +1,6 @@
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lowrank_kit.corrections.correction import Factorisation
 from lowrank_kit.corrections.none import Uncorrected
 from lowrank_kit.corrections.residual import Residual
 from lowrank_kit.corrections.sequential import Sequential
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import layout_of
 from lowrank_kit.models.portable import LowRankLinear
 from lowrank_kit.truncations.scaled import Scaled
@@ -104,6 +105,46 @@ def test_what_writes_to_the_residual_stream_also_fits_what_is_missing_there(
     plain = ridge_fit(seen, x, weight, 1e-3, 1.0)
     assert (fitted - plain).norm() > 0.01 * plain.norm()
     torch.testing.assert_close(model.get_submodule(path).weight.detach().double(), fitted, rtol=0, atol=1e-5)
+
+
+def test_a_ridge_of_none_is_the_one_that_errs_least_on_batches_that_it_is_not_fitted_to(tiny_model, samples, method):
+    model = tiny_model("llama")
+    original = copy.deepcopy(model)
+    settings = method(correction=Residual(ridge=None, anchor=1.0))
+    plan = all_dense(plan_of(model, settings, samples), layout_of(model), but=[0])
+    run(model, settings, samples, plan)
+    paths = {"mlp.down_proj": "post_attention_layernorm", "self_attn.o_proj": "input_layernorm", "mlp.up_proj": None}
+    chosen = {}
+    for name, norm in paths.items():
+        path = f"model.layers.1.{name}"
+        x, seen = inputs_of(original, path, samples), inputs_of(model, path, samples)
+        missing = torch.zeros(len(x), 1)
+        if norm is not None:
+            streams = [inputs_of(m, f"model.layers.1.{norm}", samples) for m in (original, model)]
+            missing = streams[0] - streams[1]
+        weight = original.get_submodule(path).weight.detach().double()
+
+        def fit(rows, ridge, x=x, seen=seen, missing=missing, weight=weight):
+            return ridge_fit(seen[rows], x[rows], weight, ridge, 1.0, missing[rows])
+
+        # The last batch of three: two rows of thirty tokens.
+        first, last = slice(0, 120), slice(120, 180)
+        errors = {}
+        for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+            fitted = fit(first, ridge)
+            on_new = x[last] @ weight.T + missing[last] - seen[last] @ fitted.T
+            errors[ridge] = float(on_new.square().sum() + (x[last] @ (fitted - weight).T).square().sum())
+        chosen[name] = min(errors, key=errors.get)
+        expected = fit(slice(None), chosen[name])
+        torch.testing.assert_close(model.get_submodule(path).weight.detach().double(), expected, rtol=0, atol=1e-5)
+    # Thirty-two inputs and more of 120 tokens: the least ridge of all is too little.
+    assert max(chosen.values()) > 1e-3
+
+
+def test_a_ridge_cannot_be_chosen_by_a_single_batch(tiny_model, samples, method):
+    alone = replace(samples, batch_size=6)
+    with pytest.raises(ConfigError, match=r"correction\.ridge=null chooses by batches .* there is only one"):
+        run(tiny_model("llama"), method(correction=Residual(ridge=None)), alone)
 
 
 def test_the_residual_stream_is_followed_more_closely_than_by_outputs_alone(tiny_model, samples, method):

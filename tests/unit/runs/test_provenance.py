@@ -85,6 +85,7 @@ def test_a_row_has_the_hashes_of_its_runs_data(tmp_path):
         ("kfac_svd", ["needs a backward pass"]),
         ("grasp", ["needs a backward pass"]),
         ("loss_svd", ["not test-blind", "needs a backward pass"]),
+        ("structured_svd", ["not test-blind", "needs a backward pass"]),
     ],
 )
 def test_caveats_follow_from_the_settings(tmp_path, word, expected):
