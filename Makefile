@@ -5,7 +5,7 @@ SERVER ?= .venv-vllm
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test campaign lint assets docs nightly server clean
+.PHONY: demo test campaign lint assets docs nightly supply-chain lock server clean
 
 demo: $(VENV)/.installed  ## Astra on GLUE: fetch a small encoder and its rows, fine-tune, print the table
 	$(BIN)/python -m lowrank_kit.assets minilm_l6 benchmark_rows
@@ -32,6 +32,14 @@ assets: $(VENV)/.installed  ## the small real models, rows and texts that the te
 nightly: $(VENV)/.installed server  ## the full-size checks
 	$(BIN)/python -m lowrank_kit.assets
 	LOWRANK_KIT_SERVER_PYTHON=$(abspath $(SERVER))/bin/python $(BIN)/python -m pytest -m nightly
+
+supply-chain: $(VENV)/.installed  ## vulnerabilities, licences, lowest and newest dependencies, wheel and sdist (a part of nightly)
+	$(BIN)/python -m lowrank_kit.assets
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m nightly tests/nightly/test_supply_chain.py
+
+lock: docs  ## constraints.txt anew, of what is installed: all that `make` installs but the server, with what that needs
+	{ echo "# Written by make lock: what make installs, and the test-suite passes with."; \
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
 server: $(SERVER)/.installed  ## vLLM for CPUs, in an environment of its own (3.5 GB)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.console import explained
+from lowrank_kit.errors import ConfigError
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -26,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     try:
         _compare(samples_in(options.first), samples_in(options.second), options.seed)
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 

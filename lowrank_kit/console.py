@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.errors import of_the_machine
 
 
 @contextmanager
@@ -25,11 +25,22 @@ def command() -> Iterator[None]:
     hush_kernels()
     try:
         yield
-    except LowRankKitError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
-        sys.exit(error.exit_status)
+    except Exception as error:
+        sys.exit(explained(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def explained(error: Exception) -> int:
+    """Say in one message why a command's work cannot be done, and return its exit status.
+
+    An exception that nobody expects is raised again.
+    """
+    known = of_the_machine(error)
+    if known is None:
+        raise error
+    Console(stderr=True).print(Text(str(known), style="red"), soft_wrap=True)
+    return known.exit_status
 
 
 def hush_kernels() -> None:

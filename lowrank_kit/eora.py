@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.console import explained
+from lowrank_kit.errors import ConfigError
+from lowrank_kit.files import share
 
 if TYPE_CHECKING:
     from lowrank_kit.models.quantised import Bits
@@ -41,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if min(ranks) < 1:
             raise ConfigError(f"--rank {min(ranks)}: a correction has a rank of 1 at least")
         write(options.output, options.bits, options.group, ranks, options.overrides)
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     print(f"base: {options.output / 'base'}")
     for rank in ranks:
         print(f"rank {rank}: {options.output / f'rank-{rank}'}")
@@ -83,6 +84,7 @@ def write(output: Path, bits: "Bits", group: int, ranks: Sequence[int], override
     base = output / "base"
     quantised = load_torchao(local_path(models.source), models.source.revision, bits, group, models.dtype)
     quantised.save_pretrained(base)
+    share(*base.glob("*.safetensors"))
     models.tokenizer.save_pretrained(base)
     original = models.causal().model
     with StageProgress() as progress:
@@ -91,6 +93,7 @@ def write(output: Path, bits: "Bits", group: int, ranks: Sequence[int], override
         adapted = with_correction(quantised, factors, rank)
         adapted.peft_config["default"].base_model_name_or_path = str(base)
         adapted.save_pretrained(output / f"rank-{rank}")
+        share(*(output / f"rank-{rank}").glob("*.safetensors"))
         quantised = adapted.unload()
 
 

@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lowrank_kit.config.plugins import let_here
+from lowrank_kit.console import explained
 from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.files import read_json
+from lowrank_kit.files import plain, read_json
 from lowrank_kit.runs.status import read_status
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.format} checkpoint: {options.output}")
         if options.push_to_hub:
             print(f"pushed: {_push(options.output, options.push_to_hub, options.private)}")
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 
@@ -199,7 +199,7 @@ def _export(source: Path, options: argparse.Namespace) -> None:
         if extracts:
             _extract(source, options, whole)
         elif options.format == "lora":
-            shutil.copytree(source, whole, ignore=shutil.ignore_patterns("README.md"))
+            _copy_adapter(source, whole)
         else:
             _save_model(source, options, whole)
         if options.format == "lora" and options.push_to_hub:
@@ -210,6 +210,24 @@ def _export(source: Path, options: argparse.Namespace) -> None:
         command = command_elsewhere(run, options.method_prefixes) if run else None
         write_card(whole, run, options.push_to_hub or output.name, measured, command)
         whole.replace(output)
+
+
+def _copy_adapter(source: Path, output: Path) -> None:
+    """Copy an adapter's folder: what was checked, and regular files beside it. A link could show any file of this
+    machine, and of a pipe the end may never come."""
+    from lowrank_kit.training.adapter_files import CHECKED
+
+    left_out = []
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        # The hub's cache has links alone.
+        if str(name) in CHECKED or (file.is_file() and not file.is_symlink() and str(name) != "README.md"):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, output / name)
+        elif file.is_symlink() or not (file.is_file() or file.is_dir()):
+            left_out.append(str(name))
+    if left_out:
+        print(f"left out, for they are no regular files: {plain(', '.join(left_out))}")
 
 
 def _extract(source: Path, options: argparse.Namespace, output: Path) -> None:

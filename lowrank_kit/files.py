@@ -1,11 +1,20 @@
-"""JSON and YAML of a run, read with distrust: a file that is not whole is named, and none can run code or never end."""
+"""Files of runs and caches: written whole or not at all, and read with distrust.
 
+A file that is not whole is named, and none can run code or never end.
+"""
+
+import glob
 import hashlib
 import json
+import os
+import re
+import socket
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,7 +22,39 @@ from lowrank_kit.errors import LowRankKitError
 
 MOST_BYTES = 2**28
 DEEPEST = 100
+PARTIAL = ".partial"
+"""Ends the name of what is being written."""
 RUN_REMEDY = "restore it from a copy, or start the run over with run.resume=false"
+
+
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``target`` and put it in its place: a reader finds all of it or nothing.
+
+    Of one that fails nothing is left, and what processes of this host were killed over goes at the next try. An
+    `OSError` names ``target`` where it names no file.
+    """
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    partial = target.with_name(f".{target.name}.{host}.{os.getpid()}{PARTIAL}")
+    for half in target.parent.glob(f".{glob.escape(target.name)}.{host}.*{PARTIAL}"):
+        if not psutil.pid_exists(int(half.name.split(".")[-2])):
+            half.unlink(missing_ok=True)
+    try:
+        write(partial)
+        partial.replace(target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(partial)):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+def share(*files: Path) -> None:
+    """Give files the permissions of any new one: safetensors writes for the owner alone, whatever the umask says."""
+    for file in files:
+        new = file.with_name(f".{file.name}.new")
+        new.touch()
+        file.chmod(new.stat().st_mode & 0o777)
+        new.unlink()
 
 
 class DamagedFileError(LowRankKitError):

@@ -82,8 +82,8 @@ class Lock:
         me = Holder()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         record = self.path.with_name(f".{self.path.name}.{me.token}.tmp")
-        record.write_text(json.dumps(asdict(me)))
         try:
+            record.write_text(json.dumps(asdict(me)))
             while True:
                 with suppress(FileExistsError):
                     os.link(record, self.path)
@@ -113,6 +113,10 @@ class Lock:
             self._only_for(self._me, self.path.unlink)
         except DamagedFileError as error:
             log.error("%s", error)
+        except OSError:
+            # A disk that is full in the middle of a block has no room for a claim.
+            with suppress(OSError):
+                self.path.unlink()
         self._me = None
 
     def _holder(self) -> Holder | None:

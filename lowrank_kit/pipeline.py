@@ -1,8 +1,9 @@
 """A run from configuration to results: one task, or a group's members one after another."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from lowrank_kit.data.sources import Source, has, open_source
 from lowrank_kit.data.task_instructions import TaskInstructions
 from lowrank_kit.data.task_rows import TaskRows, dataset_of, needed_splits
 from lowrank_kit.data.task_texts import TaskTexts
+from lowrank_kit.errors import machine_errors
 from lowrank_kit.evaluation.records import EvalRecord, read_records
 from lowrank_kit.files import read_json
 from lowrank_kit.models.contents import contents
@@ -64,12 +66,13 @@ class Member:
     data: TaskRows | CausalData
 
 
+@machine_errors()
 def execute(config: RunConfig) -> Path:
     """Do everything that ``config`` asks for; return the run directory.
 
     What an earlier process finished in the same run directory is not done again (unless ``run.resume=false``).
     Raises `ConfigError` before a run directory is made or any weight is loaded where configuration, shapes and
-    data cannot go together.
+    data cannot go together, and `LowRankKitError` for what the machine refuses in the middle, such as room on the disk.
     """
     device = device_for(config.device)
     check_settings(config, config.task.parts[0], device)
@@ -204,7 +207,7 @@ def _logged_to(file: Path) -> Iterator[None]:
         yield
         return
     try:
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = _LogFile(file, encoding="utf-8")
     except OSError:
         # Of a finished run that is only shown.
         yield
@@ -216,4 +219,14 @@ def _logged_to(file: Path) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Of a line that finds no room on the disk it says nothing: the run itself tells of that soon enough."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """As any handler, for what is no fault of the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lowrank_kit.assets.asset_cache import cache_dir, fetch, is_present
 from lowrank_kit.assets.catalogue import CATALOGUE
-from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.console import explained
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -33,9 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(_table())
         else:
             fetch(options.names or list(CATALOGUE), console)
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 

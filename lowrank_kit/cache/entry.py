@@ -4,25 +4,26 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_kit.errors import ConfigError
+from lowrank_kit.errors import NO_PLACE, ConfigError, LowRankKitError
+from lowrank_kit.files import write_whole
 
 log = logging.getLogger(__name__)
 
 LIMIT = "LOWRANK_KIT_CACHE_GB"
 DEFAULT_LIMIT_GB = 50.0
 KEY_FILE = "key.json"
+LOCK_FILE = "lock.json"
 # A process that reads an entry block by block must find all of them.
 SPARED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key's folder. ``used`` is when it was last read or written, in Unix seconds."""
+    """One key's folder. ``used`` is when it was last read, written or worked in, in Unix seconds."""
 
     folder: Path
     size: int
@@ -44,13 +45,22 @@ def limit_bytes() -> int:
 def open_entry(root: Path, digest: str, description: str) -> Path:
     """Return the folder of a key below ``root``, made if it is not there; ``description`` is the key as JSON.
 
-    An entry that is there is not written to, so that one on a read-only disk can be read.
+    An entry that is there is not written to, so that one on a read-only disk can be read. Raises `LowRankKitError`, or
+    `ConfigError` for a place that can be no folder, where one cannot be made.
     """
     folder = root / digest
     file = folder / KEY_FILE
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda path: path.write_text(description, "utf-8"))
+    whole = description.encode()
+    try:
+        if not file.is_file() or file.read_bytes() != whole:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda path: path.write_bytes(whole))
+    except OSError as error:
+        kind = ConfigError if error.errno in NO_PLACE else LowRankKitError
+        raise kind(
+            f"the cache cannot have '{folder}': {error.strerror}; make room there, or name another folder by "
+            "LOWRANK_KIT_CACHE"
+        ) from error
     return folder
 
 
@@ -67,7 +77,11 @@ def entries(root: Path) -> list[Entry]:
         # Another process may be clearing.
         with suppress(FileNotFoundError):
             size = sum(path.stat().st_size for path in file.parent.rglob("*") if path.is_file())
-            found.append(Entry(file.parent, size, file.stat().st_mtime))
+            used = file.stat().st_mtime
+            with suppress(FileNotFoundError):
+                # The heartbeat of whoever computes here, be it for days.
+                used = max(used, (file.parent / LOCK_FILE).stat().st_mtime)
+            found.append(Entry(file.parent, size, used))
     return sorted(found, key=lambda entry: entry.used)
 
 
@@ -97,10 +111,3 @@ def remove(entry: Entry) -> None:
     """Delete an entry; its key goes first, so that no half of it looks whole."""
     (entry.folder / KEY_FILE).unlink(missing_ok=True)
     shutil.rmtree(entry.folder, ignore_errors=True)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path`` and put it in its place: a reader finds all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)

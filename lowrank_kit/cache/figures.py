@@ -11,9 +11,10 @@ from typing import Any
 from jaxtyping import Int64
 
 from lowrank_kit import distributed
-from lowrank_kit.cache.entry import make_room, open_entry, touch, write_atomically
+from lowrank_kit.cache.entry import LOCK_FILE, make_room, open_entry, touch
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.files import write_whole
 from lowrank_kit.lock import exclusively
 
 log = logging.getLogger(__name__)
@@ -32,13 +33,16 @@ def shared_figures(root: Path, key: StatisticsKey, what: str, measure: Callable[
     known = distributed.on_main(lambda: read_checked(file))
     if known is None:
         distributed.on_main(lambda: open_entry(root, key.digest, key.description))
-        with distributed.held_by_main(exclusively(folder / "lock.json", what)):
+        with distributed.held_by_main(exclusively(folder / LOCK_FILE, what)):
             known = distributed.on_main(lambda: read_checked(file))
             if known is None:
                 known = measure()
                 distributed.on_main(lambda: write_checked(file, known))
+        # Before room is made: what took long to measure is not the least recently used.
+        distributed.on_main(lambda: touch(folder))
         distributed.on_main(lambda: make_room(root))
-    distributed.on_main(lambda: touch(folder))
+    else:
+        distributed.on_main(lambda: touch(folder))
     return known
 
 
@@ -72,7 +76,7 @@ def read_checked_lines(file: Path) -> list[Any]:
 def write_checked(file: Path, content: Any) -> None:
     """Write JSON-serialisable content with its checksum."""
     text = json.dumps({"checksum": checksum(content), "content": content}, indent=1)
-    write_atomically(file, lambda path: path.write_text(text + "\n", "utf-8"))
+    write_whole(file, lambda path: path.write_text(text + "\n", "utf-8"))
 
 
 def read_checked(file: Path) -> Any:

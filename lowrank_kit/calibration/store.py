@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lowrank_kit import distributed, launcher
-from lowrank_kit.cache.entry import make_room, open_entry, touch, write_atomically
+from lowrank_kit.cache.entry import LOCK_FILE, make_room, open_entry, touch
 from lowrank_kit.cache.key import StatisticsKey
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import write_whole
 from lowrank_kit.lock import exclusively
 from lowrank_kit.models.weight_files import save_tensors
 
@@ -53,7 +54,7 @@ class CalibrationStore:
             def absent() -> set[int]:
                 if not (lacking := self._not_whole(blocks)):
                     return set()
-                held.enter_context(exclusively(self.folder / "lock.json", "calibration"))
+                held.enter_context(exclusively(self.folder / LOCK_FILE, "calibration"))
                 held.callback(make_room, self.root)
                 return self._not_whole(lacking)
 
@@ -69,9 +70,8 @@ class CalibrationStore:
             for linear, quantities in results.items()
             for quantity, tensor in quantities.items()
         }
-        write_atomically(
-            self._path(block), lambda path: save_tensors(flat, path, {CHECKSUM: self._checksum(block, flat)})
-        )
+        write_whole(self._path(block), lambda path: save_tensors(flat, path, {CHECKSUM: self._checksum(block, flat)}))
+        touch(self.folder)
         self._whole.add(block)
 
     def load(self, block: int) -> BlockResults:
@@ -94,7 +94,7 @@ class CalibrationStore:
                 self._read(block)
             except LowRankKitError as error:
                 log.warning("%s: it is made again", error)
-                self._path(block).unlink()
+                self._path(block).unlink(missing_ok=True)
                 lacking.add(block)
         return lacking
 
@@ -106,6 +106,8 @@ class CalibrationStore:
         try:
             with safe_open(path, framework="pt") as file:
                 expected, flat = (file.metadata() or {}).get(CHECKSUM), file.get_tensors()
+        except FileNotFoundError as error:
+            raise LowRankKitError(f"the cached results in {path} were removed: start the run again") from error
         except SafetensorError as error:
             raise LowRankKitError(f"the cached results in {path} are damaged ({error})") from error
         if block not in self._whole:

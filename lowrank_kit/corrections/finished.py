@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_kit.deferred import Tensor
+from lowrank_kit.files import write_whole
 from lowrank_kit.models.streamed import Resident
 from lowrank_kit.models.weight_files import save_tensors
 
@@ -74,7 +75,7 @@ class FinishedBlocks:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"{name}.safetensors"
-        temporary = file.with_suffix(".tmp")
-        save_tensors({key: t.detach().contiguous() for key, t in tensors.items()}, temporary, {MADE_OF: self._made_of})
-        temporary.replace(file)
+        held = {key: t.detach().contiguous() for key, t in tensors.items()}
+        write_whole(
+            self._folder / f"{name}.safetensors", lambda path: save_tensors(held, path, {MADE_OF: self._made_of})
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import share
 from lowrank_kit.models.architectures import base_type
 from lowrank_kit.models.compressed import Classes, compressed_classes, stock_classes
 from lowrank_kit.models.experts import pack, with_factors
@@ -22,7 +23,6 @@ from lowrank_kit.models.portable.entries import FORMAT
 from lowrank_kit.models.rotate import sliced_layers
 from lowrank_kit.models.rounded import rounded_linears, roundings_of
 from lowrank_kit.models.streamed import Streamed, weights_of
-from lowrank_kit.models.weight_files import share
 
 # Entries of ``lowrank`` in every compressed checkpoint.
 _NOTHING: dict[str, Any] = {"format": FORMAT, "ranks": {}, "shared_down": {}}
@@ -46,7 +46,8 @@ def save_compressed(
     A model with nothing of that is written as the stock checkpoint that it is. ``folder`` appears whole or not at
     all; an earlier one is replaced. ``dtype`` None: the weights as they are.
 
-    Raises `LowRankKitError` for a model that is no causal language model of transformers.
+    Raises `LowRankKitError` for a model that is no causal language model of transformers, and for weights that are not
+    finite, be it in ``dtype`` alone.
     """
     listed = with_factors(model)
     twin, source = _empty_twin(model, _factors(model, listed)), weights_of(model)
@@ -169,8 +170,13 @@ def _save(
 ) -> None:
     twin.load_state_dict(weights, assign=True)
     twin.tie_weights()
-    for parameter in twin.parameters():
+    for name, parameter in twin.named_parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
+        if not bool(parameter.isfinite().all()):
+            raise LowRankKitError(
+                f"{name} holds numbers that are not finite{f' in {dtype}' if dtype else ''}: nothing is written; use "
+                "weights that are whole, or another number format"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the target: a rename is atomic only within one file system.
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import share
 from lowrank_kit.models import portable
 from lowrank_kit.models.architectures import base_type
 
@@ -85,6 +86,7 @@ class _WithCode(portable.LowRankModel):
             **{name: f"{module}.{model_class.__name__}" for name, model_class in models.items()},
         }
         super().save_pretrained(save_directory, **options)
+        share(*Path(save_directory).glob("*.safetensors"))
         Path(save_directory, f"{module}.py").write_text(_code(original), "utf-8")
 
 

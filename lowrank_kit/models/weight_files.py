@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_kit.deferred import Tensor, torch
 from lowrank_kit.errors import LowRankKitError
-from lowrank_kit.files import read_json
+from lowrank_kit.files import read_json, share
 
 REMEDY = "fetch it or write it again"
 # In the order in which transformers looks for them.
@@ -57,15 +57,6 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
         raise LowRankKitError(
             f"'{file}' cannot be written ({error}): make room and start the run again; it goes on at this file"
         ) from error
-
-
-def share(*files: Path) -> None:
-    """Give files the permissions of any new one: safetensors writes for the owner alone, whatever the umask says."""
-    for file in files:
-        new = file.with_name(f".{file.name}.new")
-        new.touch()
-        file.chmod(new.stat().st_mode & 0o777)
-        new.unlink()
 
 
 def damage(file: Path, error: Exception) -> str:

@@ -6,6 +6,8 @@ Matplotlib is imported where something is drawn: a method's file can name its pl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_kit.files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
@@ -52,4 +54,4 @@ def save(figure: Figure, file: Path) -> None:
     clock = {".svg": "Date", ".pdf": "CreationDate"}.get(file.suffix)
     metadata = {"Software": None} if file.suffix == ".png" else {clock: None} if clock else None
     with rc_context({"svg.hashsalt": "lowrank_kit"}):
-        figure.savefig(file, dpi=120, metadata=metadata)
+        write_whole(file, lambda path: figure.savefig(path, dpi=120, metadata=metadata, format=file.suffix[1:]))

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lowrank_kit.config.plugins import let_here
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.console import explained
+from lowrank_kit.errors import ConfigError
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -37,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     let_here(options.method_prefixes)
     try:
         _report(options.runs, options.output, options.level, options.ignore, options.method_prefixes)
-    except LowRankKitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except Exception as error:
+        return explained(error)
     return 0
 
 
@@ -60,10 +60,11 @@ def _report(folders: Sequence[Path], output: Path, level: float, ignored: Sequen
     with console.status("reading the runs"):
         runs, left_out = find_runs(folders, named)
         report = build(without(runs, ignored), left_out, level)
+    # A place that is none is told before anything is shown.
+    output.mkdir(parents=True, exist_ok=True)
     render.print_report(report, console)
     with console.status("composing the commands"):
         made = list(commands(report))
-    output.mkdir(parents=True, exist_ok=True)
     with console.status("drawing the plots"):
         plots, gallery = plot_pareto(report, output), gather(report)
     for name, text in (

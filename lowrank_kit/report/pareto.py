@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from lowrank_kit.files import plain
 from lowrank_kit.plots.figure import panels, save
 from lowrank_kit.report.table import AVERAGE, SPEED, Column, Report, Row
 
@@ -46,27 +48,29 @@ def plot_pareto(report: Report, folder: Path) -> list[Path]:
     methods = sorted({row.method for block in report.blocks for row in block.rows})
     styles = {name: (MARKERS[number % len(MARKERS)], f"C{number % 10}") for number, name in enumerate(methods)}
     files = []
-    for axis in axes:
-        everything = [
-            (model, column, _rows(report, model, column, axis))
-            for model in dict.fromkeys(block.model for block in report.blocks)
-            for column in _quality(report.columns)
-        ]
-        drawn = [panel for panel in everything if len({axis.value(row) for row in panel[2]}) > 1][:MOST_PANELS]
-        if drawn:
-            figure, places = panels(len(drawn))
-            for place, (model, column, rows) in zip(places, drawn, strict=True):
-                _panel(place, rows, axis, column, styles)
-                place.set_title(model, fontsize=9)
-            handles, names = [], []
-            for place in places:
-                for handle, name in zip(*place.get_legend_handles_labels(), strict=True):
-                    if name not in names:
-                        handles.append(handle)
-                        names.append(name)
-            figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-            files.append(folder / f"pareto_{axis.name}.svg")
-            save(figure, files[-1])
+    # A name is a text, whatever signs are in it: no formula.
+    with rc_context({"text.parse_math": False}):
+        for axis in axes:
+            everything = [
+                (model, column, _rows(report, model, column, axis))
+                for model in dict.fromkeys(block.model for block in report.blocks)
+                for column in _quality(report.columns)
+            ]
+            drawn = [panel for panel in everything if len({axis.value(row) for row in panel[2]}) > 1][:MOST_PANELS]
+            if drawn:
+                figure, places = panels(len(drawn))
+                for place, (model, column, rows) in zip(places, drawn, strict=True):
+                    _panel(place, rows, axis, column, styles)
+                    place.set_title(plain(model), fontsize=9)
+                handles, names = [], []
+                for place in places:
+                    for handle, name in zip(*place.get_legend_handles_labels(), strict=True):
+                        if name not in names:
+                            handles.append(handle)
+                            names.append(name)
+                figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+                files.append(folder / f"pareto_{axis.name}.svg")
+                save(figure, files[-1])
     return files
 
 
@@ -96,10 +100,10 @@ def _panel(place: Axes, rows: Sequence[Row], axis: Axis, column: Column, styles:
     points = [(float(axis.value(row) or 0), scale * row.cells[column].mean, row) for row in rows]
     for method, (marker, color) in styles.items():
         if its := [(x, y) for x, y, row in points if row.method == method]:
-            place.plot(*zip(*its, strict=True), marker, color=color, label=method)
+            place.plot(*zip(*its, strict=True), marker, color=color, label=plain(method))
     best = front([(x, y) for x, y, _ in points], axis.column is None, column.lower_is_better)
     place.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto front")
-    place.set(xlabel=axis.label, ylabel=column.heading + (" (%)" if column.is_fraction else ""))
+    place.set(xlabel=axis.label, ylabel=plain(column.heading) + (" (%)" if column.is_fraction else ""))
     if column.metric == "perplexity":
         place.set_yscale("log")
         place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ LATEX = str.maketrans(
         **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"},
     }
 )
+# What a terminal or an editor would obey, but for ends of lines: control characters, and marks of direction.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Characters a line: on a page of paper, in a small font.
 PAGE = 100
 
@@ -99,7 +102,7 @@ def tidy(report: Report, made: Sequence[Made]) -> str:
                         row.caveats,
                     ]
                 )
-    return file.getvalue()
+    return _visible(file.getvalue())
 
 
 def _inert(value: Any) -> Any:
@@ -124,7 +127,7 @@ def _render(
     )
     environment.filters |= {"latex": lambda text: text.translate(LATEX), "markdown": in_markdown, "fenced": fenced}
     environment.filters["base64"] = lambda data: b64encode(data).decode()
-    return environment.get_template(template).render(
+    text = environment.get_template(template).render(
         grid=grid(report),
         parts=parts(grid(report), PAGE),
         notes=notes(report),
@@ -135,3 +138,8 @@ def _render(
         gallery=gallery,
         runs=report.runs,
     )
+    return _visible(text)
+
+
+def _visible(text: str) -> str:
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -1,5 +1,6 @@
 """The run directory: found again by the configuration's hash, written atomically, truthful after a crash."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lowrank_kit.config import RunConfig
-from lowrank_kit.errors import ConfigError, LowRankKitError
-from lowrank_kit.files import read_json, read_yaml
+from lowrank_kit.errors import NO_PLACE, ConfigError, LowRankKitError
+from lowrank_kit.files import PARTIAL, read_json, read_yaml, write_whole
 from lowrank_kit.lock import HEARTBEAT_SECONDS, Lock
 from lowrank_kit.runs.checksums import Checksum, checksums
 from lowrank_kit.runs.inputs import INPUTS_FILE, Inputs, changes
@@ -45,6 +46,9 @@ WORK = (
     "effects.json",
     "results.json",
 )
+
+# Why a folder can be no run directory, but for a full disk and the like, which pass.
+_UNWRITABLE = (*NO_PLACE, errno.EROFS, errno.EACCES, errno.EPERM)
 
 # Of the trainer, which tells its own halves; and what every process adds to.
 _NOT_SUMMED = ("checkpoints", MANIFEST_FILE)
@@ -131,6 +135,8 @@ class RunDirectory:
             try:
                 opened.append(cls._hold(config, inputs))
             except OSError as error:
+                if error.errno not in _UNWRITABLE:
+                    raise
                 opened.append(cls._show(config, inputs, error))
             return opened[0]._status.stages_done
 
@@ -147,25 +153,27 @@ class RunDirectory:
                 run.remove(*WORK)
             if made_from is not None:
                 run._check_inputs(made_from)
+            run._remove_leftovers()
+            # First, so that no state says complete of a configuration that was written anew.
+            run._update()
+            run.write_text(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
+            if made_from is not None and not (run.path / INPUTS_FILE).is_file():
+                run.write_json(INPUTS_FILE, made_from)
         except BaseException:
             run._lock.release()
             raise
-        run._remove_leftovers()
-        # First, so that no state says complete of a configuration that was written anew.
-        run._update()
-        run.write_text(CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.resolved())))
-        if made_from is not None and not (run.path / INPUTS_FILE).is_file():
-            run.write_json(INPUTS_FILE, made_from)
         return run
 
     @classmethod
     def _show(cls, config: RunConfig, inputs: Callable[[], Inputs] | None, error: OSError) -> "RunDirectory":
         """A finished run in a folder that cannot be written to; nothing is left to do in it."""
         path = run_path(config)
-        status = read_status(path, thorough=True)
+        refusal = ConfigError(f"{path} cannot be written to: {error.strerror}; choose another run.dir")
+        # There is nothing to read where a folder of it is a file, or its name too long.
+        status = read_status(path, thorough=True) if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else None
         wanted = status is not None and set(config.run.stages) <= set(status.stages_done)
         if status is None or status.state != "complete" or not wanted or not config.run.resume:
-            raise LowRankKitError(f"{path} cannot be written to: {error.strerror}; choose another run.dir") from error
+            raise refusal from error
         run = FollowedRun(path, status.stages_done)
         run._check_configuration(config)
         if inputs is not None:
@@ -199,10 +207,10 @@ class RunDirectory:
         """Remove what killed processes left half: this process alone holds the folder."""
         ours = "|".join(map(re.escape, (*WORK, STATUS_FILE, CONFIG_FILE)))
         # A folder of `TemporaryDirectory`, of `write_folder`, a file of `write_atomically`.
-        half = re.compile(rf"\.({ours})(-\w{{8}}|\.tmp|\.old|\.\d+\.tmp)")
+        half = re.compile(rf"\.({ours})(-\w{{8}}|\.tmp|\.old|\..+{re.escape(PARTIAL)})")
         self.remove(*(entry.name for entry in self.path.iterdir() if half.fullmatch(entry.name)))
         for folder in ("benchmarks", "samples", "windows"):
-            for file in (self.path / folder).rglob(".*.tmp"):
+            for file in (self.path / folder).rglob(f".*{PARTIAL}"):
                 file.unlink()
 
     def __enter__(self) -> "RunDirectory":
@@ -216,13 +224,17 @@ class RunDirectory:
     ) -> None:
         """Record how the run ended and give the directory back."""
         self._closing.set()
-        if error is None:
-            besides = (CONFIG_FILE, *(name for name in WORK if name != "checkpoints"))
-            self._update(state="complete", stage=None, files=self._with_sums_of(END, besides))
-        else:
+        try:
+            if error is None:
+                besides = (CONFIG_FILE, *(name for name in WORK if name != "checkpoints"))
+                self._update(state="complete", stage=None, files=self._with_sums_of(END, besides))
+                return
             state: State = "failed" if isinstance(error, Exception) else "interrupted"
-            self._update(state=state, error=f"{type(error).__name__}: {error}")
-        self._lock.release()
+            # On a full disk it stays "running" of a process that is gone, which is read as interrupted.
+            with suppress(OSError):
+                self._update(state=state, error=f"{type(error).__name__}: {error}")
+        finally:
+            self._lock.release()
 
     def done(self, stage: str) -> bool:
         """Whether this stage was finished, now or by an earlier process."""
@@ -272,8 +284,10 @@ class RunDirectory:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(target)
             raise
         if target.exists():
             target.rename(old)
@@ -297,7 +311,9 @@ class RunDirectory:
 
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS):
-            self._update()
+            # The disk may be full for a while.
+            with suppress(OSError):
+                self._update()
 
 
 class FollowedRun(RunDirectory):
@@ -338,12 +354,14 @@ class FollowedRun(RunDirectory):
 def write_atomically(target: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(target, write)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

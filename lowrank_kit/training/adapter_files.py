@@ -15,7 +15,10 @@ from lowrank_kit.errors import LowRankKitError
 from lowrank_kit.files import read_json
 from lowrank_kit.models.weight_files import REMEDY, check_tensors, damage
 
+CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CHECKED = (CONFIG, *WEIGHTS)
+"""What `check_adapter` reads."""
 
 
 def check_adapter(folder: Path) -> dict[str, Tensor]:
@@ -24,7 +27,7 @@ def check_adapter(folder: Path) -> dict[str, Tensor]:
     Raises `LowRankKitError` for a file that is missing or damaged, a weight that is not finite, and for factors of LoRA
     that are not those of its configuration.
     """
-    config_file = folder / "adapter_config.json"
+    config_file = folder / CONFIG
     read_json(config_file, dict, REMEDY)
     try:
         config = PeftConfig.from_pretrained(str(folder))

@@ -25,8 +25,8 @@ from lowrank_kit.config import RuntimeConfig, TrainConfig
 from lowrank_kit.data.padding import NOT_PREDICTED
 from lowrank_kit.distributed import on_main
 from lowrank_kit.errors import LowRankKitError
+from lowrank_kit.files import share
 from lowrank_kit.launcher import started
-from lowrank_kit.models.weight_files import share
 from lowrank_kit.progress import StageProgress
 from lowrank_kit.training.checkpoints import whole_checkpoint
 from lowrank_kit.training.optimizer import adamw

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from lowrank_kit.adapters.full_ft import FullFineTuning
 from lowrank_kit.config import TrainConfig
+from lowrank_kit.files import share
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.weight_files import share
 from lowrank_kit.training.optimizer import adamw
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lowrank_kit.calibration.collect import Reduction, calibrate
 from lowrank_kit.calibration.statistics import Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.files import read_as
+from lowrank_kit.files import read_as, write_whole
 from lowrank_kit.models.layout import LinearRef
 from lowrank_kit.models.linear import weight_of
 from lowrank_kit.spectral.eigenpairs import Which, output_eigenpairs, range_eigenpairs
@@ -56,9 +56,8 @@ class EnergyLog:
 
     def write(self, found: Sequence[Measurement]) -> None:
         """Replace them, whole or not at all."""
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(one) for one in found]))
-        temporary.replace(self.file)
+        text = json.dumps([asdict(one) for one in found])
+        write_whole(self.file, lambda path: path.write_text(text, "utf-8"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import trial
 
 FULL = os.environ.get("LOWRANK_KIT_CAMPAIGN") == "full"
 Case = TypeVar("Case")
+PLAIN = trial.Machine()
 
 # Tiny models and local rows, as the integration tests have them.
 _loader = SourceFileLoader("integration_conftest", str(Path(__file__).parents[1] / "integration/conftest.py"))
@@ -26,6 +27,7 @@ assert _spec is not None
 _small = module_from_spec(_spec)
 _loader.exec_module(_small)
 checkpoint, texts_folder, rows_folder = _small.checkpoint, _small.texts_folder, _small.rows_folder
+questions_folder = _small.questions_folder
 arguments, language_arguments, composed = _small.arguments, _small.language_arguments, _small.composed
 environment = _small.environment
 _drawn_where_marked, _one_thread = _small._drawn_where_marked, _small._one_thread
@@ -57,14 +59,14 @@ class Trials:
     def said(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def start(
-        self, words: Sequence[str], cache: Path, limits: dict[int, int] | None = None, **more: str
-    ) -> BaseProcess:
+    def start(self, words: Sequence[str], cache: Path, machine: trial.Machine = PLAIN, **more: str) -> BaseProcess:
         self._log.write_text("")
-        return trial.start(words, self._log, self._environment | {"LOWRANK_KIT_CACHE": str(cache)} | more, limits)
+        # Who drops its rights writes there, too.
+        self._log.chmod(0o666)
+        return trial.start(words, self._log, self._environment | {"LOWRANK_KIT_CACHE": str(cache)} | more, machine)
 
-    def run(self, words: Sequence[str], cache: Path, limits: dict[int, int] | None = None, **more: str) -> int | None:
-        process = self.start(words, cache, limits, **more)
+    def run(self, words: Sequence[str], cache: Path, machine: trial.Machine = PLAIN, **more: str) -> int | None:
+        process = self.start(words, cache, machine, **more)
         process.join(120)
         return process.exitcode
 

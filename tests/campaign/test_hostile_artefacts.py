@@ -242,8 +242,8 @@ def test_checkpoints_are_refused(ask, some, copy, checkpoint, language_arguments
         for verb in ("inspect", "export"):
             more = ("--format", "dense", "--output", str(tmp_path / "out")) if verb == "export" else ()
             status, _ = ask(verb, str(folder), *more)
-            # Inspecting reads shapes, exporting copies numbers as they are.
-            assert verb == "inspect" or status in (1, 2) or what == "numbers that are none", what
+            # Inspecting reads shapes alone.
+            assert verb == "inspect" or status in (1, 2), what
             assert (tmp_path / "out").exists() == (status == 0 and verb == "export"), what
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
@@ -279,8 +279,26 @@ def test_adapters_are_read_before_they_are_called_good(ask, some, copy, adapter,
         assert status in (1, 2), (what, said)
         assert str(folder) in said, (what, said)
         assert not output.exists(), what
-    folder = copy(adapter, lambda folder: None)
-    assert ask("export", str(folder), "--format", "lora", "--output", str(tmp_path / "good"))[0] == 0
+
+
+def test_an_adapter_is_exported_without_what_links_lead_to(ask, copy, adapter, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+
+    def change(folder: Path) -> None:
+        link("notes.txt", str(tmp_path / "secret"))(folder)
+        link("folder", str(tmp_path))(folder)
+        pipe("waits")(folder)
+        # As in the hub's cache.
+        (folder / ADAPTER).rename(tmp_path / "blob")
+        link(ADAPTER, str(tmp_path / "blob"))(folder)
+        text("more/tokenizer.json", "{}")(folder)
+
+    status, said = ask("export", str(copy(adapter, change)), "--format", "lora", "--output", str(tmp_path / "good"))
+    assert status == 0, said
+    assert "left out, for they are no regular files: folder, notes.txt, waits" in said
+    found = {str(file.relative_to(tmp_path / "good")) for file in (tmp_path / "good").rglob("*")}
+    assert found == {"README.md", "adapter_config.json", ADAPTER, "more", "more/tokenizer.json"}
+    assert not any(file.is_symlink() for file in (tmp_path / "good").rglob("*"))
 
 
 @pytest.fixture
@@ -308,7 +326,7 @@ def test_one_bad_run_spoils_no_other(ask, some, finished, language_arguments):
             assert status == 0 or str(bad) in said, (what, said)
 
 
-HOSTILE = "<script>alert(1)</script> $x_1$ \\input{/etc/passwd} | `c` & % # {} =1+1 \x1b[31m \u202e"
+HOSTILE = "<script>alert(1)</script> $x_1$ \\input{/etc/passwd} | `c` & % # {} =1+1 \x1b[31m \x07 \u202e"
 
 
 @pytest.mark.draws
@@ -328,5 +346,7 @@ def test_names_are_text_in_every_format(ask, finished, tmp_path):
     assert "alert(1)" in written[".html"]
     assert "<script>alert" not in written[".html"]
     assert "\\input{" not in written[".tex"]
-    assert "\x1b" not in said
+    for shown in (said, *written.values()):
+        assert not {"\x1b", "\u202e", "\x07"} & set(shown)
+    assert "\\x1b[31m" in written[".html"]
     assert not any(cell.startswith("=") for row in csv.reader(written[".csv"].splitlines()) for cell in row)

@@ -1,20 +1,19 @@
 """Runs that are killed at random moments, again and again, and then finish: with what an undisturbed run leaves."""
 
-import hashlib
-import json
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+from trial import Machine, left, litter
 
 from lowrank_kit.runs.status import read_status
 
-# How many kills before a run may finish, and how many runs of a kind: 99 kills of eleven kinds in a campaign.
+# How many kills before a run may finish, and how many runs of a kind: with the report, 108 kills of twelve kinds.
 KILLS, RUNS = 3, 3
 COMPRESSION = {
     "one block at a time": ("svd_llm", "runtime=streamed"),
@@ -22,7 +21,7 @@ COMPRESSION = {
     "refinement": ("svd_llm", "correction=refine", "method.correction.passes=2"),
     "residual": ("svd_llm", "correction=residual", "storage=pivot"),
     "blocks": ("shortgpt",),
-    "merged blocks": ("laco",),
+    "merged blocks": ("laco", "method.merged=2"),
     "recovery": ("svd_llm", "recovery=lora", "recovery.data=text", "train.max_steps=8", "train.save_every=2"),
     "evaluation": ("none",),
 }
@@ -31,6 +30,8 @@ TRAINING = {
     "all weights": ("method=full_ft", "train.max_steps=8", "train.save_every=2"),
 }
 SWEEP = "sweep"
+# Elsewhere figures are left empty: drawing takes as long as the rest of a tiny run.
+DRAWN = ("one block at a time", "adapter")
 KINDS = [*COMPRESSION, *TRAINING, SWEEP]
 
 
@@ -52,51 +53,60 @@ def command(language_arguments, arguments) -> Callable[[str, Path], list[str]]:
         if method not in ("none", "shortgpt", "laco"):
             more.append("method.rank_multiple=1")
         more += ["-m", "method.ratio=0.3,0.4"] if kind == SWEEP else []
-        more += ["method.ratio=0.4"] if kind in ("blocks", "merged blocks") else []
+        # One block of three goes.
+        more += ["method.ratio=0.3"] if kind in ("blocks", "merged blocks") else []
         return ["run", *language_arguments(*more, method=method), f"run.root={root}"]
 
     return build
 
 
-def left(root: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was begun: plans, figures, weights."""
-    found: dict[str, Any] = {}
-    for file in sorted(root.rglob("*")):
-        name = file.relative_to(root).as_posix()
-        if "checkpoints/" in name or "sweeps/" in name:
-            continue
-        if file.name in ("plan.json", "results.json"):
-            found[name] = json.loads(file.read_text())
-        elif file.suffix == ".safetensors":
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
-
-
-def litter(root: Path) -> list[str]:
-    """Temporary files, halves and locks."""
-    return [str(f) for f in root.rglob("*") if f.name.startswith(".") or f.suffix in (".tmp", ".partial", ".claim")]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_as_an_undisturbed_one(kind, command, trials, tmp_path):
-    draw = random.Random(f"0 {kind}")
+    draw, machine = random.Random(f"0 {kind}"), Machine(draws=kind in DRAWN)
     started = time.monotonic()
-    assert trials.run(command(kind, tmp_path / "whole"), tmp_path / "whole cache") == 0, trials.said
+    assert trials.run(command(kind, tmp_path / "whole"), tmp_path / "whole cache", machine) == 0, trials.said
     seconds, expected = time.monotonic() - started, left(tmp_path / "whole")
     assert expected
     for number in range(RUNS):
         root, cache = tmp_path / f"{number}", tmp_path / f"cache {number}"
         for _ in range(KILLS):
-            process = trials.start(command(kind, root), cache)
+            process = trials.start(command(kind, root), cache, machine)
             process.join(draw.uniform(0.02, seconds))
             process.kill()
             process.join()
             for status in map(read_status, {f.parent for f in root.rglob("status.json")}):
                 assert status.state in ("interrupted", "complete")
-        assert trials.run(command(kind, root), cache) == 0, trials.said
+        assert trials.run(command(kind, root), cache, machine) == 0, trials.said
         assert left(root) == expected
         assert litter(root) + litter(cache) == []
         assert {read_status(f.parent).state for f in root.rglob("status.json")} == {"complete"}
+
+
+def test_a_killed_report_ends_as_an_undisturbed_one(command, trials, tmp_path):
+    draw, cache, drawn = random.Random("0 report"), tmp_path / "cache", Machine(draws=True)
+    for kind in ("evaluation", "gradients", "adapter"):
+        assert trials.run(command(kind, tmp_path / "runs"), cache, drawn) == 0, trials.said
+    words = ["report", str(tmp_path / "runs"), "--output"]
+    started = time.monotonic()
+    assert trials.run([*words, str(tmp_path / "whole")], cache, drawn) == 0, trials.said
+    seconds, expected = time.monotonic() - started, contents(tmp_path / "whole")
+    assert expected
+    for number in range(RUNS):
+        output = tmp_path / f"{number}"
+        for _ in range(KILLS):
+            process = trials.start([*words, str(output)], cache, drawn)
+            process.join(draw.uniform(0.02, seconds))
+            process.kill()
+            process.join()
+            # What is there is whole.
+            whole = {name: content for name, content in contents(output).items() if not name.startswith(".")}
+            assert whole.items() <= expected.items()
+        assert trials.run([*words, str(output)], cache, drawn) == 0, trials.said
+        assert contents(output) == expected
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else {}
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -108,10 +118,11 @@ def test_a_run_that_is_asked_to_end_says_so(sign, command, trials, tmp_path):
         while not list(root.rglob("status.json")) and process.is_alive():
             time.sleep(0.005)
         process.join(draw.uniform(0, 0.3))
-        os.kill(process.pid, sign)
+        # It may have been done already.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, sign)
         process.join()
         [status] = {read_status(f.parent).state for f in root.rglob("status.json")}
-        # It may have been done already.
         assert (status, process.exitcode) in (("interrupted", 128 + sign), ("complete", 0)), (kind, trials.said)
         assert "Traceback" not in trials.said
         assert trials.run(command(kind, root), cache) == 0, trials.said

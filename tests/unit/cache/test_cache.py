@@ -110,6 +110,60 @@ def test_the_least_recently_used_entries_leave_when_the_limit_is_reached(tmp_pat
     assert [entry.folder for entry in entries(tmp_path)] == [stores[0].folder]
 
 
+def test_an_entry_that_is_being_computed_is_spared_however_long_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_KIT_CACHE_GB", "1e-9")
+    at_work = CalibrationStore(tmp_path, key("long"))
+    with at_work.missing(range(2)) as missing:
+        assert missing == {0, 1}
+        # Begun hours ago; the lock's heartbeat is all that was heard of since.
+        unused_for(at_work, 5)
+        make_room(tmp_path)
+        assert at_work.folder.is_dir()
+        for block in range(2):
+            unused_for(at_work, 5)
+            at_work.save(block, {"q": {"gram": torch.ones(2)}})
+    # What was computed with so much work is not the first to go.
+    assert reopened(at_work).finished_blocks() == {0, 1}
+    make_room(tmp_path)
+    assert at_work.folder.is_dir()
+
+
+def test_figures_that_took_hours_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_KIT_CACHE_GB", "1e-9")
+
+    def measure():
+        moment = time.time() - 5 * 3600
+        os.utime(tmp_path / key().digest / "key.json", (moment, moment))
+        return 3
+
+    assert shared_figures(tmp_path, key(), "perplexity", measure) == 3
+    assert shared_figures(tmp_path, key(), "perplexity", lambda: 4) == 3
+
+
+def test_a_block_that_another_process_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    store = reopened(filled(tmp_path, "text"))
+    file, read = store.folder / "block-0001.safetensors", CalibrationStore._read
+
+    def gone(self, block):
+        if block == 1 and file.is_file():
+            file.unlink()
+        return read(self, block)
+
+    monkeypatch.setattr(CalibrationStore, "_read", gone)
+    with store.missing(range(3)) as missing:
+        assert missing == {1}
+
+
+def test_an_unreadable_key_is_written_again(tmp_path):
+    store = filled(tmp_path, "text")
+    file = store.folder / "key.json"
+    whole = file.read_bytes()
+    for damaged in (b"", b"{", b"\xff", whole[:40]):
+        file.write_bytes(damaged)
+        assert reopened(store).finished_blocks() == {0, 1, 2}
+        assert file.read_bytes() == whole
+
+
 def test_calibration_that_fills_the_cache_makes_room(tmp_path, monkeypatch):
     old = filled(tmp_path, "old")
     unused_for(old, 30)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_kit.errors import ConfigError, LowRankKitError
+from lowrank_kit.errors import ConfigError, LowRankKitError, of_the_machine
+from lowrank_kit.files import write_whole
 from lowrank_kit.lock import SILENCE_SECONDS
 from lowrank_kit.runs.directory import RunDirectory, run_name
 from lowrank_kit.runs.status import Status, read_status
@@ -114,6 +116,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         with pytest.raises(ValueError, match="not JSON compliant"):
             run.write_json("results.json", [float("nan")])
         assert json.loads((run.path / "results.json").read_text()) == [1]
+
+
+def test_what_a_killed_process_left_half_goes_at_the_next_try(tmp_path):
+    names = []
+    write_whole(tmp_path / "a", lambda partial: (names.append(partial.name), partial.touch()))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    halves = [tmp_path / names[0].replace(str(os.getpid()), str(pid)) for pid in (dead.pid, os.getppid())]
+    for half in halves:
+        half.touch()
+    write_whole(tmp_path / "a", lambda partial: partial.touch())
+    # The other's is still at work.
+    assert {f.name for f in tmp_path.iterdir()} == {"a", halves[1].name}
+
+
+def test_a_full_disk_releases_the_run(tmp_path, monkeypatch):
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work() -> None:
+        with RunDirectory(tmp_path / "r") as run:
+            monkeypatch.setattr(os, "fsync", full)
+            run.write_json("results.json", [1])
+
+    with pytest.raises(OSError, match=r"results\.json") as caught:
+        work()
+    message = str(of_the_machine(caught.value))
+    assert message == f"'{tmp_path / 'r/results.json'}': No space left on device: make room on that disk"
+    assert [f.name for f in (tmp_path / "r").iterdir()] == ["status.json"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -120,7 +120,7 @@ def test_what_a_killed_process_left_half_is_removed_at_the_next_start(make):
         (run.path / name).mkdir()
         (run.path / name / "half").touch()
     (run.path / "samples/final").mkdir(parents=True)
-    for name in (".results.json.123.tmp", ".status.json.9.tmp", "samples/final/.piqa.jsonl.7.tmp"):
+    for name in (".results.json.host.123.partial", ".status.json.h.9.partial", "samples/final/.piqa.jsonl.h.7.partial"):
         (run.path / name).touch()
     mine = run.path / ".mine-a1b2c3d4"
     mine.touch()
