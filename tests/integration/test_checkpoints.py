@@ -44,14 +44,18 @@ def load(folder):
 def logits(model):
     with torch.no_grad():
         return model(expected["ids"]).logits
+def equal(found, wanted):
+    # Some processors' products round otherwise where a weight lies elsewhere in memory.
+    return torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 for family in expected["families"]:
     model = load(family)
     assert type(model).__module__.startswith(HOME), type(model).__module__
-    assert torch.equal(logits(model), expected[family]), family
+    assert equal(logits(model), expected[family]), family
     assert AutoTokenizer.from_pretrained(family, **OPTIONS)("w0 w1")["input_ids"] == [4, 5]
     model.save_pretrained(f"{family}-{NAME}")
     again = load(f"{family}-{NAME}")
-    assert torch.equal(logits(again), expected[family]), family
+    assert equal(logits(again), expected[family]), family
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)), family
     if family in expected["tied"]:
         assert again.get_input_embeddings().weight is again.get_output_embeddings().weight, family
 """
@@ -296,8 +300,10 @@ def test_a_checkpoint_of_the_first_format_is_read(saved, tmp_path, family):
     del config["auto_map"]["AutoModel"]
     (tmp_path / "old/config.json").write_text(json.dumps(config | {"lowrank": old}))
     model = load_model(ModelSource(str(tmp_path / "old")), "causal", saved.models[family].dtype).model
+    weights, written = model.state_dict(), saved.models[family].state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in written.items() if name in weights)
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, saved.models[family](IDS).logits)
+        torch.testing.assert_close(model(IDS).logits, saved.models[family](IDS).logits, rtol=1e-5, atol=1e-6)
     save_compressed(model, tmp_path / "new")
     new = json.loads((tmp_path / "new/config.json").read_text())
     assert new["lowrank"] == json.loads((saved.root / family / "config.json").read_text())["lowrank"]
