@@ -3,14 +3,16 @@
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import warm
 
 # As the processes that are forked find it, too.
 sys.path.append(str(Path(__file__).parent))
@@ -31,6 +33,14 @@ questions_folder = _small.questions_folder
 arguments, language_arguments, composed = _small.arguments, _small.language_arguments, _small.composed
 environment = _small.environment
 _drawn_where_marked, _one_thread = _small._drawn_where_marked, _small._one_thread
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_server_of_its_own() -> Iterator[None]:
+    """What starts trials has imported our package, which processes of other tests in this worker must not have."""
+    yield
+    forkserver._forkserver._stop()
+    warm.CONTEXT.set_forkserver_preload(warm.LIBRARIES)
 
 
 @pytest.fixture(scope="session")
