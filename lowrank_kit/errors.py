@@ -61,16 +61,20 @@ def of_the_machine(error: BaseException | None) -> LowRankKitError | None:
     """Return a message for an exception that comes of a full disk, missing rights, too little memory and the like.
 
     None for every other one: that is a fault of the program, and wants its traceback. A place that can be no folder is
-    a `ConfigError`.
+    a `ConfigError`. What an exception was raised from is looked at, too; of what was merely being handled when it was
+    raised, only what the machine refuses for the moment, which libraries stumble over as they clean up.
     """
+    is_meant = True
     while error is not None:
-        if isinstance(error, LowRankKitError):
+        if is_meant and isinstance(error, LowRankKitError):
             return error
-        if (code := _code_of(error)) is not None:
+        code = _code_of(error)
+        if code is not None and (is_meant or code not in NO_PLACE):
             place = f"'{error.filename}'" if isinstance(error, OSError) and error.filename else "the machine"
             kind = ConfigError if code in NO_PLACE else LowRankKitError
             return kind(f"{place}: {os.strerror(code)}: {_REMEDIES[code]}")
-        error = error.__cause__ or error.__context__
+        is_meant = is_meant and error.__cause__ is not None
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

@@ -58,3 +58,18 @@ def test_a_message_of_ours_stays_as_it_is():
     error = ConfigError("mine")
     error.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
     assert of_the_machine(error) is error
+
+
+def while_handling(handled: Exception, raised: Exception) -> Exception:
+    raised.__context__ = handled
+    return raised
+
+
+@pytest.mark.parametrize("handled", [ConfigError("mine"), FileExistsError(errno.EEXIST, "there", "x")])
+def test_a_fault_in_what_handles_an_error_is_a_fault_of_the_program(handled):
+    assert of_the_machine(while_handling(handled, KeyError("absent"))) is None
+
+
+def test_a_full_disk_that_a_library_stumbles_over_as_it_cleans_up_is_told():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+    assert "make room" in str(of_the_machine(while_handling(full, RuntimeError("cannot close"))))
