@@ -13,7 +13,7 @@ from lowrank_kit.calibration.estimate import Work, say_estimate
 from lowrank_kit.calibration.gradients import stream_gradients
 from lowrank_kit.calibration.statistics import GradientStatistics, Kept, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.stream import statistics_by_block
+from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.calibration.texts import CalibrationSamples
 from lowrank_kit.deferred import PreTrainedModel, Tensor, no_grad, torch
 from lowrank_kit.models.fingerprint import Reads
@@ -138,7 +138,7 @@ def reduce_spans(
         assert gradients is not None
         collect_gradients(model, layout, batches, refs, request, gradients, progress, samples.opening)
     waiting: list[LayerStatistics] = []
-    for block, statistics in statistics_by_block(model, layout, batches, request, refs, known, samples.opening):
+    for block, statistics in stream_statistics(model, layout, batches, request, refs, known, samples.opening):
         if request.gradient is not None and gradients is not None:
             found = load_gradients(gradients, block, model.device)
             statistics = [replace(layer, gradient=found.pop(layer.ref.name)) for layer in statistics]

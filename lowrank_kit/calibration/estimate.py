@@ -12,7 +12,7 @@ from lowrank_kit.calibration.gradients import STATISTICS_BYTES, bytes_of, stream
 from lowrank_kit.calibration.hidden import MEMORY_BYTES
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics, StatisticsRequest
 from lowrank_kit.calibration.store import CalibrationStore
-from lowrank_kit.calibration.stream import statistics_by_block
+from lowrank_kit.calibration.stream import stream_statistics
 from lowrank_kit.deferred import PreTrainedModel, torch
 from lowrank_kit.models.layout import LinearRef, ModelLayout
 from lowrank_kit.models.memory import free_bytes
@@ -91,7 +91,7 @@ def estimate(
     if gradients_known:
         started = _now(model)
     waiting: list[LayerStatistics] = []
-    for block, statistics in statistics_by_block(model, layout, [row], request, work.refs):
+    for block, statistics in stream_statistics(model, layout, [row], request, work.refs):
         if block in work.spans[-1]:
             waiting += [replace(layer, gradient=gradients.get(layer.ref.name)) for layer in statistics]
     passed = _now(model)

@@ -39,6 +39,8 @@ def stream_statistics(
 ) -> Iterator[tuple[int, list[LayerStatistics]]]:
     """Yield ``(block index, statistics of its linears)`` in execution order.
 
+    Where ``request`` reads no activations, no batch is run and the moments are empty.
+
     Args:
         model: in evaluation mode while the generator runs; left as it was found.
         layout: the model's layout.
@@ -55,6 +57,11 @@ def stream_statistics(
             wanted[ref.block].append(ref)
     if not wanted:
         return
+    if not request.reads_activations:
+        for index in sorted(wanted):
+            with weights_of(model).block(index):
+                yield index, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in wanted[index]]
+        return
     batches = distributed.share(batches)
     masks = {True: _masks(batches, "attention_mask", opening, model.device)}
     if len(layout.stacks) > 1:
@@ -70,24 +77,6 @@ def stream_statistics(
         if linears:
             collector.add_up()
             yield block.index, collector.statistics()
-
-
-def statistics_by_block(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    batches: Sequence[Batch],
-    request: StatisticsRequest,
-    refs: Collection[LinearRef],
-    skip: Collection[int] = (),
-    opening: int = 0,
-) -> Iterator[tuple[int, list[LayerStatistics]]]:
-    """As `stream_statistics`; where a request reads no activations, no batch is run and the moments are empty."""
-    if request.reads_activations:
-        yield from stream_statistics(model, layout, batches, request, refs, skip, opening)
-        return
-    for block in sorted({ref.block for ref in refs} - set(skip)):
-        with weights_of(model).block(block):
-            yield block, [LayerStatistics(ref, "input", Moments.zeros(0)) for ref in refs if ref.block == block]
 
 
 def _masks(batches: Sequence[Batch], name: str, opening: int, device: "torch.device") -> list[Tensor | None]:
