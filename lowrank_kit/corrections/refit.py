@@ -29,19 +29,17 @@ from lowrank_kit.calibration.batches import batches_of
 from lowrank_kit.calibration.collect import collect_gradients, load_gradients
 from lowrank_kit.calibration.hidden import Hidden
 from lowrank_kit.calibration.statistics import GradientStatistics, LayerStatistics
-from lowrank_kit.calibration.stream import Magnitudes
 from lowrank_kit.calibration.walk import Block, BlockWalk
 from lowrank_kit.corrections.correction import Correction, Factorisation
 from lowrank_kit.corrections.finished import FinishedBlocks
-from lowrank_kit.deferred import Tensor, no_grad, torch
+from lowrank_kit.corrections.least_squares import Corrected, Read, Sums
+from lowrank_kit.deferred import Tensor, no_grad
 from lowrank_kit.errors import ConfigError, LowRankKitError
 from lowrank_kit.models.layout import LinearRef, layout_of
 from lowrank_kit.models.linear import set_weight, weight_of
 from lowrank_kit.models.streamed import weights_of
 from lowrank_kit.progress import Bar
-from lowrank_kit.spectral.eliminate import compensated
 from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.spectral.moments import ROWS_PER_PRODUCT, Moments
 from lowrank_kit.truncations.truncation import Layer, Truncation
 
 log = logging.getLogger(__name__)
@@ -126,7 +124,7 @@ class Refit(Correction):
                 first = group[0]
                 parts = []
                 for numbers in self._parts(self.fitted(compressed.numbers)):
-                    sums = _Sums(first, first.name in writers[index], samples.opening, model.device)
+                    sums = Sums(first, first.name in writers[index], samples.opening, model.device)
                     for number in numbers:
                         with _noted(compressed, [first.name], writers[index], stop=True) as found:
                             block.run(number)
@@ -170,7 +168,7 @@ class Refit(Correction):
         return [numbers[:-checked], numbers[-checked:]]
 
     def _ridges(
-        self, parts: "Sequence[_Sums]", weights: Mapping[str, Float64[Tensor, "out in"]], kept: Sequence[int] | None
+        self, parts: Sequence[Sums], weights: Mapping[str, Float64[Tensor, "out in"]], kept: Sequence[int] | None
     ) -> dict[str, float]:
         if self.ridge is not None:
             return dict.fromkeys(weights, self.ridge)
@@ -203,7 +201,7 @@ class Refit(Correction):
         return hashlib.sha256(json.dumps([work.made_of, settings]).encode()).hexdigest()
 
     def _replace(
-        self, work: Factorisation, ref: LinearRef, correction: "_Correction", gradient: GradientStatistics | None
+        self, work: Factorisation, ref: LinearRef, correction: Corrected, gradient: GradientStatistics | None
     ) -> None:
         module: Any = work.model.get_submodule(ref.name)
         corrected = correction.applied(weight_of(module).double())
@@ -244,14 +242,6 @@ class Targets:
     metric: Float[Tensor, "hidden hidden"] | None
 
 
-@dataclass
-class _Read:
-    """What a linear reads, `[rows, tokens, in]`, and the residual stream that its outputs would be added to."""
-
-    inputs: Tensor
-    stream: Tensor
-
-
 def _adds(block: Block, writers: Sequence[str]) -> bool:
     """Whether the block's outcome for the first batch is its input plus the outputs of these linears."""
     hidden = block.walk.states[0].cpu()
@@ -268,14 +258,14 @@ class _InputReached(Exception):
 @contextmanager
 def _noted(
     walk: BlockWalk, linears: Sequence[str], writers: Sequence[str], stop: bool = False
-) -> Iterator[dict[tuple[str, int], _Read]]:
+) -> Iterator[dict[tuple[str, int], Read]]:
     """What these linears read, by name and batch; with ``stop``, a block is left where the first of them is reached."""
-    found: dict[tuple[str, int], _Read] = {}
+    found: dict[tuple[str, int], Read] = {}
     written: dict[int, list[Tensor]] = defaultdict(list)
 
     def note(name: str, number: int, inputs: Tensor) -> None:
         # The batch is not yet behind the block: its state is the one before it.
-        found[name, number] = _Read(inputs.cpu(), _stream(walk.states[number].cpu(), written[number]))
+        found[name, number] = Read(inputs.cpu(), _stream(walk.states[number].cpu(), written[number]))
         if stop:
             raise _InputReached
 
@@ -292,110 +282,3 @@ def _stream(hidden: Tensor, written: Sequence[Tensor]) -> Tensor:
         # OPT's linears see tokens of all rows in one list.
         stream += output.cpu().view_as(hidden)
     return stream
-
-
-@dataclass
-class _Correction:
-    """`W* = W inputs + residual`, and the moments and magnitudes that the truncation of W* is measured in.
-
-    Where the linear loses inputs, W* reads those that are left.
-    """
-
-    inputs: Float64[Tensor, "in left"]
-    residual: Float64[Tensor, "out left"] | None
-    moments: Moments
-    magnitudes: Float64[Tensor, " in"]
-
-    def applied(self, weight: Float64[Tensor, "out in"]) -> Float64[Tensor, "out left"]:
-        """W*."""
-        corrected = weight @ self.inputs
-        return corrected if self.residual is None else corrected + self.residual
-
-
-class _Sums:
-    """Second moments of what a group of linears reads, in the original model and in the compressed one."""
-
-    def __init__(self, ref: LinearRef, with_stream: bool, opening: int, device: "torch.device") -> None:
-        self._ref, self._opening = ref, opening
-        self._old, self._new = Moments.zeros(ref.in_features, device), Moments.zeros(ref.in_features, device)
-        self._old_magnitudes, self._new_magnitudes = (Magnitudes(ref.in_features, device) for _ in range(2))
-        self._difference = torch.zeros_like(self._new.gram)
-        self._stream = torch.zeros(ref.out_features, ref.in_features).to(self._difference) if with_stream else None
-
-    def add(self, old: _Read, new: _Read) -> None:
-        """Add one batch: sums of `x x^T`, `x' x'^T`, `(x - x') x'^T` and `(h - h') x'^T`."""
-        before, after = (self._rows(read.inputs.view(*read.stream.shape[:2], -1)) for read in (old, new))
-        self._old.update(before)
-        self._new.update(after)
-        self._old_magnitudes.update(before)
-        self._new_magnitudes.update(after)
-        _add_product(self._difference, before - after, after)
-        if self._stream is not None:
-            _add_product(self._stream, self._rows(old.stream - new.stream), after)
-
-    def add_sums(self, other: "_Sums") -> None:
-        """Take in those of other batches."""
-        for mine, others in ((self._old, other._old), (self._new, other._new)):
-            mine.gram += others.gram
-            mine.total += others.total
-            mine.count += others.count
-        for ours, theirs in (
-            (self._old_magnitudes, other._old_magnitudes),
-            (self._new_magnitudes, other._new_magnitudes),
-        ):
-            ours.total += theirs.total
-            ours.count += theirs.count
-        self._difference += other._difference
-        if self._stream is not None and other._stream is not None:
-            self._stream += other._stream
-
-    def error(
-        self,
-        weight: Float64[Tensor, "out in"],
-        corrected: Float64[Tensor, "out left"],
-        anchor: float,
-        kept: Sequence[int] | None = None,
-    ) -> float:
-        """What `correction` minimises, of any weight W* in these batches, but for a constant that no W* changes."""
-        left = slice(None) if kept is None else list(kept)
-        gram = self._new.gram + anchor * self._old.gram
-        # (W X + H - H') X'^T + anchor W X X^T, and X X'^T is the difference's product and the new inputs' own.
-        wanted = weight @ (self._difference + gram)
-        if self._stream is not None:
-            wanted = wanted + self._stream
-        quadratic = (corrected @ gram[left][:, left] * corrected).sum()
-        return float(quadratic - 2 * (corrected * wanted[:, left]).sum())
-
-    def correction(self, anchor: float, ridge: float, kept: Sequence[int] | None = None) -> _Correction:
-        """The minimiser W* of `|W X + (H - H') - W* X'|^2 + anchor |(W - W*) X|^2`, without H where no stream is kept.
-
-        With `M = C_X'X' + anchor C_XX` it is `W + (W (C_XX' - C_X'X') + C_(H-H')X') (M + ridge I)^-1`; the ridge, in
-        units of the mean diagonal, pulls it towards W. Of ``kept`` inputs alone: W* and X' are those columns and rows,
-        and W in the place that the ridge pulls to is W refitted to them.
-        """
-        gram = self._new.gram + anchor * self._old.gram
-        every = torch.eye(len(gram)).to(gram)
-        left, start = (slice(None), every) if kept is None else (list(kept), compensated(every, gram, kept))
-        damped = gram[left][:, left].clone()
-        damped.diagonal().add_(ridge * float(gram.diagonal().mean()))
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            raise LowRankKitError(
-                f"{self._ref.name} cannot be refitted: its inputs do not determine a weight, and a ridge of {ridge:g} "
-                "is too little beside them; raise method.correction.ridge, to 1e-5 or more"
-            )
-        inputs = start + torch.cholesky_solve(self._difference[:, left].T, root).T
-        residual = None if self._stream is None else torch.cholesky_solve(self._stream[:, left].T, root).T
-        moments = Moments(gram / (1 + anchor), self._new.total, self._new.count)
-        magnitudes = self._new_magnitudes.mean() + anchor * self._old_magnitudes.mean()
-        return _Correction(inputs, residual, moments, magnitudes / (1 + anchor))
-
-    def _rows(self, activations: Float[Tensor, "rows tokens _"]) -> Float[Tensor, "counted _"]:
-        return activations[:, self._opening :].to(self._difference.device).flatten(0, -2).float()
-
-
-def _add_product(
-    total: Float64[Tensor, "m n"], left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
-) -> None:
-    for a, b in zip(left.split(ROWS_PER_PRODUCT), right.split(ROWS_PER_PRODUCT), strict=True):
-        total += a.T @ b
