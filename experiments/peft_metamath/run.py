@@ -32,7 +32,6 @@ from lowrank_kit.models.load import ModelSource, load_tokenizer, local_path
 from lowrank_kit.runs.provenance import origin, parse_study
 
 METHODS = ["lora", "astra", "pissa", "milora", "olora", "corda", "eva", "lora_ga"]
-PROMPT = "Question: {query} Think step by step.\nAnswer:"
 MAX_LENGTH = 768
 WIKIPEDIA_TEXTS, TEXTS_AT_ONCE = 100, 4
 # Of the last steps, of those that were logged, the mean loss is told.
@@ -72,8 +71,9 @@ def judged(folder: Path, started: str, arguments: argparse.Namespace) -> dict[st
     rows = open_source(config["data"]["source"], config["data"].get("root")).load(
         DatasetRef("gsm8k", "openai/gsm8k", "main"), "test"
     )
+    prompt = next(iter(config["task"]["instructions"].values()))["prompt"]
     asked = rows.dataset.select(range(min(arguments.limit or len(rows.dataset), len(rows.dataset))))
-    answers = list(generate(model, tokenizer, asked["question"], arguments.batch_size))
+    answers = list(generate(model, tokenizer, prompt, asked["question"], arguments.batch_size))
     accuracy = sum(map(is_right, answers, asked["answer"])) / len(asked)
     train, plan = config["train"], read_json(folder / "plan.json", dict)
     history = read_json(folder / "history.json", list)
@@ -106,7 +106,7 @@ def judged(folder: Path, started: str, arguments: argparse.Namespace) -> dict[st
                 "optimizer_type": "AdamW",
                 "optimizer_kwargs": {"lr": train["learning_rate"], "weight_decay": train["weight_decay"]},
                 "lr_scheduler": train["scheduler"],
-                "query_template": PROMPT,
+                "query_template": prompt.replace("{instruction}", "{query}"),
                 "generation_kwargs": {"max_length": MAX_LENGTH},
             },
             "peft_config": read_json(folder / "adapter/adapter_config.json", dict),
@@ -179,13 +179,13 @@ def losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Se
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, questions: Sequence[str], batch_size: int
 ) -> Iterator[str]:
-    """The likeliest answers, each behind its prompt."""
+    """The likeliest answers to questions that stand in the place of ``{instruction}``, each behind its prompt."""
     settings = GenerationConfig(max_length=MAX_LENGTH, pad_token_id=tokenizer.pad_token_id)
     settings.eos_token_id = tokenizer.eos_token_id
     for start in range(0, len(questions), batch_size):
-        prompts = [PROMPT.format(query=question) for question in questions[start : start + batch_size]]
+        prompts = [prompt.replace("{instruction}", question) for question in questions[start : start + batch_size]]
         batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
         yield from tokenizer.batch_decode(model.generate(**batch, generation_config=settings), skip_special_tokens=True)
 

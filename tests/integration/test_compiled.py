@@ -2,31 +2,10 @@
 
 import pytest
 import torch
+from changed import IDS, factored, sliced
 from transformers import AutoModelForCausalLM
 
-from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.slicegpt import slice_model
 from lowrank_kit.models.checkpoint import save_compressed
-from lowrank_kit.models.layout import layout_of
-from lowrank_kit.spectral.factors import LowRankFactors
-from lowrank_kit.storages.pivot import Pivot
-from lowrank_kit.storages.two_factors import Factors
-
-IDS = torch.arange(3, 27).reshape(2, 12)
-
-
-def factored(model):
-    draw = torch.Generator().manual_seed(0)
-    for ref in layout_of(model).linears:
-        if ref.block < 2:
-            up, down = (torch.randn(*s, generator=draw) / 5 for s in ((ref.out_features, 6), (6, ref.in_features)))
-            (Pivot() if ref.block else Factors()).put(model, [ref.name], LowRankFactors(up, down))
-    return model
-
-
-def sliced(model):
-    slice_model(model, CalibrationSamples(tuple({"input_ids": row} for row in IDS), batch_size=2), 20)
-    return model
 
 
 @pytest.fixture(params=["factored", "sliced"])

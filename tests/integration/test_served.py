@@ -11,16 +11,13 @@ import sys
 
 import pytest
 import torch
+from changed import narrowed, sliced
 
-from lowrank_kit.calibration.texts import CalibrationSamples
-from lowrank_kit.compressors.slicegpt import slice_model
 from lowrank_kit.models.architectures import registered
 from lowrank_kit.models.checkpoint import save_compressed
 from lowrank_kit.models.depth import drop_blocks
 from lowrank_kit.models.experts import list_experts
 from lowrank_kit.models.layout import layout_of
-from lowrank_kit.models.narrow import keep_units
-from lowrank_kit.models.units import units_of
 from lowrank_kit.spectral.factors import LowRankFactors
 from lowrank_kit.storages.pivot import Pivot
 from lowrank_kit.storages.two_factors import Factors
@@ -225,18 +222,6 @@ def factored(model, *storages, of=lambda ref: True):
 def shared(model):
     stack = LowRankFactors(torch.randn(96, 6), torch.randn(6, 32))
     Factors().put(model, [f"model.layers.{block}.mlp.up_proj" for block in (0, 1)], stack)
-    return model
-
-
-def narrowed(model):
-    """Irregular over the blocks: the first keeps other channels than the last, and the second is whole."""
-    for units in units_of(layout_of(model), (0, 2)):
-        keep_units(model, units, [1] if units.kind == "heads" else range(units.block, 48, 3))
-    return model
-
-
-def sliced(model):
-    slice_model(model, CalibrationSamples(tuple({"input_ids": row} for row in IDS), batch_size=2), 20)
     return model
 
 
