@@ -163,19 +163,10 @@ def test_lowest_and_newest_dependencies_work(which, environment, asset, tmp_path
     resolver = environment("resolver", "uv")
     local = ["--find-links", links] if (links := os.environ.get("PIP_FIND_LINKS")) else []
     choice = "lowest-direct" if which == "lowest" else "highest"
-    words = [
-        str(resolver / "uv"),
-        "pip",
-        "install",
-        "--python",
-        str(programs / "python"),
-        "--resolution",
-        choice,
-        *local,
-    ]
+    into = ["--python", str(programs / "python"), "--resolution", choice, *local]
     # Tools of these tests are as the lock has them.
     tools = [f"{name}=={pinned()[name]}" for name in ("torch", *TOOLS)]
-    subprocess.run([resolver / "uv", *words, str(ROOT), *tools], check=True)
+    subprocess.run([resolver / "uv", "pip", "install", *into, str(ROOT), *tools], check=True)
     at_work(programs, tmp_path / "work")
     # The checkout's tests, and the installed package.
     (tmp_path / "checkout").mkdir()
